@@ -1,0 +1,60 @@
+"""A run's state after each epoch, in one file that is whole or absent, so that a killed run goes on where it was.
+
+It refuses to know what is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shallowdeep.files import FormatError
+
+
+class Checkpoint:
+    """``folder/checkpoint.pt``: tensors and numbers, read with ``weights_only=True``.
+
+    ``choices`` (JSON-able) say what the run is: a checkpoint made with others is refused, not overwritten.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, choices: dict[str, Any]) -> None:
+        self.path = None if folder is None else Path(folder) / "checkpoint.pt"
+        self.choices = json.dumps(choices, sort_keys=True)
+
+    def load(self) -> dict[str, Any] | None:
+        """The state last saved, or None when there is none. Raises ``FormatError``."""
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            found: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            choices, state = found["choices"], found["state"]
+        except Exception as error:  # torch raises half a dozen kinds for a damaged file
+            raise FormatError(f"{self.path} is damaged ({type(error).__name__}); delete it to start again.") from None
+        if choices != self.choices:
+            raise FormatError(f"{self.path} belongs to another run: {_difference(choices, self.choices)}.")
+        return dict(state)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the state by ``state``; killed in between, the old one is still there."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as file:
+                torch.save({"choices": self.choices, "state": state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _difference(found: str, wanted: str) -> str:
+    old, new = json.loads(found), json.loads(wanted)
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in names[:3])

@@ -1,0 +1,112 @@
+"""From a network and data to a trace: every exit's logits for every row, on the CPU.
+
+It refuses to know what a trace is good for.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shallowdeep.costs import feeds, own_costs
+from shallowdeep.graph import evaluating
+from shallowdeep.inputs import Batches, Inputs, as_pair, batches, check_labels, each, num_rows, row_hashes
+from shallowdeep.network import ShallowDeepNetwork
+from shallowdeep.progress import steps
+from shallowdeep.types import DataError, Trace
+
+MEMORY_LIMIT_BYTES = 1 << 30
+
+
+def collect(
+    sdn: ShallowDeepNetwork,
+    data: Batches | tuple[Inputs, Tensor],
+    *,
+    batch_size: int = 256,
+    memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
+) -> Trace:
+    """What every exit of ``sdn`` says about every row of ``data``, in order: a ``Trace`` on the CPU.
+
+    ``data`` is a DataLoader, an iterable of ``(inputs, labels)`` or one such pair (cut into batches of ``batch_size``).
+    Runs in eval mode. Above ``memory_limit_bytes`` the logits spill to a memory map that vanishes with the trace.
+    Raises ``DataError`` for empty data, labels outside the classes, or logits that are not finite.
+    """
+    device = next(sdn.parameters()).device
+    logits, labels, hashes = _Rows(memory_limit_bytes), [], []
+    pair = as_pair(data)
+    total = -(-num_rows(pair[0]) // batch_size) if pair is not None else None
+    with evaluating(sdn):
+        for inputs, batch_labels in steps(batches(data, batch_size), "collect", total):
+            rows = num_rows(inputs)
+            if rows == 0:
+                continue
+            labels.append(check_labels(batch_labels, rows, sdn.plan.num_classes).cpu())
+            answers_EBC = sdn(each(inputs, lambda tensor: tensor.to(device)))
+            _check_finite(answers_EBC, logits.count)
+            logits.append(answers_EBC.transpose(0, 1))
+            hashes.append(row_hashes(inputs))
+    if not labels:
+        raise DataError("The data is empty: no rows to collect.")
+    hash_N = torch.cat(hashes)
+    return Trace(
+        logits_ENC=logits.tensor().transpose(0, 1),
+        labels_N=torch.cat(labels),
+        cost_E=torch.tensor(sdn.plan.cost_E, dtype=torch.float64),
+        own_cost_E=own_costs(sdn),
+        feeds_EE=feeds(sdn),
+        hash_N=hash_N,
+        trained_N=torch.isin(hash_N, sdn.trained_hashes),
+        confusion_reference=sdn.confusion_reference,
+        exit_names=sdn.plan.exit_names,
+        info={
+            "model": sdn.plan.model,
+            "backend": "torch",
+            "precision": str(answers_EBC.dtype),
+            "torch": torch.__version__,
+        },
+    )
+
+
+def _check_finite(answers_EBC: Tensor, before: int) -> None:
+    bad_B = ~torch.isfinite(answers_EBC).all(2).all(0)
+    if bool(bad_B.any()):
+        first = before + int(bad_B.nonzero()[0])
+        raise DataError(f"Logits are not finite for {int(bad_B.sum())} rows of a batch, first row {first}: NaN inputs?")
+
+
+class _Rows:
+    """Rows that arrive in parts, kept in memory up to a limit and in a file beyond it."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit, self.count, self.bytes = limit_bytes, 0, 0
+        self.parts: list[Tensor] = []
+        self.shape: tuple[int, ...] = ()
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def append(self, part: Tensor) -> None:
+        part = part.detach().cpu().contiguous()
+        part = part if part.dtype in (torch.float32, torch.float64) else part.float()
+        self.parts.append(part)
+        self.count += part.shape[0]
+        self.bytes += part.nbytes
+        self.shape, self.dtype = tuple(part.shape[1:]), part.dtype
+        if self.folder is None and self.bytes > self.limit:
+            self.folder = tempfile.TemporaryDirectory(prefix="shallowdeep-trace-")
+        if self.folder is not None:
+            with (Path(self.folder.name) / "rows").open("ab") as file:
+                for held in self.parts:
+                    file.write(held.numpy().tobytes())
+            self.parts.clear()
+
+    def tensor(self) -> Tensor:
+        if self.folder is None:
+            return torch.cat(self.parts)
+        size = self.count
+        for side in self.shape:
+            size *= side
+        mapped = torch.from_file(str(Path(self.folder.name) / "rows"), shared=False, size=size, dtype=self.dtype)
+        self.folder.cleanup()  # the mapping keeps the bytes until the trace is gone
+        return mapped.view(self.count, *self.shape)

@@ -1,0 +1,225 @@
+"""What a classifier is called with and what it answers: a tensor, a tuple or a dict in, logits out.
+
+It refuses to know what the rows mean; it only keeps them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from shallowdeep.types import DataError, InputSignature
+
+Inputs: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+Batches: TypeAlias = Iterable[tuple[Inputs, Tensor]]
+
+
+def as_inputs(value: object) -> Inputs:
+    """``value`` as a tensor, a tuple or a dict of tensors with rows first. Raises ``DataError``."""
+    if isinstance(value, Tensor):
+        found: Inputs = value
+    elif isinstance(value, Mapping) and value:
+        found = {str(name): _tensor(tensor, f"input {name!r}") for name, tensor in value.items()}
+    elif isinstance(value, (tuple, list)) and value:
+        found = tuple(_tensor(tensor, f"input {i}") for i, tensor in enumerate(value))
+    else:
+        raise DataError(f"Inputs must be a tensor, a tuple or a dict of tensors, found {type(value).__name__}.")
+    rows = {tensor.shape[0] if tensor.ndim else None for tensor in tensors(found)}
+    if None in rows or len(rows) != 1:
+        shapes = [tuple(tensor.shape) for tensor in tensors(found)]
+        raise DataError(f"Every input needs the same number of rows on its first axis, found shapes {shapes}.")
+    return found
+
+
+def _tensor(value: object, what: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise DataError(f"{what} must be a tensor, found {type(value).__name__}.")
+    return value
+
+
+def tensors(inputs: Inputs) -> tuple[Tensor, ...]:
+    """The tensors of ``inputs`` in order."""
+    if isinstance(inputs, Tensor):
+        return (inputs,)
+    return tuple(inputs.values()) if isinstance(inputs, dict) else inputs
+
+
+def like(inputs: Inputs, leaves: Sequence[Tensor]) -> Inputs:
+    """``leaves`` put together the way ``inputs`` is."""
+    if isinstance(inputs, Tensor):
+        return leaves[0]
+    return dict(zip(inputs, leaves, strict=True)) if isinstance(inputs, dict) else tuple(leaves)
+
+
+def each(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """``change`` applied to every tensor of ``inputs``."""
+    return like(inputs, [change(tensor) for tensor in tensors(inputs)])
+
+
+def num_rows(inputs: Inputs) -> int:
+    """B, the length of the first axis."""
+    return tensors(inputs)[0].shape[0]
+
+
+def take(inputs: Inputs, rows: Tensor | slice) -> Inputs:
+    """The rows ``rows`` of every tensor."""
+    return each(inputs, lambda tensor: tensor[rows])
+
+
+def join(parts: Sequence[Inputs]) -> Inputs:
+    """Rows of several inputs of one kind, one after another."""
+    columns = zip(*(tensors(part) for part in parts), strict=True)
+    return like(parts[0], [torch.cat(column) for column in columns])
+
+
+def signature_of(inputs: Inputs) -> InputSignature:
+    """Kind, names, shapes (without the batch axis) and dtypes of ``inputs``."""
+    kind = "tensor" if isinstance(inputs, Tensor) else "dict" if isinstance(inputs, dict) else "tuple"
+    leaves = tensors(inputs)
+    return InputSignature(
+        kind=kind,  # type: ignore[arg-type]
+        names=tuple(inputs) if isinstance(inputs, dict) else tuple(str(i) for i in range(len(leaves))),
+        shapes=tuple(tuple(leaf.shape[1:]) for leaf in leaves),
+        dtypes=tuple(str(leaf.dtype).removeprefix("torch.") for leaf in leaves),
+    )
+
+
+def inputs_from(signature: InputSignature, leaves: Sequence[Tensor]) -> Inputs:
+    """``leaves`` put together as ``signature`` says."""
+    if signature.kind == "tensor":
+        return leaves[0]
+    return dict(zip(signature.names, leaves, strict=True)) if signature.kind == "dict" else tuple(leaves)
+
+
+def example_of(signature: InputSignature, batch: int, device: torch.device) -> Inputs:
+    """``batch`` rows that fit ``signature``: ones for integers and masks (a valid token and an open mask), else noise."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = []
+    for shape, name in zip(signature.shapes, signature.dtypes, strict=True):
+        dtype: torch.dtype = getattr(torch, name)
+        if dtype.is_floating_point:
+            leaves.append(torch.randn(batch, *shape, generator=generator).to(device, dtype))
+        else:
+            leaves.append(torch.ones(batch, *shape, dtype=dtype, device=device))
+    return inputs_from(signature, leaves)
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """What ``model`` returns for ``inputs``: a tuple is passed as positional, a dict as named arguments."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def logits_of(output: Any) -> Tensor:
+    """Logits [B, C] of what a backbone returned: a tensor, the first of a tuple, or ``.logits``. Raises ``DataError``."""
+    found = output
+    if isinstance(found, Mapping):
+        if "logits" not in found:
+            raise DataError(f"The network returns a dict without 'logits'; it has {sorted(map(str, found))}.")
+        found = found["logits"]
+    elif isinstance(found, (tuple, list)) and found:
+        found = found[0]
+    elif not isinstance(found, Tensor):
+        found = getattr(found, "logits", found)
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        raise DataError(f"The network must return logits [B, C]; it returns {type(output).__name__}.")
+    if found.ndim == 1 or (found.ndim == 2 and found.shape[1] == 1):
+        raise DataError(
+            f"The network answers with a single logit {tuple(found.shape)}; wrap it to two: "
+            "torch.cat([torch.zeros_like(z), z], dim=1) with z of shape [B, 1]."
+        )
+    if found.ndim != 2:
+        raise DataError(f"The network must return logits [B, C], found shape {tuple(found.shape)}.")
+    return found
+
+
+def check_labels(labels: object, rows: int, num_classes: int) -> Tensor:
+    """``labels`` as int64 class indices [B] in 0..C-1. Raises ``DataError`` naming what was found instead."""
+    if not isinstance(labels, Tensor):
+        raise DataError(f"Labels must be a tensor of class indices, found {type(labels).__name__}.")
+    if labels.ndim == 2:
+        raise DataError(
+            f"Labels have shape {tuple(labels.shape)}: multi-label or one-hot targets are not supported; "
+            "give one class index per row (labels.argmax(1) for one-hot)."
+        )
+    if labels.is_floating_point():
+        raise DataError(f"Labels are {labels.dtype}: a regression target? Give integer class indices.")
+    if labels.shape != (rows,) or labels.dtype == torch.bool:
+        raise DataError(f"Labels must be {rows} class indices, found {labels.dtype} {tuple(labels.shape)}.")
+    if rows and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
+        found = f"{int(labels.min())}..{int(labels.max())}"
+        raise DataError(f"Labels must lie in 0..{num_classes - 1} for {num_classes} classes, found {found}.")
+    return labels.to(torch.int64)
+
+
+def batches(data: object, batch_size: int = 256) -> Iterator[tuple[Inputs, Tensor]]:
+    """``(inputs, labels)`` batches of a DataLoader, an iterable of such pairs, or one pair of tensors, in order."""
+    pair = as_pair(data)
+    if pair is not None:
+        inputs, labels = pair
+        for start in range(0, num_rows(inputs), batch_size):
+            rows = slice(start, start + batch_size)
+            yield take(inputs, rows), labels[rows]
+        return
+    if not isinstance(data, Iterable):
+        raise DataError(
+            "Data must be a DataLoader, an iterable of (inputs, labels) batches or one (inputs, labels) pair, "
+            f"found {type(data).__name__}."
+        )
+    for batch in data:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise DataError(f"Each batch must be a pair (inputs, labels), found {type(batch).__name__}.")
+        yield as_inputs(batch[0]), _tensor(batch[1], "Labels")
+
+
+def as_pair(data: object) -> tuple[Inputs, Tensor] | None:
+    """``data`` as one ``(inputs, labels)`` pair held in memory, or None when it is a stream of batches."""
+    if not isinstance(data, tuple) or len(data) != 2 or not isinstance(data[1], Tensor):
+        return None
+    inputs = as_inputs(data[0])
+    if data[1].ndim == 0 or data[1].shape[0] != num_rows(inputs):
+        raise DataError(f"{num_rows(inputs)} rows of inputs but labels of shape {tuple(data[1].shape)}.")
+    return inputs, data[1]
+
+
+def row_hashes(inputs: Inputs) -> Tensor:
+    """A 64-bit hash of every row's bits, int64 [B]: equal rows of equal dtype agree, whatever batch they come in."""
+    total = torch.zeros(num_rows(inputs), dtype=torch.int64)
+    for position, tensor in enumerate(tensors(inputs)):
+        rows = tensor.detach().cpu().contiguous().reshape(tensor.shape[0], -1)
+        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+        bits = rows.view(width).to(torch.int64)
+        generator = torch.Generator().manual_seed(position)
+        odd = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) * 2 + 1
+        total = _mix(total * 31 + (bits * odd).sum(1))
+    return total
+
+
+def _mix(x: Tensor) -> Tensor:
+    # splitmix64's finaliser: without it, rows that differ in one value would differ by a multiple of one number.
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def mask_of(inputs: Inputs, name: str) -> Tensor | None:
+    """The mask [B, T] called ``name`` among the inputs, or None when ``name`` is empty."""
+    if not name:
+        return None
+    return inputs[name] if isinstance(inputs, dict) else tensors(inputs)[int(name)]
+
+
+def mask_name(inputs: Inputs, tokens: int) -> str:
+    """The input that masks ``tokens`` positions: ``attention_mask`` of a dict, or a later 0/1 integer input of a tuple."""
+    if isinstance(inputs, dict):
+        mask = inputs.get("attention_mask")
+        return "attention_mask" if mask is not None and mask.shape[1:] == (tokens,) else ""
+    for i, tensor in enumerate(tensors(inputs)[1:], start=1):
+        whole = not tensor.is_floating_point() and tensor.shape[1:] == (tokens,)
+        if whole and bool(((tensor == 0) | (tensor == 1)).all()) and bool((tensor != 0).any(1).all()):
+            return str(i)
+    return ""

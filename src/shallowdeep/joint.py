@@ -1,0 +1,221 @@
+"""Training backbone and internal classifiers together: the paper's weighted objective, from scratch or from a trained one.
+
+It refuses to know thresholds and policies; it ends with weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from shallowdeep.checkpoints import Checkpoint
+from shallowdeep.features import Augment, Data, Share, check_passes, seeded, seeded_batches
+from shallowdeep.inputs import Inputs, as_inputs, batches, check_labels, each, num_rows, row_hashes, take
+from shallowdeep.network import ShallowDeepNetwork, fingerprint
+from shallowdeep.progress import steps
+from shallowdeep.rates import one_cycle, stepped
+from shallowdeep.training import one_process
+from shallowdeep.types import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointRecipe:
+    """How everything is optimised together.
+
+    The loss is the last exit's cross-entropy plus each IC's, weighted by ``tau``, which grows linearly from ``tau_start``
+    to the IC's real cost (arXiv 1810.07052, 4.3). SGD with momentum; ``milestones`` are shares of the epochs after which
+    the rate falls tenfold (the original code really runs .34 .59 .84), none means one cycle. ``distillation`` is the weight of every
+    IC's divergence from the last exit's softened answer (arXiv 1905.08094); ``rescale_gradients`` gives every block
+    gradients of one scale however many exits follow (arXiv 1908.06294).
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    batch_size: int = 128
+    milestones: tuple[float, ...] = (0.34, 0.59, 0.84)
+    tau_start: float = 0.01
+    label_smoothing: float = 0.0
+    distillation: float = 0.0
+    temperature: float = 3.0
+    rescale_gradients: bool = False
+
+
+def train_jointly(
+    sdn: ShallowDeepNetwork,
+    data: Data,
+    *,
+    epochs: int = 100,
+    recipe: JointRecipe | None = None,
+    augment: Augment | None = None,
+    in_place: bool = False,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    fabric: Fabric | None = None,
+) -> ShallowDeepNetwork:
+    """An SDN whose backbone and ICs were trained together (SDN training, arXiv 1810.07052, 4.3).
+
+    Works on a deep copy unless ``in_place``. The backbone trains on from the weights it has: fresh ones give the paper's
+    SDN training, trained ones "mixed" training (Kubaty et al., ICML 2025). ``augment(inputs, generator)`` draws a view of
+    every batch. With ``checkpoint_dir`` a killed run goes on after its last whole epoch. ``fabric`` is a launched
+    ``lightning_fabric.Fabric`` (devices, processes, precision). Raises ``DataError`` for labels outside the classes, empty
+    data or an iterator that can be read only once.
+    """
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, found {epochs}.")
+    check_passes(data, epochs)
+    recipe = recipe or JointRecipe()
+    fabric = fabric or one_process(sdn)
+    first = next(batches(data, 64), None)
+    if first is None or num_rows(as_inputs(first[0])) == 0:
+        raise DataError("The data is empty: no rows to train on.")
+    trained = sdn if in_place else copy.deepcopy(sdn)
+    choices = {
+        "start": fingerprint(sdn),
+        "recipe": dataclasses.asdict(recipe),
+        "epochs": epochs,
+        "seed": seed,
+    }
+    modes = [(module, module.training) for module in trained.modules()]
+    try:
+        hash_N = _JointRun(trained, data, recipe, augment, epochs, seed, fabric).run(
+            Checkpoint(checkpoint_dir, choices)
+        )
+    finally:
+        for module, training in modes:
+            module.training = training
+    with torch.no_grad():
+        trained.confusion_mean_EE.fill_(float("nan"))  # the reference spoke of other weights
+        trained.confusion_covariance_EEE.fill_(float("nan"))
+    trained.trained_hashes = torch.unique(torch.cat([sdn.trained_hashes, hash_N]))
+    return trained
+
+
+class Taus:
+    """The weight of each IC's loss, growing to its real cost over the epochs."""
+
+    def __init__(self, cost_E: Sequence[float], epochs: int, start: float) -> None:
+        self.targets, self.epochs, self.start = tuple(cost_E), epochs, start
+
+    def at(self, epoch: int) -> tuple[float, ...]:
+        """The weights in epoch ``epoch``, counted from 0: min(C, start + (epoch + 1) C / epochs)."""
+        return tuple(min(c, self.start + (epoch + 1) * c / self.epochs) for c in self.targets)
+
+
+class _Answers(nn.Module):
+    """What fabric wraps, so that every process's pass goes through its gradient exchange."""
+
+    def __init__(self, sdn: ShallowDeepNetwork, rescale_gradients: bool) -> None:
+        super().__init__()
+        self.sdn, self.rescale_gradients = sdn, rescale_gradients
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        return self.sdn.answers(inputs, rescale_gradients=self.rescale_gradients)
+
+
+class _JointRun:
+    """One run of ``train_jointly``: its epochs, steps and state."""
+
+    def __init__(
+        self,
+        sdn: ShallowDeepNetwork,
+        data: Data,
+        recipe: JointRecipe,
+        augment: Augment | None,
+        epochs: int,
+        seed: int,
+        fabric: Fabric,
+    ) -> None:
+        self.sdn, self.data, self.recipe, self.augment = sdn, data, recipe, augment
+        self.epochs, self.seed, self.fabric = epochs, seed, fabric
+        self.share = Share(fabric.global_rank, fabric.world_size)
+        self.taus = Taus(sdn.plan.cost_E[:-1], epochs, recipe.tau_start)
+        sgd = torch.optim.SGD(
+            sdn.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.nesterov,
+            weight_decay=recipe.weight_decay,
+        )
+        self.model, self.optimizer = fabric.setup(_Answers(sdn, recipe.rescale_gradients), sgd)
+        self.rows = 0
+
+    def run(self, checkpoint: Checkpoint) -> Tensor:
+        """Train to the end from the last checkpoint; returns the hashes of the rows seen."""
+        state = checkpoint.load()
+        first, hash_N = 0, torch.zeros(0, dtype=torch.int64)
+        if state is not None:
+            self.sdn.load_state_dict(state["sdn"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            first, hash_N, self.rows = state["epoch"], state["hash_N"], state["rows"]
+        for epoch in steps(range(first, self.epochs), "train jointly", self.epochs - first):
+            self.sdn.train()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seeded(self.seed, epoch, 2, self.share.rank).initial_seed())
+                hash_N = self._epoch(epoch)
+            if self.fabric.is_global_zero:
+                checkpoint.save(
+                    {
+                        "sdn": self.sdn.state_dict(),
+                        "optimizer": self.optimizer.state_dict(),
+                        "epoch": epoch + 1,
+                        "hash_N": hash_N,
+                        "rows": self.rows,
+                    }
+                )
+        return hash_N
+
+    def _epoch(self, epoch: int) -> Tensor:
+        generator, hashes, seen = seeded(self.seed, epoch, 1), [], 0
+        for inputs, labels in seeded_batches(self.data, self.recipe.batch_size, self.seed, epoch, shuffle=True):
+            size = num_rows(inputs)
+            if size < self.share.world:
+                continue  # a process without rows would keep the others waiting
+            labels_B = check_labels(labels, size, self.sdn.plan.num_classes)
+            hashes.append(row_hashes(inputs))
+            view = inputs if self.augment is None else self.augment(inputs, generator)
+            own = self.share.of_batch(0)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.lr * self._rate(epoch, seen)
+            self._step(take(view, own), labels_B[own], size, self.taus.at(epoch))
+            seen += size
+        self.rows = seen
+        return torch.unique(torch.cat(hashes)) if hashes else torch.zeros(0, dtype=torch.int64)
+
+    def _rate(self, epoch: int, seen: int) -> float:
+        if self.recipe.milestones:
+            return stepped(epoch, [round(share * self.epochs) for share in self.recipe.milestones])
+        return one_cycle((epoch + (min(seen / self.rows, 1.0) if self.rows else 0.5)) / self.epochs)
+
+    def _step(self, inputs: Inputs, labels_B: Tensor, size: int, taus: tuple[float, ...]) -> None:
+        device = self.fabric.device
+        answers_EBC = self.model(each(inputs, lambda tensor: tensor.to(device))).float()
+        labels_B = labels_B.to(device)
+        loss = _cross_entropy(answers_EBC[-1], labels_B, self.recipe)
+        for answer_BC, tau in zip(answers_EBC[:-1], taus, strict=True):
+            loss = loss + tau * _cross_entropy(answer_BC, labels_B, self.recipe)
+            if self.recipe.distillation:
+                loss = loss + tau * self.recipe.distillation * self._divergence(answer_BC, answers_EBC[-1])
+        self.optimizer.zero_grad()
+        # Processes average their gradients: a sum over the own rows times their number is the mean over the whole batch.
+        self.fabric.backward(loss * (self.share.world / size))
+        self.optimizer.step()
+
+    def _divergence(self, answer_BC: Tensor, teacher_BC: Tensor) -> Tensor:
+        """Kullback-Leibler divergence from the last exit's softened answer, summed over rows."""
+        heat = self.recipe.temperature
+        student, teacher = (answer_BC / heat).log_softmax(-1), (teacher_BC.detach() / heat).log_softmax(-1)
+        return F.kl_div(student, teacher, reduction="sum", log_target=True) * heat**2
+
+
+def _cross_entropy(answer_BC: Tensor, labels_B: Tensor, recipe: JointRecipe) -> Tensor:
+    return F.cross_entropy(answer_BC, labels_B, reduction="sum", label_smoothing=recipe.label_smoothing)

@@ -1,0 +1,1 @@
+"""Where networks run for their answers: the engine and its backends."""

@@ -1,0 +1,139 @@
+"""Listening at cut points while the user's own modules run; hooks live only inside the ``with``.
+
+It refuses to know why anybody listens. A visitor may replace the tensor, which is how rows leave an eager network.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+from shallowdeep.types import CutError, CutPoint
+
+Visitor: TypeAlias = Callable[[int, Tensor], Tensor | None]
+"""Called as ``visit(position of the cut, tensor)``; what it returns, unless None, takes the tensor's place."""
+
+# torch numbers hooks by an unguarded global counter: two threads registering at once could overwrite each other.
+_registration = threading.Lock()
+
+
+@contextmanager
+def tapped(model: nn.Module, cuts: Sequence[CutPoint], visit: Visitor) -> Iterator[None]:
+    """While open, every pass of *this thread* through ``model`` shows ``visit`` the tensor at each cut point.
+
+    Calls are counted from the ``with`` on: open it once per pass. Raises ``CutError`` when the network lacks a module
+    of a cut point or takes a path without its tensor.
+    """
+    by_call: dict[tuple[str, str, int], list[int]] = defaultdict(list)
+    by_function: dict[tuple[str, int], int] = {}
+    for position, cut in enumerate(cuts):
+        if cut.port == "call":
+            by_function[cut.function, cut.leaf] = position
+        else:
+            by_call[cut.module, cut.port, cut.call].append(position)
+
+    def hear(path: str, port: str, call: int, value: Any) -> Any:
+        wanted = by_call.get((path, port, call))
+        if wanted is None:
+            return None
+        leaves, spec = pytree.tree_flatten(value)
+        changed = False
+        for position in wanted:
+            leaf = cuts[position].leaf
+            if leaf >= len(leaves) or not isinstance(leaves[leaf], Tensor):
+                raise CutError(f"The network took another path: no tensor at the cut point {cuts[position].name!r}.")
+            replacement = visit(position, leaves[leaf])
+            if replacement is not None:
+                leaves[leaf], changed = replacement, True
+        return pytree.tree_unflatten(leaves, spec) if changed else None
+
+    def hear_function(name: str, count: int, result: Tensor) -> Tensor | None:
+        position = by_function.get((name, count))
+        return None if position is None else visit(position, result)
+
+    with listening(model, {cut.module for cut in cuts if cut.port != "call"}, hear):
+        if not by_function:
+            yield
+            return
+        with counting_functions(hear_function):
+            yield
+
+
+@contextmanager
+def listening(model: nn.Module, paths: Iterable[str], hear: Callable[[str, str, int, Any], Any]) -> Iterator[None]:
+    """While open, ``hear(path, "in" | "out", call, value)`` gets what enters and leaves the modules at ``paths``.
+
+    ``value`` is ``(args, named args)`` or the output; what ``hear`` returns, unless None, takes its place.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    missing = sorted(set(paths) - set(modules))
+    if missing:
+        raise CutError(f"No module {missing[0]!r} in {type(model).__name__}.")
+    with ExitStack() as stack:
+        for path in paths:
+            for handle in _Ears(path, hear).attach(modules[path]):
+                stack.callback(_remove, handle)
+        yield
+
+
+def _remove(handle: RemovableHandle) -> None:
+    with _registration:
+        handle.remove()
+
+
+class _Ears:
+    """The two hooks on one module; deaf to other threads, which may run the same module at the same time."""
+
+    def __init__(self, path: str, hear: Callable[[str, str, int, Any], Any]) -> None:
+        self.path, self.hear = path, hear
+        self.thread = threading.get_ident()
+        self.entered = 0
+        self.open_calls: list[int] = []
+
+    def attach(self, module: nn.Module) -> list[RemovableHandle]:
+        with _registration:
+            return [
+                module.register_forward_pre_hook(self.enter, with_kwargs=True),
+                module.register_forward_hook(self.leave),
+            ]
+
+    def enter(self, module: nn.Module, args: Any, named: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return None
+        self.open_calls.append(self.entered)
+        self.entered += 1
+        return self.hear(self.path, "in", self.open_calls[-1], (args, named))
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return None
+        return self.hear(self.path, "out", self.open_calls.pop(), output)
+
+
+class counting_functions(TorchFunctionMode):  # noqa: N801  (used as a context manager)
+    """While open, ``hear(name, count, result)`` gets every torch function's result, counted by name from 1.
+
+    The exporter counts in the same way; this reaches cut points that no module call ends or enters.
+    """
+
+    def __init__(self, hear: Callable[[str, int, Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.hear = hear
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(getattr(func, "__name__", ""))
+        self.counts[name] += 1
+        if not isinstance(result, Tensor):
+            return result
+        replacement = self.hear(name, self.counts[name], result)
+        return result if replacement is None else replacement

@@ -1,0 +1,325 @@
+"""How internal classifiers learn on a frozen backbone, which does not change by one bit.
+
+It refuses to know thresholds and policies; it ends with weights. Training everything together is next door, in ``joint``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from shallowdeep.checkpoints import Checkpoint
+from shallowdeep.features import (
+    CACHE_BYTES,
+    Augment,
+    Cache,
+    Data,
+    Extractor,
+    Share,
+    Store,
+    View,
+    cache_key,
+    check_passes,
+    choose_place,
+    extract_view,
+    seeded,
+    seeded_batches,
+    temporary_folder,
+    view_bytes,
+)
+from shallowdeep.inputs import as_inputs, as_pair, batches, check_labels, num_rows, row_hashes, take
+from shallowdeep.network import ShallowDeepNetwork, fingerprint
+from shallowdeep.progress import steps
+from shallowdeep.rates import one_cycle, stepped
+from shallowdeep.types import DataError, Plan
+
+Part: TypeAlias = tuple[list[Tensor], Tensor, int]
+"""This process's rows of one batch: features per exit, labels, and the size of the whole batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitRecipe:
+    """How ICs are optimised on a frozen backbone.
+
+    With ``milestones`` the rate falls tenfold after those epochs; without, it follows one cycle. ``decoupled`` is AdamW's
+    weight decay, else L2 inside Adam. ``absent`` is the share of rows whose previous exit is silent in training, so that an
+    IC can also answer without it.
+    """
+
+    lr: float
+    weight_decay: float
+    decoupled: bool = True
+    batch_size: int = 256
+    milestones: tuple[int, ...] = ()
+    label_smoothing: float = 0.0
+    absent: float = 0.0
+
+
+PAPER_EXITS = ExitRecipe(lr=1e-3, weight_decay=5e-4, decoupled=False, batch_size=128, milestones=(14,))
+"""Adam with L2, 1e-3 for 14 epochs, then 1e-4: what the original code really runs (arXiv 1810.07052)."""
+STRONG_EXITS = ExitRecipe(lr=2e-3, weight_decay=1e-2, absent=0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitTraining:
+    """What a training of ICs did: mean loss per epoch and exit, seconds, where features were kept, at which precision."""
+
+    loss_per_epoch: tuple[tuple[float, ...], ...]
+    seconds: float
+    feature_seconds: float
+    cache: str
+    precision: str
+    rows: int
+
+
+def default_recipe(plan: Plan) -> ExitRecipe:
+    """The paper's recipe for the paper's ICs, ours for all others."""
+    return PAPER_EXITS if all(spec.kind == "paper" for spec in plan.classifiers) else STRONG_EXITS
+
+
+def train_exits(
+    sdn: ShallowDeepNetwork,
+    data: Data,
+    *,
+    epochs: int = 25,
+    augment: Augment | None = None,
+    views: int = 2,
+    recipe: ExitRecipe | None = None,
+    cache: Cache = "auto",
+    cache_bytes: int = CACHE_BYTES,
+    cache_dir: str | os.PathLike[str] | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    seed: int = 0,
+    fabric: Fabric | None = None,
+) -> ExitTraining:
+    """Train the ICs of ``sdn`` in place on its frozen backbone (IC-only training, arXiv 1810.07052, section 4.2).
+
+    ``data`` is a DataLoader, an iterable of ``(inputs, labels)`` or one such pair. ``augment(inputs, generator)`` draws
+    random views, of which ``views`` are made once and used in turn; without it there is one clean view. ``cache``:
+    ``"auto"`` keeps features in memory, or on disk where memory is short, while all views fit into ``cache_bytes``, and else
+    streams (``"off"``: the backbone runs in every epoch). Features under ``cache_dir`` are found again by a later run, if
+    complete. With ``checkpoint_dir`` a killed run goes on after its last whole epoch. ``precision`` is the backbone's;
+    ``"auto"`` takes bf16 where a timed batch is faster. ``fabric`` is a launched ``lightning_fabric.Fabric``; each of its
+    processes takes its share of every batch. Raises ``DataError`` for labels outside the classes, empty data, or an iterator
+    that can be read only once where more passes are needed.
+    """
+    if epochs < 1 or views < 1 or precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(
+            f"Need epochs >= 1, views >= 1, precision auto, fp32 or bf16; found {epochs}, {views}, {precision!r}."
+        )
+    start = time.perf_counter()
+    fabric = fabric or one_process(sdn)
+    recipe = recipe or default_recipe(sdn.plan)
+    run = _ExitRun(sdn, data, augment, views if augment is not None else 1, recipe, epochs, seed, fabric, precision)
+    with _only_exits_train(sdn), temporary_folder() as scratch:
+        parts_of = run.source(cache, cache_bytes, Path(cache_dir or scratch), lasting=cache_dir is not None)
+        ready = time.perf_counter()
+        losses = run.optimise(parts_of, Checkpoint(checkpoint_dir, run.choices()))
+    sdn.trained_hashes = torch.unique(torch.cat([sdn.trained_hashes, run.hash_N]))
+    return ExitTraining(
+        loss_per_epoch=tuple(losses),
+        seconds=time.perf_counter() - start,
+        feature_seconds=ready - start,
+        cache=run.place,
+        precision="bf16" if run.extractor.bf16 else "fp32",
+        rows=len(run.hash_N),
+    )
+
+
+@contextmanager
+def _only_exits_train(sdn: ShallowDeepNetwork) -> Iterator[None]:
+    """The backbone in eval mode (no drift of BatchNorm, no dropout), the ICs in train mode; all flags come back."""
+    modes = [(module, module.training) for module in sdn.modules()]
+    sdn.backbone.eval()
+    sdn.classifiers.train()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def one_process(sdn: ShallowDeepNetwork) -> Fabric:
+    """Fabric on the device where ``sdn`` is, without other processes."""
+    device = next(sdn.parameters()).device
+    return Fabric(accelerator=device.type, devices=[device.index or 0] if device.type == "cuda" else 1)
+
+
+class _ExitRun:
+    """One run of ``train_exits``: where its batches come from, and its steps."""
+
+    def __init__(
+        self,
+        sdn: ShallowDeepNetwork,
+        data: Data,
+        augment: Augment | None,
+        views: int,
+        recipe: ExitRecipe,
+        epochs: int,
+        seed: int,
+        fabric: Fabric,
+        precision: Literal["auto", "fp32", "bf16"],
+    ) -> None:
+        self.sdn, self.data, self.augment, self.views, self.recipe = sdn, data, augment, views, recipe
+        self.epochs, self.seed, self.fabric = epochs, seed, fabric
+        self.share = Share(fabric.global_rank, fabric.world_size)
+        self.hash_N = torch.zeros(0, dtype=torch.int64)
+        self.place = "off"
+        inputs, labels = self._first_batch()
+        check_labels(labels, num_rows(inputs), sdn.plan.num_classes)
+        self.extractor = Extractor(sdn, inputs, precision)
+
+    def _first_batch(self) -> tuple[Any, Tensor]:
+        """The first batch, put back where the data is a one-shot iterator."""
+        if isinstance(self.data, Iterator):
+            first = next(self.data, None)
+            if first is not None:
+                self.data = itertools.chain([first], self.data)
+        else:
+            first = next(batches(self.data, 64), None)
+        if first is None or num_rows(as_inputs(first[0])) == 0:
+            raise DataError("The data is empty: no rows to train on.")
+        return as_inputs(first[0]), first[1]
+
+    def choices(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        return {
+            "backbone": fingerprint(self.sdn.backbone),
+            "exits": list(self.sdn.plan.exit_names),
+            "classifiers": [dataclasses.asdict(spec) for spec in self.sdn.plan.classifiers],
+            "recipe": dataclasses.asdict(self.recipe),
+            "epochs": self.epochs,
+            "seed": self.seed,
+            "views": self.views,
+            "precision": "bf16" if self.extractor.bf16 else "fp32",
+        }
+
+    def source(self, cache: Cache, budget: int, folder: Path, lasting: bool) -> Callable[[int], Iterator[Part]]:
+        """A function from the epoch to this process's parts of its batches."""
+        pair = as_pair(self.data)
+        per_view = view_bytes(self.sdn, num_rows(pair[0]) if pair else 0, self.extractor.bf16)
+        self.place = choose_place("disk" if lasting and cache == "auto" else cache, self.views * per_view, budget)
+        check_passes(self.data, self.epochs if self.place == "off" else self.views)
+        if self.place == "off":
+            return self._streamed
+        key = cache_key(self.sdn, self.data, self.augment, self.seed, self.share) | {"bf16": self.extractor.bf16}
+        store = Store(folder / f"rank{self.share.rank}" if self.place == "disk" else None, key)
+        made: list[View] = []
+        for view in range(self.views):
+            found = store.find(view)
+            if found is None:
+                found = extract_view(
+                    self.sdn,
+                    self.data,
+                    self.augment,
+                    self.seed,
+                    view,
+                    extractor=self.extractor,
+                    store=store,
+                    share=self.share,
+                )
+                store.finish(view, *found)
+            made.append(found[0])
+            self.hash_N = found[1]
+        return lambda epoch: self._cached(made, epoch)
+
+    def _cached(self, made: Sequence[View], epoch: int) -> Iterator[Part]:
+        view = made[epoch % len(made)]
+        order = torch.randperm(len(self.hash_N), generator=seeded(self.seed, epoch))
+        for batch in torch.split(order, self.recipe.batch_size):
+            own = self.share.places(batch)
+            yield [features[own] for features in view.features], view.labels_N[own], len(batch)
+
+    def _streamed(self, epoch: int) -> Iterator[Part]:
+        generator, hashes = seeded(self.seed, epoch, 1), []
+        for inputs, labels in seeded_batches(self.data, self.recipe.batch_size, self.seed, epoch, shuffle=True):
+            checked = check_labels(labels, num_rows(inputs), self.sdn.plan.num_classes).cpu()
+            hashes.append(row_hashes(inputs))
+            seen = inputs if self.augment is None else self.augment(inputs, generator)
+            own = self.share.of_batch(0)
+            features = self.extractor(take(seen, own)) if len(checked[own]) else []
+            yield features, checked[own], num_rows(inputs)
+        self.hash_N = torch.cat(hashes)
+
+    def optimise(self, parts_of: Callable[[int], Iterator[Part]], checkpoint: Checkpoint) -> list[tuple[float, ...]]:
+        """Mean loss per exit of every epoch, those before a resumed checkpoint included."""
+        classifiers, recipe = self.sdn.classifiers, self.recipe
+        kind = torch.optim.AdamW if recipe.decoupled else torch.optim.Adam
+        optimizer = kind(classifiers.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+        state = checkpoint.load() or {"epoch": 0, "losses": [], "hash_N": self.hash_N}
+        if state["epoch"]:
+            classifiers.load_state_dict(state["classifiers"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.hash_N = state["hash_N"]
+        losses = [tuple(loss) for loss in state["losses"]]
+        for epoch in steps(range(state["epoch"], self.epochs), "train exits", self.epochs - state["epoch"]):
+            sums, seen = torch.zeros(len(classifiers), dtype=torch.float64), 0
+            # Dropout draws from (seed, epoch), so that a resumed run repeats it; the user's generator is not touched.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seeded(self.seed, epoch, 2, self.share.rank).initial_seed())
+                for features, labels, size in parts_of(epoch):
+                    for group in optimizer.param_groups:
+                        group["lr"] = recipe.lr * self._rate(epoch, seen)
+                    sums += self._step(optimizer, features, labels, size)
+                    seen += size
+            losses.append(tuple((sums / seen).tolist()))
+            if self.fabric.is_global_zero:
+                checkpoint.save(
+                    {
+                        "classifiers": classifiers.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "epoch": epoch + 1,
+                        "losses": [list(loss) for loss in losses],
+                        "hash_N": self.hash_N,
+                    }
+                )
+        return losses
+
+    def _rate(self, epoch: int, seen: int) -> float:
+        if self.recipe.milestones:
+            return stepped(epoch, self.recipe.milestones)
+        # A stream's length is known after its first epoch; in the first, progress within the epoch is ignored.
+        within = seen / len(self.hash_N) if len(self.hash_N) else 0.5
+        return one_cycle((epoch + min(within, 1.0)) / self.epochs)
+
+    def _step(self, optimizer: torch.optim.Optimizer, features: list[Tensor], labels_B: Tensor, size: int) -> Tensor:
+        """One step; gradients are those of the mean over the whole batch of ``size``, wherever its rows are.
+
+        Returns the summed loss per exit.
+        """
+        device, classifiers = self.extractor.device, self.sdn.classifiers
+        sums = torch.zeros(len(classifiers), dtype=torch.float64)
+        optimizer.zero_grad(set_to_none=False)
+        if len(labels_B):
+            labels_B = labels_B.to(device)
+            own = next(classifiers.parameters()).dtype
+            features = [f.to(device, f.dtype if self.extractor.bf16 else own) for f in features]
+            silent_EB = torch.rand(len(features), len(labels_B), device=device) < self.recipe.absent
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.extractor.bf16):
+                answers = self.sdn.classify(features, list(silent_EB) if self.recipe.absent else None)
+            smoothing = self.recipe.label_smoothing
+            loss_E = torch.stack(
+                [F.cross_entropy(a.float(), labels_B, reduction="sum", label_smoothing=smoothing) for a in answers]
+            )
+            (loss_E.sum() / size).backward()  # type: ignore[no-untyped-call]
+            sums = loss_E.detach().double().cpu()
+        if self.share.world > 1:
+            for parameter in classifiers.parameters():
+                grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+                parameter.grad = self.fabric.all_reduce(grad, reduce_op="sum")  # type: ignore[assignment]
+            sums = self.fabric.all_reduce(sums, reduce_op="sum")  # type: ignore[assignment]
+        optimizer.step()
+        return sums
