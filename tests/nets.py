@@ -238,7 +238,7 @@ ZOO = {
     "masked_tokens": Nasty(MaskedTokens, token_batch, 4),
     "dropout_norm": Nasty(DropoutNorm, images, 2),
     "control_flow": Nasty(ControlFlow, images, 3, via="modules"),
-    "batch_length": Nasty(BatchLength, scaled_images, 3),
+    "batch_length": Nasty(BatchLength, scaled_images, 3, via="modules"),
     "channels_last": Nasty(ChannelsLast, images, 4),
     "functional": Nasty(Functional, images, 3),
 }

@@ -1,3 +1,4 @@
+import doctest
 import json
 import os
 import pickle
@@ -406,9 +407,8 @@ def test_a_missing_transformers_names_the_extra(folder, monkeypatch):
     assert one_sentence(raised)
 
 
-def test_the_example_in_the_docstring_runs():
-    import doctest
-
-    result = doctest.testmod(shallowdeep.models)
-    assert result.attempted
-    assert not result.failed
+def test_the_examples_in_docstring_and_docs_run():
+    page = Path(__file__).parents[1] / "docs" / "models.md"
+    for result in (doctest.testmod(shallowdeep.models), doctest.testfile(str(page), module_relative=False)):
+        assert result.attempted
+        assert not result.failed

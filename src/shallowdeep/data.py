@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from shallowdeep.cifar import CIFAR, find_cifar, read_files
 from shallowdeep.files import FormatError
 from shallowdeep.inputs import Inputs, as_inputs, check_labels, num_rows, take, tensors
 from shallowdeep.types import DataError, MissingExtra
@@ -39,26 +39,6 @@ ENCODED = ("binary", "large_binary")
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # Pillow goes by content, and some of its other formats run programs: a .png may be a PostScript file.
 FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
-
-# The authors' files and their md5, https://www.cs.toronto.edu/~kriz/cifar.html
-CIFAR = {
-    "cifar-10-batches-py": {
-        "train": {
-            "data_batch_1": "c99cafc152244af753f735de768cd75f",
-            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-            "data_batch_4": "634d18415352ddfa80567beed471001a",
-            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-        },
-        "test": {"test_batch": "40351d587109b95175f43aff81a1287e"},
-        "names": {"batches.meta": "5ff9c542aee3614f3951f8cda6e48888"},
-    },
-    "cifar-100-python": {
-        "train": {"train": "16019d7e3df5f24257cddd939b257f8d"},
-        "test": {"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
-        "names": {"meta": "7973b15100ade9c7d40fb424638fde48"},
-    },
-}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -181,7 +161,7 @@ def read_data(
     if path.is_file() and split is not None:
         raise DataError(f"{path} is one file without splits; leave split={split!r} out.")
     parquet = [path] if path.is_file() and path.suffix == ".parquet" else sorted(path.glob("*.parquet"))
-    cifar = _find_cifar(path)
+    cifar = find_cifar(path)
     if cifar is None and parquet:
         return _read_parquet(parquet, path, split, size, limit)
     if cifar is None and path.is_dir():
@@ -416,83 +396,16 @@ def read_cifar(folder: str | Path, split: str | None) -> Dataset:
     """CIFAR-10 or CIFAR-100 (fine labels), uint8 [N, 3, 32, 32], from the authors' python files.
 
     ``folder`` is ``cifar-10-batches-py``, ``cifar-100-python`` or what holds one of them, ``split`` "train" or
-    "test". A file whose md5 is not the authors' is refused (``FormatError``) before it is parsed.
-    Krizhevsky (2009), https://www.cs.toronto.edu/~kriz/cifar.html
+    "test". Raises ``FormatError`` for a file other than the authors'. Krizhevsky (2009),
+    https://www.cs.toronto.edu/~kriz/cifar.html
     """
-    found = _find_cifar(Path(folder))
+    found = find_cifar(Path(folder))
     if found is None:
         raise DataError(f"{folder} is not, and does not hold, one of: {', '.join(CIFAR)}.")
-    if split not in ("train", "test"):
-        raise DataError(f"{found} has the splits train and test, found split={split!r}.")
-    files = CIFAR[found.name]
-    fine = b"fine_" if found.name == "cifar-100-python" else b""
-    parts = [_official(found / name, md5) for name, md5 in files[split].items()]
-    (about,) = [_official(found / name, md5) for name, md5 in files["names"].items()]
+    images, labels, names = read_files(found, split)
     return Dataset(
-        inputs=torch.from_numpy(np.concatenate([part[b"data"] for part in parts]).reshape(-1, 3, 32, 32)),
-        labels_N=torch.tensor([label for part in parts for label in part[fine + b"labels"]]),
-        class_names=tuple(name.decode() for name in about[fine + b"label_names"]),
-        source=str(folder),
+        inputs=torch.from_numpy(images), labels_N=torch.tensor(labels), class_names=names, source=str(folder)
     )
-
-
-def _find_cifar(path: Path) -> Path | None:
-    if path.name in CIFAR and path.is_dir():
-        return path
-    inside = [path / name for name in CIFAR if (path / name).is_dir()]
-    if len(inside) > 1:
-        raise DataError(f"{path} holds {' and '.join(CIFAR)}; give one of them.")
-    return inside[0] if inside else None
-
-
-def _official(path: Path, md5: str) -> Any:
-    with _reading(path):
-        _fits(path, path.stat().st_size)
-        data = path.read_bytes()
-    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise FormatError(f"{path} is not the authors' file: its md5 is {found}, theirs {md5}.")
-    return restricted_loads(data)
-
-
-class _Dtype:
-    def __init__(self, name: str | bytes, _align: object, _copy: object) -> None:
-        self.name = name
-
-    def __setstate__(self, _state: object) -> None:
-        pass
-
-
-class _Array(npt.NDArray[np.uint8]):
-    def __new__(cls, _kind: object, _shape: object, _code: object) -> _Array:
-        return super().__new__(cls, 0, np.uint8)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _version, shape, dtype, fortran, data = state
-        if dtype.name not in ("u1", b"u1") or fortran:
-            raise FormatError(f"The pickle holds an array of {dtype.name!r}; only plain uint8 arrays are read.")
-        super().__setstate__((1, shape, np.dtype(np.uint8), False, data))
-
-
-class _Unpickler(pickle.Unpickler):
-    # numpy's own dtype believes whatever state a pickle gives it, and a forged one crashes the process.
-    stand_ins: Mapping[str, Any] = {
-        "numpy.core.multiarray._reconstruct": _Array,
-        "numpy._core.multiarray._reconstruct": _Array,
-        "numpy.ndarray": "the kind that _Array is made as",
-        "numpy.dtype": _Dtype,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" not in self.stand_ins:
-            raise FormatError(f"The pickle asks for {module}.{name}; only uint8 arrays and plain values are read.")
-        return self.stand_ins[f"{module}.{name}"]
-
-
-def restricted_loads(data: bytes) -> Any:
-    """The plain values and uint8 arrays of a pickle, Python 2's text as bytes. Raises ``FormatError`` for all else."""
-    with _reading("The pickle"):
-        return _Unpickler(BytesIO(data), encoding="bytes").load()
 
 
 def digits() -> Dataset:

@@ -32,6 +32,7 @@ Augment: TypeAlias = Callable[[Inputs, torch.Generator], Inputs]
 """A function of a batch of inputs and a generator, answering a batch like it: one random view."""
 
 Cache: TypeAlias = Literal["auto", "memory", "disk", "off"]
+Precision: TypeAlias = Literal["auto", "fp32", "bf16"]
 CACHE_BYTES = 6 << 30
 EXTRACT_BATCH = 256
 
@@ -100,7 +101,7 @@ class Share:
 class Extractor:
     """Runs the frozen backbone and reduces; in bf16 where one timed batch shows that to be faster."""
 
-    def __init__(self, sdn: ShallowDeepNetwork, sample: Inputs, precision: Literal["auto", "fp32", "bf16"]) -> None:
+    def __init__(self, sdn: ShallowDeepNetwork, sample: Inputs, precision: Precision) -> None:
         self.sdn = sdn
         self.device = next(sdn.parameters()).device
         some = next(p for p in sdn.parameters() if p.is_floating_point())

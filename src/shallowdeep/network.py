@@ -79,16 +79,16 @@ class ShallowDeepNetwork(nn.Module):
         said: list[Tensor] = []
         inputs = as_inputs(inputs)
 
-        def visit(position: int, x: Tensor) -> Tensor | None:
-            ahead = self.num_exits - position
-            ready, onward = x, None
+        def visit(position: int, x: Tensor) -> None:
+            ahead = self.num_exits - 1 - position
+            ready = x
             if torch.is_grad_enabled() and x.requires_grad:
                 ready = x.clone()  # the backbone may write into x
                 if rescale_gradients:
-                    ready, onward = scale_gradient(ready, 1 / ahead), scale_gradient(x, (ahead - 1) / ahead)
+                    ready = _scale_gradient(ready, 1 / ahead)
+                    x.register_hook(lambda gradient: gradient * (ahead / (ahead + 1)))
             previous = said[-1].detach().log_softmax(-1) if said else None
             said.append(self.classifier(position)(ready, previous, self._mask(position, inputs)))
-            return onward
 
         full = self._pass(inputs, visit, said)
         return torch.stack([*(answer.to(full.dtype) for answer in said), full])
@@ -170,7 +170,7 @@ class ShallowDeepNetwork(nn.Module):
         return f"Shallow-deep network of {self.plan.model}, {self.num_exits} exits\n" + table(rows)
 
 
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
+def _scale_gradient(x: Tensor, scale: float) -> Tensor:
     """``x`` itself, whose gradient is multiplied by ``scale`` on the way back."""
     return x.detach() + (x - x.detach()) * scale
 

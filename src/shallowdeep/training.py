@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from shallowdeep.features import (
     Cache,
     Data,
     Extractor,
+    Precision,
     Share,
     Store,
     View,
@@ -101,7 +102,7 @@ def train_exits(
     cache_bytes: int = CACHE_BYTES,
     cache_dir: str | os.PathLike[str] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    precision: Precision = "auto",
     seed: int = 0,
     fabric: Fabric | None = None,
 ) -> ExitTraining:
@@ -123,11 +124,14 @@ def train_exits(
     start = time.perf_counter()
     fabric = fabric or one_process(sdn)
     recipe = recipe or default_recipe(sdn.plan)
-    run = _ExitRun(sdn, data, augment, views if augment is not None else 1, recipe, epochs, seed, fabric, precision)
+    run = _ExitRun(sdn, data, augment, views if augment is not None else 1, recipe, epochs, seed, fabric)
+    checkpoint = Checkpoint(checkpoint_dir, run.choices())
+    state = checkpoint.load()
+    run.extractor = run.make_extractor(precision if state is None else "bf16" if state["bf16"] else "fp32")
     with _only_exits_train(sdn), temporary_folder() as scratch:
         parts_of = run.source(cache, cache_bytes, Path(cache_dir or scratch), lasting=cache_dir is not None)
         ready = time.perf_counter()
-        losses = run.optimise(parts_of, Checkpoint(checkpoint_dir, run.choices()))
+        losses = run.optimise(parts_of, checkpoint, state)
     sdn.trained_hashes = torch.unique(torch.cat([sdn.trained_hashes, run.hash_N]))
     return ExitTraining(
         loss_per_epoch=tuple(losses),
@@ -171,16 +175,15 @@ class _ExitRun:
         epochs: int,
         seed: int,
         fabric: Fabric,
-        precision: Literal["auto", "fp32", "bf16"],
     ) -> None:
         self.sdn, self.data, self.augment, self.views, self.recipe = sdn, data, augment, views, recipe
         self.epochs, self.seed, self.fabric = epochs, seed, fabric
         self.share = Share(fabric.global_rank, fabric.world_size)
+        self.extractor: Extractor
         self.hash_N = torch.zeros(0, dtype=torch.int64)
         self.place = "off"
-        inputs, labels = self._first_batch()
-        check_labels(labels, num_rows(inputs), sdn.plan.num_classes)
-        self.extractor = Extractor(sdn, inputs, precision)
+        self.sample, labels = self._first_batch()
+        check_labels(labels, num_rows(self.sample), sdn.plan.num_classes)
 
     def _first_batch(self) -> tuple[Any, Tensor]:
         """The first batch, put back where the data is a one-shot iterator."""
@@ -204,8 +207,11 @@ class _ExitRun:
             "epochs": self.epochs,
             "seed": self.seed,
             "views": self.views,
-            "precision": "bf16" if self.extractor.bf16 else "fp32",
         }
+
+    def make_extractor(self, precision: Precision) -> Extractor:
+        """The backbone's runner; a resumed run keeps the precision it began with, whatever a new timing would say."""
+        return Extractor(self.sdn, self.sample, precision)
 
     def source(self, cache: Cache, budget: int, folder: Path, lasting: bool) -> Callable[[int], Iterator[Part]]:
         """A function from the epoch to this process's parts of its batches."""
@@ -254,18 +260,19 @@ class _ExitRun:
             yield features, checked[own], num_rows(inputs)
         self.hash_N = torch.cat(hashes)
 
-    def optimise(self, parts_of: Callable[[int], Iterator[Part]], checkpoint: Checkpoint) -> list[tuple[float, ...]]:
+    def optimise(
+        self, parts_of: Callable[[int], Iterator[Part]], checkpoint: Checkpoint, state: dict[str, Any] | None
+    ) -> list[tuple[float, ...]]:
         """Mean loss per exit of every epoch, those before a resumed checkpoint included."""
         classifiers, recipe = self.sdn.classifiers, self.recipe
         kind = torch.optim.AdamW if recipe.decoupled else torch.optim.Adam
         optimizer = kind(classifiers.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-        state = checkpoint.load() or {"epoch": 0, "losses": [], "hash_N": self.hash_N}
-        if state["epoch"]:
+        first, losses = 0, []
+        if state is not None:
             classifiers.load_state_dict(state["classifiers"])
             optimizer.load_state_dict(state["optimizer"])
-            self.hash_N = state["hash_N"]
-        losses = [tuple(loss) for loss in state["losses"]]
-        for epoch in steps(range(state["epoch"], self.epochs), "train exits", self.epochs - state["epoch"]):
+            first, losses, self.hash_N = state["epoch"], [tuple(loss) for loss in state["losses"]], state["hash_N"]
+        for epoch in steps(range(first, self.epochs), "train exits", self.epochs - first):
             sums, seen = torch.zeros(len(classifiers), dtype=torch.float64), 0
             # Dropout draws from (seed, epoch), so that a resumed run repeats it; the user's generator is not touched.
             with torch.random.fork_rng(devices=[]):
@@ -284,6 +291,7 @@ class _ExitRun:
                         "epoch": epoch + 1,
                         "losses": [list(loss) for loss in losses],
                         "hash_N": self.hash_N,
+                        "bf16": self.extractor.bf16,
                     }
                 )
         return losses

@@ -1,0 +1,345 @@
+"""The command line ``sdn``: thin doors to the library, each verb joined to the next by files.
+
+It refuses to do any work itself, and imports torch only inside a verb, so that help does not wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+if TYPE_CHECKING:
+    from shallowdeep.verbs import DataChoice
+
+app = App(
+    name="sdn",
+    help="Turn any PyTorch classifier into a Shallow-Deep Network that answers as early as it safely can.",
+    version_flags=["--version"],
+)
+RUNS = Path("runs")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Rows:
+    """Which rows to read.
+
+    Parameters
+    ----------
+    data
+        A folder of class folders of images, an .npz of named arrays, parquet of images, or the CIFAR python files.
+    split
+        The part to read where the data has several (train, test, ...).
+    size
+        Height and width to which images are resized.
+    limit
+        Use so many rows, spread evenly.
+    half
+        A fixed random half of the rows: choose thresholds on "a", report on "b".
+    """
+
+    data: str
+    _: KW_ONLY
+    split: str | None = None
+    size: Annotated[tuple[int, int] | None, Parameter(negative=())] = None
+    limit: int | None = None
+    half: Literal["all", "a", "b"] = "all"
+
+    def choice(self) -> DataChoice:
+        from shallowdeep.verbs import DataChoice
+
+        return DataChoice(source=self.data, split=self.split, size=self.size, limit=self.limit, half=self.half)
+
+
+@app.command
+def plan(
+    model: str,
+    rows: Rows,
+    *,
+    out: Path = RUNS / "plan",
+    weights: Path | None = None,
+    num_classes: int | None = None,
+    at: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
+    classifier: Literal["strong", "paper"] = "strong",
+    mean: Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())] = (),
+    std: Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())] = (),
+) -> dict[str, Any]:
+    """Find where a model can be cut and choose exits.
+
+    Parameters
+    ----------
+    model
+        module:callable (this RUNS the user's code), timm:NAME, or hf:FOLDER (safetensors only).
+    out
+        Folder to write.
+    weights
+        Weights of the model: .safetensors, or a torch file of plain tensors.
+    num_classes
+        Classes the model answers; default: those of the data.
+    at
+        Exits: fractions of the model's macs (0.15 0.3 ...) or names of cut points.
+    classifier
+        Kind of internal classifier.
+    mean
+        Mean per channel of pixels in [0, 1]; default ImageNet's for colour images.
+    std
+        Standard deviation per channel.
+    """
+    from shallowdeep import verbs
+    from shallowdeep.cuts import FRACTIONS
+
+    chosen = tuple(float(wish) if _is_number(wish) else wish for wish in at) or FRACTIONS
+    return verbs.plan_verb(
+        model,
+        rows.choice(),
+        out,
+        weights=weights,
+        num_classes=num_classes,
+        at=chosen,
+        classifier=classifier,
+        mean=mean,
+        std=std,
+    )
+
+
+@app.command
+def train(
+    rows: Rows,
+    *,
+    plan_dir: Annotated[Path, Parameter(name="--plan")] = RUNS / "plan",
+    out: Path = RUNS / "train",
+    epochs: int = 25,
+    jointly: bool = False,
+    augment: Literal["none", "crop", "flip-crop"] = "none",
+    views: int = 2,
+    lr: float | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train the internal classifiers of a plan; a killed run goes on when it is started again.
+
+    Parameters
+    ----------
+    plan_dir
+        Folder of `sdn plan`.
+    out
+        Folder to write.
+    epochs
+        Passes over the training rows.
+    jointly
+        Train the backbone, too (a copy of it; its weights are written to OUT).
+    augment
+        Random views of images: shifts (crop), also mirrored (flip-crop).
+    views
+        How many random views are made once and used in turn.
+    lr
+        Learning rate of joint training.
+    seed
+        Of initial weights, order and augmentation.
+    """
+    from shallowdeep import verbs
+
+    return verbs.train_verb(
+        plan_dir,
+        rows.choice(),
+        out,
+        epochs=epochs,
+        jointly=jointly,
+        augment=augment,
+        views=views,
+        lr=lr,
+        seed=seed,
+    )
+
+
+@app.command
+def collect(
+    rows: Rows,
+    *,
+    sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
+    out: Path = RUNS / "collect",
+    batch_size: int = 256,
+    reference: bool = False,
+) -> dict[str, Any]:
+    """Record what every exit says about every row: a trace.
+
+    Parameters
+    ----------
+    sdn_dir
+        Folder of `sdn train`.
+    out
+        Folder to write.
+    batch_size
+        Rows run at once.
+    reference
+        Also keep these rows' confusion as the reference that standardises later confusions.
+    """
+    from shallowdeep import verbs
+
+    return verbs.collect_verb(sdn_dir, rows.choice(), out, batch_size=batch_size, reference=reference)
+
+
+@app.command
+def analyze(*, trace: Path = RUNS / "collect", out: Path = RUNS / "analyze") -> dict[str, Any]:
+    """Show how much the network overthinks, how well confusion finds its errors, and the accuracy-cost curve.
+
+    Parameters
+    ----------
+    trace
+        Folder of `sdn collect`.
+    out
+        Folder to write.
+    """
+    from shallowdeep import verbs
+
+    return verbs.analyze_verb(trace, out)
+
+
+@app.command
+def calibrate(
+    *,
+    trace: Path = RUNS / "collect",
+    out: Path = RUNS / "calibrate",
+    max_accuracy_drop: float | None = None,
+    max_mean_cost: float | None = None,
+    confidence: float | None = None,
+) -> dict[str, Any]:
+    """Choose thresholds on held-out rows for an accuracy drop or a mean cost.
+
+    Parameters
+    ----------
+    trace
+        Folder of `sdn collect`, of rows that nothing was trained on.
+    out
+        Folder to write.
+    max_accuracy_drop
+        Drop allowed, as a fraction (0.005 is half a point).
+    max_mean_cost
+        Mean cost allowed, as a share of the whole network.
+    confidence
+        Test the drop on rows held back, to hold with this probability; without it the target is an aim.
+    """
+    from shallowdeep import verbs
+
+    return verbs.calibrate_verb(
+        trace, out, max_accuracy_drop=max_accuracy_drop, max_mean_cost=max_mean_cost, confidence=confidence
+    )
+
+
+@app.command
+def evaluate(
+    *, policy: Path = RUNS / "calibrate", trace: Path = RUNS / "collect", out: Path = RUNS / "evaluate"
+) -> dict[str, Any]:
+    """Report what a policy does on a trace that it was not chosen on.
+
+    Parameters
+    ----------
+    policy
+        Folder of `sdn calibrate`.
+    trace
+        Folder of `sdn collect`, of other rows.
+    out
+        Folder to write.
+    """
+    from shallowdeep import verbs
+
+    return verbs.evaluate_verb(policy, trace, out)
+
+
+@app.command
+def predict(
+    rows: Rows,
+    *,
+    sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
+    policy: Path = RUNS / "calibrate",
+    out: Path = RUNS / "predict",
+    batch_size: int = 64,
+) -> dict[str, Any]:
+    """Answer rows, stopping early, and time it against the whole network.
+
+    Parameters
+    ----------
+    sdn_dir
+        Folder of `sdn train`.
+    policy
+        Folder of `sdn calibrate`.
+    out
+        Folder to write.
+    batch_size
+        Rows answered at once.
+    """
+    from shallowdeep import verbs
+
+    return verbs.predict_verb(sdn_dir, policy, rows.choice(), out, batch_size=batch_size)
+
+
+@app.command
+def demo(
+    *,
+    data: Literal["digits", "cifar10"] = "digits",
+    data_dir: Path | None = None,
+    weights: Path | None = None,
+    out: Path = RUNS / "demo",
+    classifier: Literal["strong", "paper"] = "strong",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run the whole job: train or load a network, convert it, choose thresholds, report on unseen rows.
+
+    Parameters
+    ----------
+    data
+        scikit-learn's digits (comes with the library), or CIFAR-10 with a public ResNet.
+    data_dir
+        Folder of the CIFAR-10 python files.
+    weights
+        ResNet-20 or ResNet-56 weights of akamaster/pytorch_resnet_cifar10.
+    out
+        Folder to write.
+    classifier
+        Kind of internal classifier.
+    seed
+        Of everything random.
+    """
+    from shallowdeep import demo as demos
+
+    if data == "digits":
+        return demos.digits_demo(out, classifier=classifier, seed=seed)
+    return demos.cifar10_demo(out, data_dir=data_dir, weights=weights, classifier=classifier, seed=seed)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one verb; bad input is one sentence on stderr and exit status 2 (the traceback with SDN_DEBUG=1)."""
+    try:
+        result = app(arguments, result_action="return_value")
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        if os.environ.get("SDN_DEBUG"):
+            raise
+        sys.exit(_say(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if isinstance(result, dict):
+        print(json.dumps(result))
+
+
+def _say(error: Exception) -> int:
+    sentence = " ".join(str(error).split()) or type(error).__name__
+    print(f"sdn: {sentence}", file=sys.stderr)
+    return 2
+
+
+
+if __name__ == "__main__":
+    main()

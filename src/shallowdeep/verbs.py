@@ -1,0 +1,306 @@
+"""The work behind the command line's verbs: files in, a folder of files out, each verb to be rerun alone.
+
+It refuses to know how choices are typed; that is the command line's. Every function returns what the last line prints.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from shallowdeep.augment import FlipCrop
+from shallowdeep.calibration import calibrate, evaluate, tradeoff
+from shallowdeep.collection import collect
+from shallowdeep.costs import costs_of, table_of
+from shallowdeep.cuts import FRACTIONS, plan
+from shallowdeep.data import Dataset, Preprocessing, read_data
+from shallowdeep.disagreement import error_finding, fit_confusion
+from shallowdeep.effects import overthinking
+from shallowdeep.files import read_json, write_text
+from shallowdeep.inputs import Inputs, call, each, logits_of, num_rows, take, tensors
+from shallowdeep.joint import JointRecipe, train_jointly
+from shallowdeep.models import load_model
+from shallowdeep.network import ShallowDeepNetwork, attach, load, plan_from_json, plan_to_json, save
+from shallowdeep.policies import from_json, to_json
+from shallowdeep.progress import steps
+from shallowdeep.runs import plain, read_run, write_run
+from shallowdeep.runtime.engine import Engine
+from shallowdeep.timing import compare
+from shallowdeep.training import train_exits
+from shallowdeep.types import DataError, Trace, table
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Half = Literal["all", "a", "b"]
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataChoice:
+    """Which rows: where they are, of which split, at which size, how many, and which half of them."""
+
+    source: str
+    split: str | None = None
+    size: tuple[int, int] | None = None
+    limit: int | None = None
+    half: Half = "all"
+
+    def read(self) -> Dataset:
+        """The rows. ``half`` "a" and "b" part them by a fixed shuffle, so that one can choose what the other reports."""
+        data = read_data(self.source, split=self.split, size=self.size, limit=self.limit)
+        return data if self.half == "all" else data.rows(halves(len(data))[self.half == "b"])
+
+
+def halves(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Positions of a random half of ``rows`` rows and of the other half, each in order."""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    return order[: rows // 2].sort().values, order[rows // 2 :].sort().values
+
+
+def plan_verb(
+    model: str,
+    data: DataChoice,
+    out: Path,
+    *,
+    weights: Path | None = None,
+    num_classes: int | None = None,
+    at: Sequence[float | str] = FRACTIONS,
+    classifier: Literal["strong", "paper"] = "strong",
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
+) -> Result:
+    """Where ``model`` can be cut: writes ``plan.json``."""
+    rows = data.read()
+    network = load_model(model, weights=weights, num_classes=num_classes or len(rows.class_names))
+    preprocessing = _preprocessing(rows, mean, std)
+    found = plan(network, _ready(rows.rows(torch.arange(min(2, len(rows)))), preprocessing), at=at, classifier=classifier)
+    print(found)
+    write_text(out / "plan.json", json.dumps(plan_to_json(found), indent=1))
+    about = {
+        "model": model,
+        "weights": weights and str(weights.resolve()),
+        "num_classes": num_classes or len(rows.class_names),
+        "preprocessing": preprocessing and preprocessing.to_json(),
+        "class_names": rows.class_names,
+        "data": data.__dict__,
+    }
+    result = {"exits": found.exit_names, "cost": found.cost_E, "macs": found.total_macs, "params": found.total_params}
+    return _finish(out, "plan", about, result)
+
+
+def train_verb(
+    plan_dir: Path,
+    data: DataChoice,
+    out: Path,
+    *,
+    epochs: int = 25,
+    jointly: bool = False,
+    augment: Literal["none", "flip-crop", "crop"] = "none",
+    views: int = 2,
+    lr: float | None = None,
+    seed: int = 0,
+) -> Result:
+    """ICs (or everything, ``jointly``) trained: writes ``sdn.json`` and ``sdn.safetensors``; resumes by itself."""
+    about = read_run(plan_dir)["choices"]
+    rows = data.read()
+    preprocessing = _saved_preprocessing(about["preprocessing"])
+    network = _network(about)
+    torch.manual_seed(seed)
+    sdn = attach(network, plan_from_json(read_json(plan_dir / "plan.json")))
+    sdn.class_names, sdn.preprocessing = tuple(about["class_names"]), about["preprocessing"] or {}
+    print(sdn)
+    pair = (_ready(rows, preprocessing), rows.labels_N)
+    views_of = _augmentation(augment, preprocessing)
+    start = time.perf_counter()
+    result: Result = {"rows": len(rows), "epochs": epochs, "regime": "joint" if jointly else "exits"}
+    if jointly:
+        recipe = JointRecipe() if lr is None else JointRecipe(lr=lr)
+        sdn = train_jointly(
+            sdn, pair, epochs=epochs, recipe=recipe, augment=views_of, seed=seed, in_place=True, checkpoint_dir=out
+        )
+        write_backbone(sdn, out)
+        about = {**about, "weights": str((out / "backbone.safetensors").resolve())}
+    else:
+        done = train_exits(sdn, pair, epochs=epochs, augment=views_of, views=views, seed=seed, checkpoint_dir=out)
+        result |= {"loss": done.loss_per_epoch[-1], "cache": done.cache, "precision": done.precision}
+    save(sdn, out)
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    print(table_of(costs_of(sdn)))
+    result["seconds"] = round(time.perf_counter() - start, 2)
+    choices = {**about, "plan": plan_dir, "train_data": data.__dict__, "train_fingerprint": rows.fingerprint, "seed": seed}
+    return _finish(out, "train", choices | {"augment": augment, "views": views, "lr": lr}, result)
+
+
+def collect_verb(sdn_dir: Path, data: DataChoice, out: Path, *, batch_size: int = 256, reference: bool = False) -> Result:
+    """What every exit says about every row: writes ``trace.safetensors``. ``reference`` stores the confusion's moments."""
+    sdn, preprocessing = _load_sdn(sdn_dir)
+    rows = data.read()
+    trace = collect(sdn, (_ready(rows, preprocessing), rows.labels_N), batch_size=batch_size)
+    if reference:
+        fit_confusion(sdn, trace)
+        save(sdn, sdn_dir)
+    trace.save(out / "trace.safetensors")
+    accuracy_E = (trace.logits_ENC.argmax(-1) == trace.labels_N).double().mean(1)
+    lines = [("exit", "cost", "accuracy")]
+    lines += [(n, f"{c:.3f}", f"{a:.2%}") for n, c, a in zip(trace.exit_names, trace.cost_E, accuracy_E, strict=True)]
+    print(table(lines))
+    about = {"sdn": sdn_dir, "data": data.__dict__, "data_fingerprint": rows.fingerprint, "reference": reference}
+    return _finish(out, "collect", about, {"rows": len(rows), "exits": trace.exit_names, "accuracy": accuracy_E})
+
+
+def analyze_verb(trace_dir: Path, out: Path) -> Result:
+    """How much the network overthinks and how well confusion finds its errors: writes ``overthinking.json``."""
+    trace = Trace.load(trace_dir / "trace.safetensors")
+    found, errors = overthinking(trace), error_finding(trace)
+    curve = tradeoff(trace)
+    print(f"{found}\n\n{errors}\n\n{curve}")
+    facts = {name: value for name, value in found.__dict__.items() if name != "first_correct_N"} | errors.__dict__
+    write_text(out / "overthinking.json", json.dumps(plain(facts), indent=1))
+    return _finish(out, "analyze", {"trace": trace_dir}, facts)
+
+
+def calibrate_verb(
+    trace_dir: Path,
+    out: Path,
+    *,
+    max_accuracy_drop: float | None = None,
+    max_mean_cost: float | None = None,
+    confidence: float | None = None,
+) -> Result:
+    """Thresholds from held-out rows: writes ``policy.json``."""
+    trace = Trace.load(trace_dir / "trace.safetensors")
+    policy = calibrate(
+        trace, max_accuracy_drop=max_accuracy_drop, max_mean_cost=max_mean_cost, confidence=confidence
+    )
+    facts = to_json(policy)
+    write_text(out / "policy.json", json.dumps(facts, indent=1))
+    record = facts.pop("calibrated_on", {"info": {}})
+    print(json.dumps(facts, indent=1))
+    print(f"{record['info'].get('note', '')}")
+    choices = {"trace": trace_dir, "max_accuracy_drop": max_accuracy_drop, "max_mean_cost": max_mean_cost}
+    return _finish(out, "calibrate", choices | {"confidence": confidence}, {**facts, "info": record["info"]})
+
+
+def evaluate_verb(policy_dir: Path, trace_dir: Path, out: Path) -> Result:
+    """What a policy does on a trace: accuracy, cost, where rows leave; writes ``evaluation.json``."""
+    trace = Trace.load(trace_dir / "trace.safetensors")
+    found = evaluate(from_json(read_json(policy_dir / "policy.json")), trace)
+    print(found)
+    write_text(out / "evaluation.json", json.dumps(plain(found.__dict__), indent=1))
+    return _finish(out, "evaluate", {"policy": policy_dir, "trace": trace_dir}, found.__dict__)
+
+
+def predict_verb(
+    sdn_dir: Path, policy_dir: Path, data: DataChoice, out: Path, *, batch_size: int = 64
+) -> Result:
+    """Answers that stop early: writes ``predictions.csv``; measures seconds against the whole backbone on the same rows."""
+    sdn, preprocessing = _load_sdn(sdn_dir)
+    engine = Engine(sdn, from_json(read_json(policy_dir / "policy.json")))
+    rows = data.read()
+    inputs = _ready(rows, preprocessing)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["row", "label", "class", "exit", "confidence", "confusion", "cost", "valid"])
+    names, exits = sdn.class_names or rows.class_names, sdn.plan.exit_names
+    right, cost = 0, 0.0
+    for start in steps(range(0, len(rows), batch_size), "predict", -(-len(rows) // batch_size)):
+        answer = engine(take(inputs, slice(start, start + batch_size)))
+        columns = (answer.labels_B, answer.exit_B, answer.confidence_B, answer.confusion_B, answer.cost_B, answer.valid_B)
+        for i, (label, exit, sure, odd, paid, valid) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            figures = [f"{sure:.6f}", f"{odd:.6f}", f"{paid:.6f}", int(valid)]
+            writer.writerow([start + i, label, names[label], exits[exit], *figures])
+        right += int((answer.labels_B.cpu() == rows.labels_N[start : start + batch_size]).sum())
+        cost += float(answer.cost_B.sum())
+    write_text(out / "predictions.csv", text.getvalue())
+    timed = time_engine(engine, inputs, batch_size, rounds=5, limit=16 * batch_size)
+    result = {"rows": len(rows), "accuracy": right / len(rows), "mean_cost": cost / len(rows), **timed}
+    print(table([("rows", "accuracy", "mean cost", "speedup"), tuple(
+        [str(len(rows)), f"{result['accuracy']:.2%}", f"{result['mean_cost']:.3f}", f"{timed['speedup_measured']:.2f}x"])]))
+    about = {"sdn": sdn_dir, "policy": policy_dir, "data": data.__dict__, "data_fingerprint": rows.fingerprint}
+    return _finish(out, "predict", about | {"batch_size": batch_size}, result)
+
+
+def time_engine(engine: Engine, inputs: Inputs, batch_size: int, *, rounds: int, limit: int) -> Result:
+    """Seconds of the whole backbone against the engine on the same rows in the same batches, in turn."""
+    rows = min(num_rows(inputs), limit)
+    parts = [take(inputs, slice(i, min(i + batch_size, rows))) for i in range(0, rows, batch_size)]
+    backbone = engine.sdn.backbone.eval()
+
+    def whole() -> None:
+        with torch.inference_mode():
+            for part in parts:
+                logits_of(call(backbone, part))
+
+    timed = compare(whole, lambda: [engine(part) for part in parts], rounds=rounds)
+    return {
+        "speedup_measured": timed.ratio,
+        "speedup_quartiles": [timed.ratio_low, timed.ratio_high],
+        "full_ms_per_row": timed.a_ms / rows,
+        "early_exit_ms_per_row": timed.b_ms / rows,
+        "timed_batch_size": batch_size,
+    }
+
+
+# ---------------------------------------------------------------- what the verbs share
+
+
+def _finish(out: Path, verb: str, choices: Result, result: Result) -> Result:
+    write_run(out, verb, choices, result)
+    return dict(plain({"verb": verb, "out": out, **result}))
+
+
+def _preprocessing(rows: Dataset, mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocessing | None:
+    """For uint8 images: the given mean and std, else ImageNet's for three channels and a half for others."""
+    if not isinstance(rows.inputs, Tensor) or rows.inputs.dtype != torch.uint8:
+        if mean or std:
+            raise DataError("mean and std are for uint8 images; these rows are used as they are.")
+        return None
+    channels = rows.inputs.shape[1]
+    usual = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+    size = (rows.inputs.shape[2], rows.inputs.shape[3])
+    return Preprocessing(mean=mean or usual[0], std=std or usual[1], size=size)
+
+
+def _saved_preprocessing(about: dict[str, Any] | None) -> Preprocessing | None:
+    return Preprocessing.from_json(about) if about else None
+
+
+def _ready(rows: Dataset, preprocessing: Preprocessing | None) -> Inputs:
+    if preprocessing is None:
+        return rows.inputs
+    return each(rows.inputs, preprocessing.apply)
+
+
+def _augmentation(name: str, preprocessing: Preprocessing | None) -> FlipCrop | None:
+    if name == "none":
+        return None
+    if preprocessing is None:
+        raise DataError(f"augment={name!r} is for uint8 images.")
+    black = tuple(-m / s for m, s in zip(preprocessing.mean, preprocessing.std, strict=True))
+    return FlipCrop(padding=max(1, min(preprocessing.size) // 8), mirror=name == "flip-crop", fill=black)
+
+
+def _network(about: dict[str, Any]) -> nn.Module:
+    weights = Path(about["weights"]) if about["weights"] else None
+    return load_model(about["model"], weights=weights, num_classes=about["num_classes"])
+
+
+def _load_sdn(folder: Path) -> tuple[ShallowDeepNetwork, Preprocessing | None]:
+    about = read_run(folder)["choices"]
+    return load(folder, _network(about)).eval(), _saved_preprocessing(about["preprocessing"])
+
+
+def write_backbone(sdn: ShallowDeepNetwork, out: Path) -> None:
+    """The jointly trained backbone's own weights, beside the ICs: ``backbone.safetensors``."""
+    from safetensors.torch import save_model
+
+    out.mkdir(parents=True, exist_ok=True)
+    save_model(sdn.backbone, str(out / "backbone.safetensors"))
