@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
-from nets import CLASSES, ZOO, images
-from test_training import DROPLESS, equal, kill_in_the_middle, planned, rows
 from torch import Tensor
 
 import shallowdeep as sd
+from nets import CLASSES, ZOO, images
 from shallowdeep.joint import JointRecipe, Taus
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.types import DataError
+from test_training import DROPLESS, equal, kill_in_the_middle, planned, rows
 
 GENTLE = JointRecipe(lr=0.02, batch_size=20, weight_decay=1e-4)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from nets import CLASSES, ZOO, Nasty
 
 import shallowdeep as sd
+from nets import CLASSES, ZOO, Nasty
 from shallowdeep.inputs import Inputs, call, each, logits_of, tensors
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Confidence, Entropy, Fixed, Margin, Oracle, Patience, Policy

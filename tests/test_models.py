@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -30,6 +30,9 @@ class Tools:
 
 def net(num_classes=3):
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, num_classes))
+
+def wide(**options):
+    return net(**options)
 
 def words():
     return "no network"
@@ -72,7 +75,8 @@ def test_module_callable_runs_code_in_the_working_directory(code, tmp_path):
     assert not model.training
     assert not model[2].training
     assert load_model(f"{code}:net")[-1].out_features == 3
-    assert load_model(f"{code}:Tools.make").out_features == 3
+    assert load_model(f"{code}:wide", num_classes=6)[-1].out_features == 6
+    assert load_model(f"{code}:Tools.make", num_classes=5).out_features == 3
     assert sys.path[0] == str(tmp_path)
 
 
@@ -120,6 +124,7 @@ def test_a_file_name_is_not_a_module(module):
     assert repr(module) in str(raised.value)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30).filter(lambda s: not s.startswith(("timm:", "hf:"))))
 def test_any_text_is_a_model_or_one_clear_error(source):
     # Letters alone could name a real module; none of these has a real callable.
@@ -240,12 +245,9 @@ def test_load_model_loads_weights(code, tmp_path):
     assert float(model.state_dict()["0.weight"].min()) == 2
 
 
-def test_the_public_cifar_weights_are_read():
-    path = Path(__file__).resolve().parents[2] / "shared" / "data" / "weights" / "resnet20-12fca82f.th"
-    if not path.is_file():
-        pytest.skip(f"{path.name} is not beside this checkout")
+def test_the_public_cifar_weights_are_read(resnet20_weights):
     with pytest.raises(ValueError, match=r"unexpected \(conv1.weight, bn1.weight, bn1.bias and \d+ more\)"):
-        load_weights(nn.Linear(2, 2), path)
+        load_weights(nn.Linear(2, 2), resnet20_weights)
 
 
 # --- timm -----------------------------------------------------------------------------------------------------------
@@ -372,6 +374,14 @@ def test_weights_only_in_pickles_are_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"has no \*\.safetensors.*found config\.json, pytorch_model\.bin"):
         load_model(f"hf:{folder}")
+
+
+def test_pickles_are_not_read_in_place_of_missing_tensors(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "optimizer.safetensors")
+    with pytest.raises(FormatError, match=r"cannot be loaded.*no file named model\.safetensors") as raised:
+        load_model(f"hf:{folder}")
+    assert one_sentence(raised)
 
 
 def test_a_head_without_weights_is_not_filled_with_noise(saved, tmp_path):

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import CLASSES, ZOO, images
 from torch import Tensor
 
 import shallowdeep as sd
+from nets import CLASSES, ZOO, images
 from shallowdeep.augment import FlipCrop
 from shallowdeep.files import FormatError
 from shallowdeep.network import ShallowDeepNetwork

@@ -17,7 +17,8 @@ from shallowdeep.types import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class FlipCrop:
-    """Mirror half of the images [B, C, H, W] and shift each by up to ``padding`` pixels; the border is ``fill`` per channel.
+    """Mirror half of the images [B, C, H, W] and shift each by up to ``padding`` pixels; the border is ``fill`` per
+    channel.
 
     ``fill`` is the value of black after normalisation, or empty for 0; the usual augmentation of CIFAR has padding 4.
     """

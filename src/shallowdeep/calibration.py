@@ -1,28 +1,25 @@
-"""Thresholds for an aim, a budget or a bound, found on held-out rows; what a policy is worth on others.
+"""Policies from held-out rows, for an aim, a budget or a bound; and what a policy is worth on other rows.
 
-It refuses to know networks and training: a trace comes in, a policy goes out. Few numbers are fitted and every choice
-among families is made on rows that did not fit them, because thresholds searched freely flatter themselves.
+It refuses to know networks and training: a trace comes in, a policy goes out. What it cannot do it says, in the
+policy's record and in a warning; it never promises more than its rows can show.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression
-from scipy.stats import beta
 from torch import Tensor
 
 from shallowdeep.disagreement import error_auroc
 from shallowdeep.effects import answers, share
 from shallowdeep.policies import (
-    CHUNK_ELEMENTS,
     CalibrationRecord,
     Confidence,
     Fixed,
@@ -33,270 +30,301 @@ from shallowdeep.policies import (
     policy_costs,
     simulate,
 )
+from shallowdeep.thresholds import (
+    FAMILIES,
+    Brings,
+    Choice,
+    Family,
+    Floats,
+    RowsOf,
+    brings_of,
+    choose,
+    in_units,
+    last_safe,
+    leaving_steps,
+    read_rows,
+    within_cost,
+    within_drop,
+)
 from shallowdeep.types import Trace, table
 
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
-Steps = NDArray[np.int64]
-
-POINTS = 400
-"""Steps of a path from the safest to the cheapest policy of a family."""
-SEARCHED = 48
-"""Steps of the free family that are searched; the others lie between."""
-FOLDS = 5
-FEW_ROWS = 100
-"""Below so many rows only the single threshold is tried: there is nothing to fit levels on."""
-USUAL_SLOPE, TRUST = -0.8, 30.0
-"""Log-odds of harm per log-odds of confidence: what is expected before rows are seen, and how firmly (ridge)."""
-FIT_ROWS = 20_000
-"""Rows that levels are fitted on when drawing a curve; more do not move it."""
+OVERLAP = 0.01
+"""Shares of rows seen before that are worth a warning."""
+Found = tuple[Confidence | Margin | Fixed, dict[str, Any]]
 
 
-class _Rows(NamedTuple):
-    """What thresholds are searched on: K exits that decide, L = K + 1 exits where a row can stop.
+def calibrate(
+    trace: Trace,
+    *,
+    max_accuracy_drop: float | None = None,
+    max_mean_cost: float | None = None,
+    confidence: float | None = None,
+    enabled_E: Sequence[bool] | None = None,
+) -> Policy:
+    """The cheapest policy within a drop of accuracy, or the most accurate within a mean cost, from held-out rows.
 
-    ``score_KN`` is well resolved where softmaxes saturate (log-odds), ``unit_KN`` is what the policy compares, both
-    NaN where logits are not finite. ``right_LN`` ends with the exit where everything stops.
+    Exactly one target. ``max_accuracy_drop`` is in shares of accuracy below the full exit's: an aim, met on average
+    and not in every draw of rows, unless ``confidence`` is given. ``confidence=0.95`` makes it a bound: with that
+    probability over the draw of calibration rows, at most ``max_accuracy_drop`` of fresh rows are harmed (right at the
+    full exit, wrong where they stop), so that accuracy falls by no more. It is paid for: one half of the rows chooses,
+    the other tests. ``max_mean_cost`` is a share of the untouched backbone's cost. ``enabled_E`` restricts the exits.
+
+    ``policy.calibrated_on.info`` records targets, family, what to expect on fresh rows, and a note in words. When no
+    early exit meets a drop, the full network is returned, with a warning. Raises ``ValueError`` on a budget that
+    nothing meets, and on targets that make no sense. The same rows give the same policy.
+
+    Source of the bound: Learn then Test, arXiv 2110.01052, with Clopper-Pearson's exact binomial limit.
+    >>> row = torch.arange(400)
+    >>> early_NC = torch.stack([row / 100.0, 4 - row / 100.0], 1)  # sure of the first and the last rows
+    >>> full_NC = torch.stack([row * 1.0 - 190, 190 - row * 1.0], 1)
+    >>> trace = Trace(logits_ENC=torch.stack([early_NC, full_NC]), labels_N=(row < 190).long(), cost_E=torch.tensor([0.4, 1]))
+    >>> policy = calibrate(trace, max_accuracy_drop=0.01)
+    >>> evaluate(policy, trace).mean_cost < 0.5
+    True
+    """
+    _check(max_accuracy_drop, max_mean_cost, confidence)
+    asked = asked_exits(enabled_E, trace.num_exits, trace.full_exit)
+    if trace.trained_N is not None and (seen := share(trace.trained_N)) > OVERLAP:
+        warnings.warn(f"The ICs trained on {seen:.1%} of these rows: thresholds from them are too bold.", stacklevel=2)
+    rows = read_rows(trace, asked)
+    if max_mean_cost is not None:
+        policy, facts = _budget(trace, asked, rows, max_mean_cost)
+    elif confidence is None:
+        policy, facts = _aim(trace, asked, rows, float(max_accuracy_drop or 0.0))
+    else:
+        policy, facts = _bound(trace, asked, rows, float(max_accuracy_drop or 0.0), confidence)
+    targets = {"max_accuracy_drop": max_accuracy_drop, "max_mean_cost": max_mean_cost, "confidence": confidence}
+    if isinstance(policy, Fixed) and max_mean_cost is None:
+        warnings.warn(str(facts["note"]), stacklevel=2)
+    info = {name: value for name, value in targets.items() if value is not None} | {"rows": trace.num_samples} | facts
+    hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
+    return dataclasses.replace(policy, calibrated_on=CalibrationRecord(hash_N=hash_N, info=info))
+
+
+def _check(max_accuracy_drop: float | None, max_mean_cost: float | None, confidence: float | None) -> None:
+    if (max_accuracy_drop is None) == (max_mean_cost is None):
+        raise ValueError("calibrate needs one target: max_accuracy_drop=0.01, say, or max_mean_cost=0.5.")
+    if max_accuracy_drop is not None and not -1 < max_accuracy_drop < 1:
+        raise ValueError(f"max_accuracy_drop is a share of accuracy, 0.01 for one point; found {max_accuracy_drop}.")
+    if max_mean_cost is not None and not max_mean_cost > 0:
+        raise ValueError(f"max_mean_cost is a share of the backbone's cost, above 0; found {max_mean_cost}.")
+    if confidence is None:
+        return
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is a probability between 0 and 1, such as 0.95; found {confidence}.")
+    if max_accuracy_drop is None:
+        raise ValueError("confidence bounds a drop of accuracy; a mean cost is measured, not risked. Leave one out.")
+    if max_accuracy_drop <= 0:
+        raise ValueError("confidence bounds the share of rows harmed, so max_accuracy_drop must be above 0.")
+
+
+def _aim(trace: Trace, asked: Sequence[bool], rows: RowsOf, max_accuracy_drop: float) -> Found:
+    accuracy_full = float(rows[Confidence].full_N.mean())
+    choice = choose(rows, lambda brings: within_drop(brings, accuracy_full, max_accuracy_drop))
+    full, full_cost = _full(trace)
+    if choice is None or (max_accuracy_drop >= 0 and choice.brings.cost_P[choice.step] >= full_cost):
+        note = f"No early exit saves cost within a drop of {max_accuracy_drop:.2%}: this is the full network."
+        if 0 < max_accuracy_drop * (trace.num_samples + 1) < 1:
+            note += f" To aim so low takes {math.ceil(1 / max_accuracy_drop) - 1} rows, here are {trace.num_samples}."
+        return full, {"family": "full network", "expected_drop": 0.0, "expected_mean_cost": full_cost, "note": note}
+    note = "The target is an aim, not a bound: met on average over draws of rows; give confidence= for a bound."
+    return _taken(choice, rows, trace, asked), _expected(choice, accuracy_full) | {"note": note}
+
+
+def _budget(trace: Trace, asked: Sequence[bool], rows: RowsOf, max_mean_cost: float) -> Found:
+    accuracy_full = float(rows[Confidence].full_N.mean())
+    choice = choose(rows, lambda brings: within_cost(brings, max_mean_cost))
+    full, full_cost = _full(trace)
+    if full_cost <= max_mean_cost and (choice is None or choice.brings.accuracy_P[choice.step] <= accuracy_full):
+        note = "The budget pays for the full network, and nothing cheaper is more accurate."
+        return full, {"family": "full network", "expected_drop": 0.0, "expected_mean_cost": full_cost, "note": note}
+    if choice is None:
+        least = min(float(rows[Confidence].cost_L[0]), full_cost)
+        raise ValueError(f"No policy costs {max_mean_cost:g}: stopping at the first exit asked costs {least:.4g}.")
+    note = "The budget is an aim, not a bound: the mean cost depends on the inputs; give the engine a cap for a bound."
+    return _taken(choice, rows, trace, asked), _expected(choice, accuracy_full) | {"note": note}
+
+
+def _bound(trace: Trace, asked: Sequence[bool], rows: RowsOf, max_harm: float, confidence: float) -> Found:
+    """Choose on one half, test on the other along the chosen family's path; the last step that passes is taken."""
+    shuffled = np.random.default_rng(0).permutation(trace.num_samples)
+    choosing, testing = np.sort(shuffled[: trace.num_samples // 2]), np.sort(shuffled[trace.num_samples // 2 :])
+    choose_on = {kind: mine.take(choosing) for kind, mine in rows.items()}
+
+    def reach(brings: Brings) -> int | None:
+        return last_safe(np.ceil(brings.harm_P * len(testing)), len(testing), max_harm, confidence)
+
+    choice = choose(choose_on, reach)
+    full, full_cost = _full(trace)
+    needed = math.ceil(math.log(1 - confidence) / math.log(1 - max_harm))
+    claim = f"with probability {confidence:g} over the draw of calibration rows, at most {max_harm:.2%} of fresh rows"
+    if choice is not None:
+        family, test_on = choice.family, rows[choice.family.kind].take(testing)
+        units_PK = _path(choice, choose_on)
+        brings = brings_of(leaving_steps(units_PK, test_on.unit_KN), test_on, len(units_PK))
+        step = last_safe(np.round(brings.harm_P * len(testing)), len(testing), max_harm, confidence)
+        if step is not None and brings.cost_P[step] < full_cost:
+            note = f"A bound: {claim} are right at the full exit and wrong where they stop."
+            facts = {"family": family.name, "method": "exact binomial, fixed sequence", "tested_rows": len(testing)}
+            facts |= {"harmed_rows": round(float(brings.harm_P[step]) * len(testing)), "note": note}
+            facts["expected_mean_cost"] = float(brings.cost_P[step])
+            facts["expected_drop"] = float(test_on.full_N.mean() - brings.accuracy_P[step])
+            return _policy(family, units_PK[step], trace, asked), facts
+    note = f"No early exit could be shown, {claim}, to do no harm: this is the full network. To show it takes at least "
+    note += f"{needed} rows without any harm in the half that tests, where there are {len(testing)}."
+    return full, {"family": "full network", "expected_drop": 0.0, "expected_mean_cost": full_cost, "note": note}
+
+
+def _full(trace: Trace) -> tuple[Fixed, float]:
+    """The untouched network and what it costs."""
+    full = Fixed(exit=trace.full_exit)
+    asked = full.asks(trace.num_exits, trace.full_exit)
+    return full, float(policy_costs(trace, asked)[trace.full_exit])
+
+
+def _path(choice: Choice, rows: RowsOf) -> Floats:
+    """Thresholds [P, K] of the choice's family, fitted on ``rows``, as the policy compares them."""
+    mine = rows[choice.family.kind]
+    return in_units(choice.family.path(mine, choice.grid_P), mine, choice.family.shared)
+
+
+def _taken(choice: Choice, rows: RowsOf, trace: Trace, asked: Sequence[bool]) -> Confidence | Margin:
+    return _policy(choice.family, _path(choice, rows)[choice.step], trace, asked)
+
+
+def _policy(family: Family, units_K: Floats, trace: Trace, asked: Sequence[bool]) -> Confidence | Margin:
+    enabled_E = None if all(asked) else tuple(asked)
+    if family.shared:
+        return family.kind(threshold=float(units_K[0]), enabled_E=enabled_E)
+    threshold = [math.inf] * (trace.num_exits - 1)
+    for unit, exit in zip(units_K, [exit for exit, on in enumerate(asked) if on][:-1], strict=True):
+        threshold[exit] = float(unit)
+    return family.kind(threshold=tuple(threshold), enabled_E=enabled_E)
+
+
+def _expected(choice: Choice, accuracy_full: float) -> dict[str, Any]:
+    """What rows saw that did not fit the thresholds."""
+    brings, step = choice.brings, choice.step
+    return {
+        "family": choice.family.name,
+        "expected_drop": float(accuracy_full - brings.accuracy_P[step]),
+        "expected_mean_cost": float(brings.cost_P[step]),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a policy does on the rows of a trace; shares of rows, costs in passes through the untouched backbone.
+
+    ``drop`` is ``accuracy_full - accuracy_early_exit``, ``harm`` the share right at the full exit and wrong where it
+    stops. ``confusion_auroc`` and ``msp_auroc`` say how well confusion and max-softmax of the answers given find the
+    wrong ones (nan without wrong or without right ones). An answer that is not finite is wrong.
     """
 
-    score_KN: Floats
-    unit_KN: Floats
-    right_LN: Bools
-    full_N: Bools
-    cost_L: Floats
+    samples: int
+    exit_names: tuple[str, ...]
+    accuracy_full: float
+    accuracy_early_exit: float
+    drop: float
+    harm: float
+    mean_cost: float
+    share_E: Tensor
+    confusion_auroc: float
+    msp_auroc: float
 
-    def take(self, index: Any) -> _Rows:
-        return _Rows(
-            self.score_KN[:, index], self.unit_KN[:, index], self.right_LN[:, index], self.full_N[index], self.cost_L
+    def __str__(self) -> str:
+        rows = [("exit", "leave there")]
+        rows += [(name, f"{part:.2%}") for name, part in zip(self.exit_names, self.share_E.tolist(), strict=True)]
+        return (
+            f"{table(list(rows))}\n"
+            f"accuracy {self.accuracy_early_exit:.2%} (full {self.accuracy_full:.2%}, drop {self.drop:.2%}, "
+            f"harm {self.harm:.2%}) at mean cost {self.mean_cost:.3f} on {self.samples} samples\n"
+            f"errors among the answers are found with AUROC {self.confusion_auroc:.3f} by confusion, "
+            f"{self.msp_auroc:.3f} by max-softmax"
         )
 
 
-RowsOf = dict[type[Confidence] | type[Margin], _Rows]
+def evaluate(policy: Policy, trace: Trace) -> Evaluation:
+    """What ``policy`` does on ``trace``: accuracy, drop, mean cost, who leaves where, how well errors are found.
 
-
-class _Family(NamedTuple):
-    """Policies in one line: ``path(rows, grid)`` gives thresholds [P, K] on scores, safest first, never rising."""
-
-    name: str
-    kind: type[Confidence] | type[Margin]
-    shared: bool
-    grid: Callable[[_Rows], Floats]
-    path: Callable[[_Rows, Floats], Floats]
-
-
-def _one_grid(rows: _Rows) -> Floats:
-    return _steps(rows.score_KN)
-
-
-def _one_path(rows: _Rows, grid_P: Floats) -> Floats:
-    return np.repeat(grid_P[:, None], len(rows.score_KN), 1)
-
-
-def _levels_grid(rows: _Rows) -> Floats:
-    level_K, slope_K = _safety(rows)
-    return _steps(level_K[:, None] + slope_K[:, None] * rows.score_KN)
-
-
-def _levels_path(rows: _Rows, grid_P: Floats) -> Floats:
-    """Every exit stops where its own estimate of harm falls below one common bound: one shift over K levels."""
-    level_K, slope_K = _safety(rows)
-    threshold_PK: Floats = (grid_P[:, None] - level_K) / slope_K
-    return threshold_PK
-
-
-def _steps(score_KN: Floats) -> Floats:
-    seen = score_KN[np.isfinite(score_KN)]
-    inner = np.quantile(seen, np.linspace(1, 0, POINTS)) if len(seen) else np.empty(0)
-    return np.concatenate([[math.inf], inner, [-math.inf]])
-
-
-def _safety(rows: _Rows) -> tuple[Floats, Floats]:
-    """Per exit: log-odds that stopping does no harm = level + slope * score. Harm: right in the end and wrong here.
-
-    Logistic regressions by Newton's method, all exits at once; the slope is shrunk to ``USUAL_SLOPE``, the intercept
-    by one half-harmful row at the mean score, so that exits that never did harm stay finite.
+    Warns when over 1 % of the rows are those the policy was calibrated on: they flatter it.
+    >>> trace = Trace(logits_ENC=torch.eye(2).expand(2, 2, 2), labels_N=torch.tensor([0, 0]), cost_E=torch.tensor([0.5, 1]))
+    >>> print(evaluate(Fixed(exit=0), trace).mean_cost)
+    0.5
     """
-    seen_KN = np.isfinite(rows.score_KN)
-    score_KN = np.where(seen_KN, rows.score_KN, 0.0)
-    harm_KN = rows.right_LN[-1] & ~rows.right_LN[:-1]
-    counts_K = seen_KN.sum(1)
-    middle_K = score_KN.sum(1) / np.maximum(counts_K, 1)
-    score_KN = np.concatenate([score_KN - middle_K[:, None], np.zeros((len(score_KN), 1))], 1)
-    harm_KN = np.concatenate([harm_KN, np.full((len(score_KN), 1), 0.5)], 1)
-    seen_KN = np.concatenate([seen_KN, np.ones((len(score_KN), 1), bool)], 1)
-    slope_K = np.full(len(score_KN), USUAL_SLOPE)
-    level_K = np.zeros(len(score_KN))
-    for _ in range(50):
-        odds_KN = np.clip(level_K[:, None] + slope_K[:, None] * score_KN, -50, 50)
-        risk_KN = 1 / (1 + np.exp(-odds_KN))
-        miss_KN, weight_KN = (harm_KN - risk_KN) * seen_KN, risk_KN * (1 - risk_KN) * seen_KN
-        pull_K = (miss_KN * score_KN).sum(1) - TRUST * (slope_K - USUAL_SLOPE)
-        h00, h01 = weight_KN.sum(1) + 1e-9, (weight_KN * score_KN).sum(1)
-        h11 = (weight_KN * score_KN**2).sum(1) + TRUST
-        det = h00 * h11 - h01**2
-        level_step = (h11 * miss_KN.sum(1) - h01 * pull_K) / det
-        slope_step = (h00 * pull_K - h01 * miss_KN.sum(1)) / det
-        brake = np.maximum(1, np.maximum(np.abs(level_step) / 2, np.abs(slope_step) / 0.5))
-        level_K, slope_K = level_K + level_step / brake, slope_K + slope_step / brake
-        if max(np.abs(level_step).max(), np.abs(slope_step).max()) < 1e-6:
-            break
-    slope_K = np.maximum(-slope_K, 0.05)
-    return -level_K - slope_K * middle_K, slope_K
+    record = policy.calibrated_on
+    if record is not None and record.hash_N and trace.hash_N is not None:
+        seen = share(torch.isin(trace.hash_N, torch.tensor(record.hash_N, dtype=trace.hash_N.dtype)))
+        if seen > OVERLAP:
+            warnings.warn(f"The policy was calibrated on {seen:.1%} of these rows: they flatter it.", stacklevel=2)
+    outcome = simulate(policy, trace)
+    full_N = answers(trace)[trace.full_exit] == trace.labels_N
+    right_N = (outcome.labels_N == trace.labels_N) & finite_rows(outcome.logits_NC)
+    return Evaluation(
+        samples=trace.num_samples,
+        exit_names=trace.exit_names,
+        accuracy_full=share(full_N),
+        accuracy_early_exit=share(right_N),
+        drop=share(full_N) - share(right_N),
+        harm=share(full_N & ~right_N),
+        mean_cost=float(outcome.cost_N.mean()),
+        share_E=outcome.exit_N.bincount(minlength=trace.num_exits) / trace.num_samples,
+        confusion_auroc=error_auroc(outcome.confusion_N, ~right_N),
+        msp_auroc=error_auroc(-outcome.confidence_N.nan_to_num(nan=0.0), ~right_N),
+    )
 
 
-def _free_grid(rows: _Rows) -> Floats:
-    """Prices of one error in units of cost, high to low."""
-    return np.geomspace(1000, 0.5, POINTS + 2)
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One family's policies from the one that lets nobody leave early to the one that lets everybody: P points.
 
-
-def _free_path(rows: _Rows, price_P: Floats) -> Floats:
-    """Every exit its own threshold, by exact sweeps over one exit at a time, price by price; then in finer steps."""
-    exits = len(rows.score_KN)
-    score_KN = np.where(np.isfinite(rows.score_KN), rows.score_KN, -math.inf)
-    order_KN = np.argsort(-score_KN, 1, kind="stable")
-    roof_K = score_KN.max(1) + 1
-    now_K = roof_K.copy()
-    found = []
-    coarse_Q = np.linspace(1, len(price_P) - 2, SEARCHED).round().astype(np.int64)
-    for price in price_P[coarse_Q]:
-        loss_LN = rows.cost_L[:, None] + price * ~rows.right_LN
-        for _ in range(4):
-            before_K = now_K.copy()
-            later_N = loss_LN[-1]
-            for exit in reversed(range(exits)):
-                arrives_N = ~(score_KN[:exit] >= now_K[:exit, None]).any(0)
-                gain_N = np.where(arrives_N, loss_LN[exit] - later_N, 0.0)[order_KN[exit]]
-                last = int(np.argmin(np.concatenate([[0.0], gain_N.cumsum()])))
-                ranked_N = score_KN[exit][order_KN[exit]]
-                now_K[exit] = ranked_N[last - 1] if last else roof_K[exit]
-                later_N = np.where(score_KN[exit] >= now_K[exit], loss_LN[exit], later_N)
-            if np.array_equal(before_K, now_K):
-                break
-        found.append(now_K.copy())
-    found_QK = np.minimum.accumulate(np.stack(found), 0)
-    path_PK = np.stack([np.interp(np.arange(len(price_P)), coarse_Q, found_Q) for found_Q in found_QK.T], 1)
-    path_PK[0], path_PK[-1] = math.inf, -math.inf
-    return path_PK
-
-
-FAMILIES = (
-    _Family("one shift over levels of confidence", Confidence, False, _levels_grid, _levels_path),
-    _Family("one shift over levels of margin", Margin, False, _levels_grid, _levels_path),
-    _Family("free confidence thresholds", Confidence, False, _free_grid, _free_path),
-    _Family("one confidence threshold", Confidence, True, _one_grid, _one_path),
-)
-"""The first is the rule, the last is left when rows are few."""
-
-
-def _leaving(threshold_PK: Floats, score_KN: Floats) -> Steps:
-    """The first step of a path at which each row leaves at or before each deciding exit ([K, N]; P: at no step)."""
-    first = [np.searchsorted(-t_P, -score_N) for t_P, score_N in zip(threshold_PK.T, score_KN, strict=True)]
-    leaving_KN: Steps = np.minimum.accumulate(np.stack(first), 0)
-    return leaving_KN
-
-
-def _crossfit(family: _Family, rows: _Rows, grid_P: Floats) -> Steps:
-    """``_leaving``, every row judged by thresholds that were fitted without it."""
-    leaving_KN = np.empty(rows.score_KN.shape, np.int64)
-    fold_N = np.random.default_rng(0).permutation(len(rows.full_N)) % FOLDS
-    for fold in range(FOLDS):
-        path_PK = family.path(rows.take(fold_N != fold), grid_P)
-        leaving_KN[:, fold_N == fold] = _leaving(path_PK, rows.score_KN[:, fold_N == fold])
-    return leaving_KN
-
-
-def _total(value_LN: Floats, leaving_KN: Steps, steps: int) -> Floats:
-    """Mean over rows, at every step of a path, of the value at the exit where the row stops."""
-    total_P = np.full(steps, value_LN[-1].sum())
-    for exit, leaving_N in enumerate(leaving_KN):
-        change_N = value_LN[exit] - value_LN[exit + 1]
-        total_P += np.bincount(leaving_N, change_N, minlength=steps + 1)[:steps].cumsum()
-    mean_P: Floats = total_P / value_LN.shape[1]
-    return mean_P
-
-
-class _Curve(NamedTuple):
-    """What a path of policies brings, as means over rows, and the step at which each row leaves."""
-
-    leaving_KN: Steps
-    cost_P: Floats
-    accuracy_P: Floats
-    harm_P: Floats
-
-
-def _curve(leaving_KN: Steps, rows: _Rows, steps: int) -> _Curve:
-    cost_LN = np.broadcast_to(rows.cost_L[:, None], rows.right_LN.shape)
-    harm_LN = rows.full_N & ~rows.right_LN
-    values = (cost_LN, rows.right_LN.astype(np.float64), harm_LN.astype(np.float64))
-    return _Curve(leaving_KN, *(_total(value_LN, leaving_KN, steps) for value_LN in values))
-
-
-def _right(curve: _Curve, step: int, rows: _Rows) -> Floats:
-    """Whether each row's answer is right at one step of a path, as 0.0 and 1.0."""
-    stop_N = (curve.leaving_KN > step).sum(0)  # leaving never rises along the exits
-    return rows.right_LN[stop_N, np.arange(rows.right_LN.shape[1])].astype(np.float64)
-
-
-class _Choice(NamedTuple):
-    """A step of a family's path, and what it brought on rows that did not fit it."""
-
-    family: _Family
-    grid_P: Floats
-    step: int
-    curve: _Curve
-
-
-def _choose(rows: RowsOf, reach: Callable[[_Curve], int | None]) -> _Choice | None:
-    """The step that reaches the target, of the family that cross-validation prefers; None when none does.
-
-    The low-dimensional levels are the rule. Another family takes over when, at the same mean cost, it is more accurate
-    on held-out folds by over two standard errors of the paired difference: less is chance, and following it costs
-    (measured: docs/calibration.md).
+    ``Confidence(threshold=tuple(threshold_PE[p]))`` costs ``cost_P[p]`` on average and is right ``accuracy_P[p]``.
     """
-    best: _Choice | None = None
-    best_lead = 2.0
-    first: _Choice | None = None
-    for family in FAMILIES if len(rows[Confidence].full_N) >= FEW_ROWS else FAMILIES[-1:]:
-        mine = rows[family.kind]
-        grid_P = family.grid(mine)
-        curve = _curve(_crossfit(family, mine, grid_P), mine, len(grid_P))
-        step = reach(curve)
-        if step is None:
-            continue
-        choice = _Choice(family, grid_P, step, curve)
-        if first is None:
-            first = best = choice
-            continue
-        same = int(np.argmax(curve.cost_P <= first.curve.cost_P[first.step] + 1e-12))
-        gain_N = _right(curve, same, mine) - _right(first.curve, first.step, mine)
-        lead = gain_N.mean() / (gain_N.std() / math.sqrt(len(gain_N)) + 1e-12)
-        if lead > best_lead:
-            best, best_lead = choice, lead
-    return best
+
+    family: str
+    cost_P: Tensor
+    accuracy_P: Tensor
+    threshold_PE: Tensor
 
 
-def _within_drop(curve: _Curve, accuracy_full: float, max_accuracy_drop: float) -> int | None:
-    """The last step whose drop, smoothed to never fall along the path, is within the aim."""
-    drop_P = isotonic_regression(accuracy_full - curve.accuracy_P).x
-    met = np.flatnonzero(drop_P <= max_accuracy_drop + 1e-12)
-    return int(met[-1]) if len(met) else None
+@dataclass(frozen=True, kw_only=True)
+class Tradeoff:
+    """Accuracy against cost on the rows of one trace, in hindsight: a little better than fresh rows will do."""
+
+    full_accuracy: float
+    full_cost: float
+    curves: tuple[Curve, ...]
+
+    def __str__(self) -> str:
+        rows = [("mean cost", *(curve.family for curve in self.curves))]
+        for cost in np.arange(0.1, self.full_cost + 0.05, 0.1):
+            cells = [_best(curve, cost) for curve in self.curves]
+            rows.append((f"{cost:.1f}", *("" if cell is None else f"{cell:.2%}" for cell in cells)))
+        return f"{table(list(rows))}\nfull network: {self.full_accuracy:.2%} at {self.full_cost:.3f}"
 
 
-def _within_cost(curve: _Curve, max_mean_cost: float) -> int | None:
-    """The most accurate step within the budget; of equals the cheapest."""
-    met = np.flatnonzero(curve.cost_P <= max_mean_cost + 1e-12)
-    if not len(met):
-        return None
-    best = curve.accuracy_P[met].max()
-    return int(met[curve.accuracy_P[met] >= best - 1e-12][-1])
+def _best(curve: Curve, cost: float) -> float | None:
+    met = curve.accuracy_P[curve.cost_P <= cost + 1e-9]
+    return float(met.max()) if len(met) else None
 
 
-def _last_safe(harmed_P: Floats, samples: int, bound: float, confidence: float) -> int | None:
-    """Fixed-sequence test along a path: the last step before the first whose harm could be above ``bound``.
+def tradeoff(trace: Trace, *, enabled_E: Sequence[bool] | None = None) -> Tradeoff:
+    """The whole accuracy-cost curve of confidence policies: one threshold, and one shift over per-exit levels.
 
-    Clopper-Pearson: the exact upper limit of a binomial share. Source: Learn then Test, arXiv 2110.01052, section 3.
+    A description of these rows: the best point of a curve flatters itself. To choose a policy, ``calibrate``.
+    >>> trace = Trace(logits_ENC=torch.eye(2).expand(2, 2, 2), labels_N=torch.tensor([0, 0]), cost_E=torch.tensor([0.5, 1]))
+    >>> tradeoff(trace).curves[0].cost_P[[0, -1]].tolist()
+    [1.0, 0.5]
     """
-    upper_P = np.where(harmed_P < samples, beta.ppf(confidence, harmed_P + 1, np.maximum(samples - harmed_P, 1e-9)), 1)
-    failed = np.flatnonzero(upper_P > bound)
-    last = int(failed[0]) - 1 if len(failed) else len(upper_P) - 1
-    return last if last >= 0 else None
+    asked = asked_exits(enabled_E, trace.num_exits, trace.full_exit)
+    rows = read_rows(trace, asked)[Confidence]
+    deciding = [exit for exit, on in enumerate(asked) if on][:-1]
+    curves = []
+    for family in (FAMILIES[-1], FAMILIES[0]) if deciding else ():
+        path_PK = in_units(family.path(rows, family.grid(rows)), rows, family.shared)
+        brings = brings_of(leaving_steps(path_PK, rows.unit_KN), rows, len(path_PK))
+        threshold_PE = torch.full((len(path_PK), trace.num_exits - 1), math.inf, dtype=torch.float64)
+        threshold_PE[:, deciding] = torch.from_numpy(path_PK)
+        cost_P, accuracy_P = torch.from_numpy(brings.cost_P), torch.from_numpy(brings.accuracy_P)
+        curves.append(Curve(family=family.name, cost_P=cost_P, accuracy_P=accuracy_P, threshold_PE=threshold_PE))
+    return Tradeoff(full_accuracy=float(rows.full_N.mean()), full_cost=_full(trace)[1], curves=tuple(curves))

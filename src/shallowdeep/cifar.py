@@ -94,7 +94,8 @@ class _Array(npt.NDArray[np.uint8]):
         self[...] = rows
 
 
-class _Unpickler(pickle.Unpickler):
+# In Python: the compiled one lets six damaged bytes ask for gigabytes of memory.
+class _Unpickler(pickle._Unpickler):
     # Not numpy's own: its dtype believes whatever state a pickle gives it, and a forged one crashes the process.
     stand_ins: Mapping[str, Any] = {
         "numpy.core.multiarray._reconstruct": _Array,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,32 @@ from shallowdeep.types import ClassifierSpec, CutPoint, DataError
 PAPER_GRID = 4
 MACS_LIMIT = 0.02
 PARAMS_LIMIT = 0.05
+PARAMS_FLOOR = 1 << 19
+"""Half a million parameters (2 MB) are no burden even where they are over 5 % of a small network, and make good
+exits.
+"""
+LEAST_HIDDEN, GOOD_HIDDEN, MOST_HIDDEN = 16, 192, 512
 Factory = Callable[[tuple[int, ...], int], nn.Module]
 
 
+class Said(NamedTuple):
+    """What an exit passes on to the next IC, detached: log-probabilities [B, C] and its hidden layer [B, H], if any."""
+
+    log_probs_BC: Tensor
+    hidden_BH: Tensor | None
+
+    @classmethod
+    def of(cls, logits_BC: Tensor, hidden_BH: Tensor | None) -> Said:
+        """What an exit with this answer passes on."""
+        return cls(logits_BC.detach().log_softmax(-1), None if hidden_BH is None else hidden_BH.detach())
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Said:
+        """``change`` applied to both: rows picked, or silenced by zeros."""
+        return Said(change(self.log_probs_BC), None if self.hidden_BH is None else change(self.hidden_BH))
+
+
 class InternalClassifier(nn.Module):
-    """A head at a cut point: ``classify(reduce(x))`` gives logits [B, C]."""
+    """A head at a cut point: ``classify(reduce(x))`` gives logits [B, C], and its hidden layer for the next IC."""
 
     def __init__(self, spec: ClassifierSpec) -> None:
         super().__init__()
@@ -43,16 +65,29 @@ class InternalClassifier(nn.Module):
             return _reduce_tokens(x, mask, spec.views)
         return _reduce_map(x.movedim(-1, 1) if spec.channel_dim == -1 else x, spec)
 
-    def classify(self, reduced_BVD: Tensor, previous_BC: Tensor | None = None) -> Tensor:
-        """Logits [B, C]; ``previous_BC`` are the log-probabilities of the exit before, or None when it is absent."""
+    def classify(self, reduced_BVD: Tensor, previous: Said | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, C] and the hidden layer [B, H] or None; ``previous`` is the exit before, None when it is
+        absent.
+        """
         raise NotImplementedError
 
-    def forward(self, x: Tensor, previous_BC: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        return self.classify(self.reduce(x, mask), previous_BC)
+    def matrices(self) -> list[Tensor]:
+        """Weights of hidden layers: what an optimiser for matrices may take."""
+        return []
+
+    def forward(
+        self, x: Tensor, previous: Said | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.classify(self.reduce(x, mask), previous)
 
 
 def _reduce_map(x: Tensor, spec: ClassifierSpec) -> Tensor:
     kernel = [math.ceil(side / cells) for side, cells in zip(x.shape[2:], spec.grid, strict=True)]
+    cells = [side // k for side, k in zip(x.shape[2:], kernel, strict=True)] if spec.views > 1 else list(x.shape[2:])
+    if x.shape[1] * math.prod(cells) != spec.features:
+        raise DataError(
+            f"A classifier for maps {spec.shape} cannot read a map {tuple(x.shape[1:])}; plan for that size."
+        )
     if spec.views == 1:
         return x.flatten(1).unsqueeze(1)
     pools = {1: (F.max_pool1d, F.avg_pool1d), 2: (F.max_pool2d, F.avg_pool2d), 3: (F.max_pool3d, F.avg_pool3d)}
@@ -80,42 +115,52 @@ class PaperClassifier(InternalClassifier):
         self.mix = nn.Parameter(torch.rand(1)) if spec.views == 2 else None
         self.linear = nn.Linear(spec.features, spec.num_classes)
 
-    def classify(self, reduced_BVD: Tensor, previous_BC: Tensor | None = None) -> Tensor:
-        return self.linear(_mixed(reduced_BVD, self.mix))
-
-
-def _mixed(reduced_BVD: Tensor, mix: Tensor | None) -> Tensor:
-    if mix is None:
-        return reduced_BVD[:, 0]
-    return mix * reduced_BVD[:, 0] + (1 - mix) * reduced_BVD[:, 1]
+    def classify(self, reduced_BVD: Tensor, previous: Said | None = None) -> tuple[Tensor, Tensor | None]:
+        x = reduced_BVD[:, 0]
+        if self.mix is not None:
+            x = self.mix * x + (1 - self.mix) * reduced_BVD[:, 1]
+        return self.linear(x), None
 
 
 class StrongClassifier(InternalClassifier):
-    """A linear path beside a normalised hidden layer, fed with the previous exit's log-probabilities."""
+    """All reductions side by side, normalised; a linear path beside a hidden layer; both read the exit before.
 
-    def __init__(self, spec: ClassifierSpec, dropout: float = 0.25) -> None:
+    The hidden layer also sees the previous hidden layer, the answer also the previous log-probabilities. An absent
+    exit before counts as zeros; rows trained so now and then keep an IC able to answer alone.
+    """
+
+    def __init__(self, spec: ClassifierSpec, dropout: float = 0.4) -> None:
         super().__init__(spec)
-        self.mix = nn.Parameter(torch.full((1,), 0.5)) if spec.views == 2 else None
-        self.linear: nn.Module = nn.Linear(spec.features, spec.num_classes)
-        self.hidden = None
-        if spec.hidden:
-            self.hidden = nn.Sequential(
-                nn.LayerNorm(spec.features),
-                nn.Linear(spec.features, spec.hidden),
-                nn.GELU(),
-                nn.Dropout(dropout),
-                nn.Linear(spec.hidden, spec.num_classes),
-            )
+        features = spec.views * spec.features
+        self.norm = nn.LayerNorm(features)
+        self.linear = _linear(features, spec.num_classes, spec.rank)
         self.feed = nn.Linear(spec.num_classes, spec.num_classes, bias=False) if spec.fed else None
+        self.up = nn.Linear(features, spec.hidden) if spec.hidden else None
+        self.along = nn.Linear(spec.fed_hidden, spec.hidden, bias=False) if spec.hidden and spec.fed_hidden else None
+        self.down = nn.Linear(spec.hidden, spec.num_classes) if spec.hidden else None
+        self.dropout = nn.Dropout(dropout)
 
-    def classify(self, reduced_BVD: Tensor, previous_BC: Tensor | None = None) -> Tensor:
-        x = _mixed(reduced_BVD, self.mix)
-        logits = self.linear(x)
-        if self.hidden is not None:
-            logits = logits + self.hidden(x)
-        if self.feed is not None and previous_BC is not None:
-            logits = logits + self.feed(previous_BC.to(logits.dtype))
-        return logits
+    def classify(self, reduced_BVD: Tensor, previous: Said | None = None) -> tuple[Tensor, Tensor | None]:
+        x = self.norm(reduced_BVD.flatten(1))
+        logits: Tensor = self.linear(x)
+        if self.feed is not None and previous is not None:
+            logits = logits + self.feed(previous.log_probs_BC.to(x.dtype))
+        if self.up is None or self.down is None:
+            return logits, None
+        hidden: Tensor = self.up(x)
+        if self.along is not None and previous is not None and previous.hidden_BH is not None:
+            hidden = hidden + self.along(previous.hidden_BH.to(x.dtype))
+        hidden = F.gelu(hidden)
+        return logits + self.down(self.dropout(hidden)), hidden
+
+    def matrices(self) -> list[Tensor]:
+        return [layer.weight for layer in (self.up, self.along) if layer is not None]
+
+
+def _linear(features: int, classes: int, rank: int) -> nn.Module:
+    if not rank:
+        return nn.Linear(features, classes)
+    return nn.Sequential(nn.Linear(features, rank, bias=False), nn.Linear(rank, classes))
 
 
 class CustomClassifier(InternalClassifier):
@@ -128,8 +173,8 @@ class CustomClassifier(InternalClassifier):
     def reduce(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return x
 
-    def classify(self, reduced_BVD: Tensor, previous_BC: Tensor | None = None) -> Tensor:
-        return self.module(reduced_BVD)
+    def classify(self, reduced_BVD: Tensor, previous: Said | None = None) -> tuple[Tensor, Tensor | None]:
+        return self.module(reduced_BVD), None
 
 
 def make_classifier(spec: ClassifierSpec, factory: Factory | None = None) -> InternalClassifier:
@@ -149,35 +194,35 @@ def size_classifier(
     num_classes: int,
     total_macs: int,
     total_params: int,
-    fed: bool,
+    previous: ClassifierSpec | None,
     factory: Factory | None = None,
 ) -> ClassifierSpec:
-    """How large an IC of ``kind`` is at ``cut``; a strong one keeps to 2 % of the macs and 5 % of the parameters.
+    """How large an IC of ``kind`` is at ``cut``, after the IC ``previous``.
 
-    The paper's keeps the paper's size. A strong one that would pass a limit pools to a coarser grid, then narrows its hidden
-    layer, then takes a linear path of low rank. Raises ``DataError`` for an unknown kind.
+    The paper's keeps the paper's size. A strong one keeps to ``MACS_LIMIT`` of the macs and the larger of
+    ``PARAMS_LIMIT`` of the parameters and ``PARAMS_FLOOR``: it pools to a coarser grid, narrows its hidden layer or
+    goes without, then takes a linear path of low rank. Raises ``DataError`` for an unknown kind.
     """
     if kind == "custom" and factory is not None:
         return _size_custom(cut, num_classes, factory)
     if kind not in ("paper", "strong"):
         raise DataError(f"No classifier {kind!r}. Possible: 'strong', 'paper', or a function (shape, num_classes).")
-    sizes = [_size(kind, cut, num_classes, fed and kind == "strong", grid) for grid in (PAPER_GRID, 2, 1)]
     if kind == "paper":
-        return sizes[0]
-    macs, params = int(MACS_LIMIT * total_macs), int(PARAMS_LIMIT * total_params)
-    for spec in sizes:
-        hidden = _widest(spec, macs, params)
-        if hidden >= LEAST_HIDDEN or (spec is sizes[-1] and hidden > 0):
-            return _counted(dataclasses.replace(spec, hidden=hidden))
+        return _size(kind, cut, num_classes, None, PAPER_GRID)
+    macs, params = int(MACS_LIMIT * total_macs), max(int(PARAMS_LIMIT * total_params), PARAMS_FLOOR)
+    sizes = [_size(kind, cut, num_classes, previous, grid) for grid in (PAPER_GRID, 2, 1)]
+    for least in (GOOD_HIDDEN, LEAST_HIDDEN):
+        for spec in sizes:
+            hidden = _widest(spec, macs, params)
+            if hidden >= least:
+                return _counted(dataclasses.replace(spec, hidden=hidden))
     for spec in sizes:
         if spec.macs <= macs and spec.params <= params:
             return spec
     smallest = sizes[-1]
-    rank = max(1, min(macs, params) // (smallest.features + smallest.num_classes + 1))
-    return _counted(dataclasses.replace(smallest, fed=False, rank=min(rank, smallest.num_classes)))
-
-
-LEAST_HIDDEN, MOST_HIDDEN = 64, 512
+    own = smallest.views * smallest.features
+    rank = max(1, min(macs, params - 3 * own) // (own + num_classes + 1))
+    return _counted(dataclasses.replace(smallest, fed=False, fed_hidden=0, rank=min(rank, num_classes)))
 
 
 def _widest(spec: ClassifierSpec, macs: int, params: int) -> int:
@@ -191,7 +236,7 @@ def _widest(spec: ClassifierSpec, macs: int, params: int) -> int:
     return 8 * low
 
 
-def _size(kind: str, cut: CutPoint, num_classes: int, fed: bool, cells: int) -> ClassifierSpec:
+def _size(kind: str, cut: CutPoint, num_classes: int, previous: ClassifierSpec | None, cells: int) -> ClassifierSpec:
     layout, shape = cut.layout, cut.shape
     grid: tuple[int, ...] = ()
     if layout == "map":
@@ -215,7 +260,8 @@ def _size(kind: str, cut: CutPoint, num_classes: int, fed: bool, cells: int) -> 
             grid=grid,
             views=views,
             features=features,
-            fed=fed,
+            fed=previous is not None,
+            fed_hidden=previous.hidden if previous is not None else 0,
             macs=0,
             params=0,
         )
@@ -227,7 +273,8 @@ def _counted(spec: ClassifierSpec) -> ClassifierSpec:
     with torch.device("meta"):
         module = make_classifier(spec)
         reduced = torch.empty(1, spec.views, spec.features)
-        previous = torch.empty(1, spec.num_classes) if spec.fed else None
+        hidden = torch.empty(1, spec.fed_hidden) if spec.fed_hidden else None
+        previous = Said(torch.empty(1, spec.num_classes), hidden) if spec.fed else None
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             module.eval().classify(reduced, previous)
     params = sum(p.numel() for p in module.parameters())

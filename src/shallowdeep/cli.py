@@ -340,6 +340,5 @@ def _say(error: Exception) -> int:
     return 2
 
 
-
 if __name__ == "__main__":
     main()

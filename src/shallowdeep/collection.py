@@ -35,10 +35,10 @@ def collect(
     Raises ``DataError`` for empty data, labels outside the classes, or logits that are not finite.
     """
     device = next(sdn.parameters()).device
-    logits, labels, hashes = _Rows(memory_limit_bytes), [], []
+    labels, hashes = [], []
     pair = as_pair(data)
     total = -(-num_rows(pair[0]) // batch_size) if pair is not None else None
-    with evaluating(sdn):
+    with evaluating(sdn), _Rows(memory_limit_bytes) as logits:
         for inputs, batch_labels in steps(batches(data, batch_size), "collect", total):
             rows = num_rows(inputs)
             if rows == 0:
@@ -48,11 +48,12 @@ def collect(
             _check_finite(answers_EBC, logits.count)
             logits.append(answers_EBC.transpose(0, 1))
             hashes.append(row_hashes(inputs))
-    if not labels:
-        raise DataError("The data is empty: no rows to collect.")
+        if not labels:
+            raise DataError("The data is empty: no rows to collect.")
+        logits_NEC = logits.tensor()
     hash_N = torch.cat(hashes)
     return Trace(
-        logits_ENC=logits.tensor().transpose(0, 1),
+        logits_ENC=logits_NEC.transpose(0, 1),
         labels_N=torch.cat(labels),
         cost_E=torch.tensor(sdn.plan.cost_E, dtype=torch.float64),
         own_cost_E=own_costs(sdn),
@@ -78,13 +79,20 @@ def _check_finite(answers_EBC: Tensor, before: int) -> None:
 
 
 class _Rows:
-    """Rows that arrive in parts, kept in memory up to a limit and in a file beyond it."""
+    """Rows that arrive in parts, kept in memory up to a limit and beyond it in a file, which goes with the ``with``."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit, self.count, self.bytes = limit_bytes, 0, 0
         self.parts: list[Tensor] = []
         self.shape: tuple[int, ...] = ()
         self.folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> _Rows:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.folder is not None:
+            self.folder.cleanup()  # a mapping keeps the bytes until the trace is gone
 
     def append(self, part: Tensor) -> None:
         part = part.detach().cpu().contiguous()
@@ -108,5 +116,4 @@ class _Rows:
         for side in self.shape:
             size *= side
         mapped = torch.from_file(str(Path(self.folder.name) / "rows"), shared=False, size=size, dtype=self.dtype)
-        self.folder.cleanup()  # the mapping keeps the bytes until the trace is gone
         return mapped.view(self.count, *self.shape)

@@ -13,7 +13,9 @@ from shallowdeep.types import Costs, table
 
 
 def costs_of(sdn: ShallowDeepNetwork) -> Costs:
-    """Macs per sample before each exit and in its IC, and parameters of its IC; the last entry is the backbone's end."""
+    """Macs per sample before each exit and in its IC, and parameters of its IC; the last entry is the backbone's
+    end.
+    """
     plan = sdn.plan
     return Costs(
         exit_names=plan.exit_names,

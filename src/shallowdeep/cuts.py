@@ -88,7 +88,11 @@ def plan(
     for cut in chosen:
         kind = classifier if isinstance(classifier, str) else "custom"
         factory = None if isinstance(classifier, str) else classifier
-        specs.append(size_classifier(kind, cut, found.num_classes, found.total_macs, params, bool(specs), factory))
+        specs.append(
+            size_classifier(
+                kind, cut, found.num_classes, found.total_macs, params, specs[-1] if specs else None, factory
+            )
+        )
     return Plan(
         model=type(model).__name__,
         inputs=signature_of(inputs),
@@ -135,7 +139,9 @@ def _by_name(points: Sequence[CutPoint], name: str, model: str) -> int:
 
 
 def find_cuts(model: nn.Module, inputs: Inputs) -> Cuts:
-    """Every cut point of ``model`` for inputs like ``inputs``. Raises ``DataError`` when its rows are not independent."""
+    """Every cut point of ``model`` for inputs like ``inputs``. Raises ``DataError`` when its rows are not
+    independent.
+    """
     with evaluating(model):
         whole = logits_of(call(model, inputs))
         if whole.shape[0] != num_rows(inputs):
@@ -218,7 +224,7 @@ def _point(graph: BackboneGraph, crossing: Crossing, homes: list[CutPoint]) -> C
     bare = [name.removesuffix(":out") for name in names if name.endswith(":out")]
     return dataclasses.replace(
         homes[0],
-        aliases=tuple(names[1:] + bare),
+        aliases=tuple(dict.fromkeys(names + bare))[1:],
         macs_before=crossing.macs_before,
         shape=tuple(int(size) for size in tensor.shape[1:]),
         channel_dim=_channel_dim(crossing.node),
@@ -254,7 +260,7 @@ def _homes(
     heard: dict[tuple[fx.Node, str, str, int], int] = {}
     calls: Counter[str] = Counter()
 
-    def hear(path: str, port: str, count: int, value: Any) -> None:
+    def hear(path: str, port: Port, count: int, value: Any) -> None:
         calls[path] = max(calls[path], count + 1)
         for node in suggested.get((path, port, count), []):
             for leaf, tensor in enumerate(pytree.tree_leaves(value)):

@@ -5,6 +5,7 @@ It refuses to contain anything that a user could not type with the public interf
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import time
@@ -48,7 +49,7 @@ class SmallNet(nn.Module):
         channels = [1, *([width] * depth)]
         self.layers = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
-            for a, b in zip(channels, channels[1:], strict=False)
+            for a, b in itertools.pairwise(channels)
         )
         self.head = nn.Linear(width, num_classes)
 
@@ -97,7 +98,7 @@ def train_classifier(model: nn.Module, rows: Rows, *, epochs: int, augment: Flip
     model.train()
     for epoch in steps(range(epochs), "train the classifier", epochs):
         generator = seeded(seed, epoch)
-        for batch in torch.randperm(len(rows[0]), generator=generator).split(64):
+        for batch in torch.split(torch.randperm(len(rows[0]), generator=generator), 64):
             loss = F.cross_entropy(model(augment(rows[0][batch], generator)), rows[1][batch])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -115,7 +116,9 @@ def cifar10_demo(
     from one half of the test set, and what is reported from the other.
     """
     if data_dir is None or weights is None:
-        raise DataError("The CIFAR-10 demo needs --data-dir (cifar-10-batches-py) and --weights (a public ResNet file).")
+        raise DataError(
+            "The CIFAR-10 demo needs --data-dir (cifar-10-batches-py) and --weights (a public ResNet file)."
+        )
     start = time.perf_counter()
     sets = {split: read_data(data_dir, split=split) for split in ("train", "test")}
     model = public_resnet(weights)
@@ -161,7 +164,9 @@ def public_resnet(weights: Path) -> nn.Module:
 
 
 def judged(trace: Trace, drop: float) -> tuple[dict[str, Any], Policy]:
-    """Means over random splits, half to calibrate and half to report, with their spread; and the first split's policy."""
+    """Means over random splits, half to calibrate and half to report, with their spread; and the first split's
+    policy.
+    """
     each: list[dict[str, Any]] = []
     first: Policy | None = None
     for split in steps(range(CIFAR_SPLITS), "splits", CIFAR_SPLITS):

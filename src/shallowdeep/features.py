@@ -1,6 +1,7 @@
 """Reduced features of every cut point, computed once per view of the data and kept for many epochs.
 
-It refuses to know what is trained on them. A view is one pass over the data: the clean one, or one draw of an augmentation.
+It refuses to know what is trained on them. A view is one pass over the data: the clean one, or one draw of an
+augmentation.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def check_passes(data: object, passes: int) -> None:
 def seeded_batches(
     data: Data, batch_size: int, seed: int, epoch: int, *, shuffle: bool
 ) -> Iterator[tuple[Inputs, Tensor]]:
-    """One pass over ``data``: a pair is shuffled by (seed, epoch) if asked; a DataLoader's generator is seeded by them."""
+    """One pass over ``data``: a pair is shuffled by (seed, epoch) if asked; a DataLoader's generator is seeded by
+    them.
+    """
     pair = as_pair(data)
     if pair is not None:
         rows = num_rows(pair[0])
@@ -84,7 +87,9 @@ def seeded_batches(
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of the rows: rows are dealt in turn, row ``g`` to process ``g % world`` at place ``g // world``."""
+    """This process's part of the rows: rows are dealt in turn, row ``g`` to process ``g % world`` at place ``g //
+    world``.
+    """
 
     rank: int = 0
     world: int = 1

@@ -5,6 +5,7 @@ It refuses to know what the rows mean; it only keeps them together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -95,7 +96,9 @@ def inputs_from(signature: InputSignature, leaves: Sequence[Tensor]) -> Inputs:
 
 
 def example_of(signature: InputSignature, batch: int, device: torch.device) -> Inputs:
-    """``batch`` rows that fit ``signature``: ones for integers and masks (a valid token and an open mask), else noise."""
+    """``batch`` rows that fit ``signature``: ones for integers and masks (a valid token and an open mask), else
+    noise.
+    """
     generator = torch.Generator().manual_seed(0)
     leaves = []
     for shape, name in zip(signature.shapes, signature.dtypes, strict=True):
@@ -115,7 +118,9 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Logits [B, C] of what a backbone returned: a tensor, the first of a tuple, or ``.logits``. Raises ``DataError``."""
+    """Logits [B, C] of what a backbone returned: a tensor, the first of a tuple, or ``.logits``. Raises
+    ``DataError``.
+    """
     found = output
     if isinstance(found, Mapping):
         if "logits" not in found:
@@ -190,8 +195,9 @@ def row_hashes(inputs: Inputs) -> Tensor:
     """A 64-bit hash of every row's bits, int64 [B]: equal rows of equal dtype agree, whatever batch they come in."""
     total = torch.zeros(num_rows(inputs), dtype=torch.int64)
     for position, tensor in enumerate(tensors(inputs)):
-        rows = tensor.detach().cpu().contiguous().reshape(tensor.shape[0], -1)
-        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+        rows = tensor.detach().cpu().contiguous().reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
+        # At most 32 bits a number: the top bit of 64 survives no odd factor, so that two flipped signs would cancel.
+        width = {1: torch.uint8, 2: torch.int16}.get(rows.element_size(), torch.int32)
         bits = rows.view(width).to(torch.int64)
         generator = torch.Generator().manual_seed(position)
         odd = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) * 2 + 1
@@ -214,7 +220,9 @@ def mask_of(inputs: Inputs, name: str) -> Tensor | None:
 
 
 def mask_name(inputs: Inputs, tokens: int) -> str:
-    """The input that masks ``tokens`` positions: ``attention_mask`` of a dict, or a later 0/1 integer input of a tuple."""
+    """The input that masks ``tokens`` positions: ``attention_mask`` of a dict, or a later 0/1 integer input of a
+    tuple.
+    """
     if isinstance(inputs, dict):
         mask = inputs.get("attention_mask")
         return "attention_mask" if mask is not None and mask.shape[1:] == (tokens,) else ""

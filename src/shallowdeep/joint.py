@@ -1,4 +1,5 @@
-"""Training backbone and internal classifiers together: the paper's weighted objective, from scratch or from a trained one.
+"""Training backbone and internal classifiers together: the paper's weighted objective, from scratch or from a trained
+one.
 
 It refuses to know thresholds and policies; it ends with weights.
 """
@@ -30,11 +31,11 @@ from shallowdeep.types import DataError
 class JointRecipe:
     """How everything is optimised together.
 
-    The loss is the last exit's cross-entropy plus each IC's, weighted by ``tau``, which grows linearly from ``tau_start``
-    to the IC's real cost (arXiv 1810.07052, 4.3). SGD with momentum; ``milestones`` are shares of the epochs after which
-    the rate falls tenfold (the original code really runs .34 .59 .84), none means one cycle. ``distillation`` is the weight of every
-    IC's divergence from the last exit's softened answer (arXiv 1905.08094); ``rescale_gradients`` gives every block
-    gradients of one scale however many exits follow (arXiv 1908.06294).
+    The loss is the last exit's cross-entropy plus each IC's, weighted by ``tau``, which grows linearly from
+    ``tau_start`` to the IC's real cost (arXiv 1810.07052, 4.3). SGD with momentum; ``milestones`` are shares of the
+    epochs after which the rate falls tenfold (the original code really runs .34 .59 .84), none means one cycle.
+    ``distillation`` is the weight of every IC's divergence from the last exit's softened answer (arXiv 1905.08094);
+    ``rescale_gradients`` gives every block gradients of one scale however many exits follow (arXiv 1908.06294).
     """
 
     lr: float = 0.1
@@ -64,11 +65,11 @@ def train_jointly(
 ) -> ShallowDeepNetwork:
     """An SDN whose backbone and ICs were trained together (SDN training, arXiv 1810.07052, 4.3).
 
-    Works on a deep copy unless ``in_place``. The backbone trains on from the weights it has: fresh ones give the paper's
-    SDN training, trained ones "mixed" training (Kubaty et al., ICML 2025). ``augment(inputs, generator)`` draws a view of
-    every batch. With ``checkpoint_dir`` a killed run goes on after its last whole epoch. ``fabric`` is a launched
-    ``lightning_fabric.Fabric`` (devices, processes, precision). Raises ``DataError`` for labels outside the classes, empty
-    data or an iterator that can be read only once.
+    Works on a deep copy unless ``in_place``. The backbone trains on from the weights it has: fresh ones give the
+    paper's SDN training, trained ones "mixed" training (Kubaty et al., ICML 2025). ``augment(inputs, generator)``
+    draws a view of every batch. With ``checkpoint_dir`` a killed run goes on after its last whole epoch. ``fabric``
+    is a launched ``lightning_fabric.Fabric`` (devices, processes, precision). Raises ``DataError`` for labels outside
+    the classes, empty data or an iterator that can be read only once.
     """
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, found {epochs}.")
@@ -119,7 +120,8 @@ class _Answers(nn.Module):
         self.sdn, self.rescale_gradients = sdn, rescale_gradients
 
     def forward(self, inputs: Inputs) -> Tensor:
-        return self.sdn.answers(inputs, rescale_gradients=self.rescale_gradients)
+        answers: Tensor = self.sdn.answers(inputs, rescale_gradients=self.rescale_gradients)
+        return answers
 
 
 class _JointRun:
@@ -206,7 +208,8 @@ class _JointRun:
             if self.recipe.distillation:
                 loss = loss + tau * self.recipe.distillation * self._divergence(answer_BC, answers_EBC[-1])
         self.optimizer.zero_grad()
-        # Processes average their gradients: a sum over the own rows times their number is the mean over the whole batch.
+        # Processes average their gradients: a sum over the own rows times their number is the mean over the whole
+        # batch.
         self.fabric.backward(loss * (self.share.world / size))
         self.optimizer.step()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import operator
 import os
 import sys
@@ -29,7 +30,7 @@ def load_model(source: str, *, weights: Path | None = None, num_classes: int | N
     """The network that ``source`` names, in eval mode, with ``weights`` loaded into it when given.
 
     - ``module:callable`` **runs your code**: the module is imported, the working directory first, and the callable
-      called, with ``num_classes=`` when that is given. Its own errors come through unchanged.
+      called, with ``num_classes=`` when it takes that. Its own errors come through unchanged.
     - ``timm:NAME`` is a timm architecture with random weights.
     - ``hf:FOLDER`` is a local transformers folder, ``config.json`` and ``*.safetensors``: a sequence or an image
       classifier with one label per row. Code in it is never run.
@@ -111,7 +112,9 @@ def _from_code(module_name: str, path: str, num_classes: int | None) -> nn.Modul
         sys.path.insert(0, here)
     try:
         factory = _find(module_name, path)
-        model = factory() if num_classes is None else factory(num_classes=num_classes)
+        # A network written for one data set knows its classes and takes no number of them.
+        asked = num_classes is not None and _takes_num_classes(factory)
+        model = factory(num_classes=num_classes) if asked else factory()
         if not isinstance(model, nn.Module):
             raise TypeError(f"{module_name}:{path} returned {type(model).__name__}, an nn.Module is needed.")
     except BaseException:
@@ -136,6 +139,11 @@ def _find(module_name: str, path: str) -> Callable[..., object]:
     if isinstance(found, nn.Module) or not callable(found):
         raise TypeError(f"{module_name}:{path} is {type(found).__name__}; name what is called to make an nn.Module.")
     return cast(Callable[..., object], found)
+
+
+def _takes_num_classes(factory: Callable[..., object]) -> bool:
+    parameters = inspect.signature(factory).parameters
+    return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _from_timm(name: str, num_classes: int | None) -> nn.Module:

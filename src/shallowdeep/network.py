@@ -1,11 +1,13 @@
 """A backbone with its internal classifiers, as one ordinary module; and the files that hold what was added.
 
-It refuses to know policies and training. The backbone is shared with the user, never changed, and its own code always runs.
+It refuses to know policies and training. The backbone is shared with the user, never changed, and its own code always
+runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shallowdeep.classifiers import Factory, InternalClassifier, make_classifier
+from shallowdeep.classifiers import Factory, InternalClassifier, Said, make_classifier
 from shallowdeep.files import FormatError, read_json, read_tensors, write_tensors, write_text
 from shallowdeep.graph import evaluating
 from shallowdeep.inputs import Inputs, as_inputs, call, example_of, logits_of, mask_of, signature_of
@@ -67,7 +69,8 @@ class ShallowDeepNetwork(nn.Module):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Logits [E, B, C]; the last exit is what the backbone itself answers, bit for bit in eval mode."""
-        return self.answers(inputs)
+        answers: Tensor = self.answers(inputs)
+        return answers
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled pass would keep its first call's taps
     def answers(self, inputs: Inputs, *, rescale_gradients: bool = False) -> Tensor:
@@ -76,22 +79,24 @@ class ShallowDeepNetwork(nn.Module):
         At a cut with k exits ahead the own IC's gradient counts 1/(k + 1) and what comes from behind k/(k + 1)
         (gradient equilibrium, arXiv 1908.06294).
         """
-        said: list[Tensor] = []
+        answers: list[tuple[Tensor, Tensor | None]] = []
+        said: Said | None = None
         inputs = as_inputs(inputs)
 
         def visit(position: int, x: Tensor) -> None:
+            nonlocal said
             ahead = self.num_exits - 1 - position
             ready = x
             if torch.is_grad_enabled() and x.requires_grad:
                 ready = x.clone()  # the backbone may write into x
                 if rescale_gradients:
                     ready = _scale_gradient(ready, 1 / ahead)
-                    x.register_hook(lambda gradient: gradient * (ahead / (ahead + 1)))
-            previous = said[-1].detach().log_softmax(-1) if said else None
-            said.append(self.classifier(position)(ready, previous, self._mask(position, inputs)))
+                    x.register_hook(lambda gradient: gradient * (ahead / (ahead + 1)))  # type: ignore[no-untyped-call]
+            answers.append(self.classifier(position)(ready, said, self._mask(position, inputs)))
+            said = Said.of(*answers[-1])
 
-        full = self._pass(inputs, visit, said)
-        return torch.stack([*(answer.to(full.dtype) for answer in said), full])
+        full = self._pass(inputs, visit, answers)
+        return torch.stack([*(logits.to(full.dtype) for logits, _ in answers), full])
 
     def reduce(self, inputs: Inputs) -> tuple[list[Tensor], Tensor]:
         """Every IC's reduced features [B, V, D] and the backbone's logits [B, C]: what IC-only training caches."""
@@ -106,15 +111,19 @@ class ShallowDeepNetwork(nn.Module):
         full = self._pass(inputs, visit, reduced)
         return reduced, full
 
-    def classify(self, reduced: Sequence[Tensor], absent: Sequence[Tensor | None] | None = None) -> list[Tensor]:
-        """Logits [B, C] of every IC from reduced features; ``absent[e]`` [B] marks rows whose exit before e is silent."""
+    def classify(self, reduced: Sequence[Tensor], absent: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Logits [B, C] of every IC from reduced features; ``absent[e]`` [B] marks rows whose exit before e is
+        silent.
+        """
         answers: list[Tensor] = []
+        said: Said | None = None
         for position, features in enumerate(reduced):
-            previous = answers[-1].detach().log_softmax(-1) if answers else None
-            silent = absent[position] if absent is not None else None
-            if previous is not None and silent is not None:
-                previous = previous.masked_fill(silent.unsqueeze(1), 0.0)
-            answers.append(self.classifier(position).classify(features, previous))
+            silent = absent[position].unsqueeze(1) if absent is not None else None
+            if said is not None and silent is not None:
+                said = said.each(functools.partial(torch.masked_fill, mask=silent, value=0.0))
+            logits, hidden = self.classifier(position).classify(features, said)
+            answers.append(logits)
+            said = Said.of(logits, hidden)
         return answers
 
     def classifier(self, position: int) -> InternalClassifier:
@@ -126,7 +135,7 @@ class ShallowDeepNetwork(nn.Module):
     def _mask(self, position: int, inputs: Inputs) -> Tensor | None:
         return mask_of(inputs, self.plan.cuts[position].mask)
 
-    def _pass(self, inputs: Inputs, visit: Visitor, heard: Sequence[Tensor]) -> Tensor:
+    def _pass(self, inputs: Inputs, visit: Visitor, heard: Sequence[object]) -> Tensor:
         with tapped(self.backbone, self.plan.cuts, visit):
             full = logits_of(call(self.backbone, inputs))
         if len(heard) != len(self.plan.cuts):
@@ -205,8 +214,14 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
         raise CutError("The plan has no exits; choose some with `plan(..., at=...)`.")
     shapes: list[tuple[int, ...]] = []
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with evaluating(model), tapped(model, plan.cuts, lambda _, x: shapes.append(tuple(x.shape[1:]))):
-        logits = logits_of(call(model, example_of(plan.inputs, 2, device)))
+    try:
+        with evaluating(model), tapped(model, plan.cuts, lambda _, x: shapes.append(tuple(x.shape[1:]))):
+            logits = logits_of(call(model, example_of(plan.inputs, 2, device)))
+    except (RuntimeError, TypeError, IndexError) as error:
+        taken = f"{plan.inputs.kind} of rows {plan.inputs.shapes}"
+        raise CutError(
+            f"The plan was made for another network: {type(model).__name__} does not take a {taken} ({error})."
+        ) from error
     if shapes != [cut.shape for cut in plan.cuts] or logits.shape[1] != plan.num_classes:
         raise CutError(
             f"The plan was made for another network: it expects {[cut.shape for cut in plan.cuts]} and "
@@ -219,8 +234,12 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
 
 def fingerprint(model: nn.Module) -> str:
     """Sha256 over names, shapes, dtypes and bits of every parameter and buffer of ``model``."""
+    return _digest(model.state_dict())
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -239,7 +258,7 @@ def save(sdn: ShallowDeepNetwork, folder: str | os.PathLike[str]) -> None:
     about = {
         "format": FORMAT,
         "fingerprint": fingerprint(sdn.backbone),
-        "weights": fingerprint(sdn.classifiers),
+        "weights": _digest(tensors),
         "class_names": list(sdn.class_names),
         "preprocessing": sdn.preprocessing,
         "plan": plan_to_json(sdn.plan),
@@ -257,7 +276,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module, *, classifier: Factor
     """
     path = Path(folder)
     about = read_json(path / "sdn.json")
-    if not isinstance(about, dict) or not isinstance(about.get("format"), int):
+    written = {"format", "fingerprint", "weights", "class_names", "preprocessing", "plan"}
+    if not isinstance(about, dict) or not written <= about.keys() or not isinstance(about["format"], int):
         raise FormatError(f"{path / 'sdn.json'} does not describe an SDN; make one with `sdn train`.")
     if about["format"] > FORMAT:
         raise FormatError(f"{path} has SDN format {about['format']}; this version reads up to {FORMAT}: upgrade.")
@@ -267,6 +287,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module, *, classifier: Factor
             "load the weights it was trained with."
         )
     tensors, _ = read_tensors(path / "sdn.safetensors")
+    if _digest(tensors) != about["weights"]:
+        raise FormatError(f"{path}: sdn.json and sdn.safetensors are not of one save; save the SDN again.")
     plan = dataclasses.replace(plan_from_json(about["plan"]), factory=classifier)
     sdn = attach(model, plan)
     weights = {k.removeprefix("classifiers."): v for k, v in tensors.items() if k.startswith("classifiers.")}
@@ -274,8 +296,6 @@ def load(folder: str | os.PathLike[str], model: nn.Module, *, classifier: Factor
         sdn.classifiers.load_state_dict(weights)
     except RuntimeError:
         raise FormatError(f"{path / 'sdn.safetensors'} does not hold the classifiers that sdn.json plans.") from None
-    if fingerprint(sdn.classifiers) != about["weights"]:
-        raise FormatError(f"{path}: sdn.json and sdn.safetensors are not of one save; save the SDN again.")
     sdn.confusion_mean_EE.copy_(tensors["confusion_mean_EE"])
     sdn.confusion_covariance_EEE.copy_(tensors["confusion_covariance_EEE"])
     sdn.trained_hashes = tensors["trained_hashes"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Protocol
@@ -20,11 +20,9 @@ from torch import Tensor
 from shallowdeep.types import ConfusionReference, Outcome, Trace
 
 Fallback = Literal["last", "most_confident"]
-State = tuple[Tensor, ...]
-"""What a policy remembers of each row: tensors whose first axis is the rows, compacted as rows leave."""
+State = tuple[Tensor, ...]  # what a policy remembers of its rows, their axis first: compacted as rows leave
 
-CHUNK_ELEMENTS = 1 << 21
-"""Logits held at once in float64 while walking a trace (16 MB)."""
+CHUNK_ELEMENTS = 1 << 21  # logits held at once in float64 while walking a trace: 16 MB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +33,8 @@ class CalibrationRecord:
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Policy(Protocol):
+class Policy(Hashable, Protocol):
     """A rule with memory: ``init`` once per batch, ``step`` at every exit asked but the last, where all stop."""
-
-    def __hash__(self) -> int:
-        """Policies are frozen data."""
 
     @property
     def fallback(self) -> Fallback:
@@ -77,9 +72,8 @@ class _Forgetful:
 class _Choosing(_Forgetful):
     """What policies have in common that choose where to stop.
 
-    ``enabled_E`` says which exits are asked at all (None: all; the full exit always is). ``fallback`` is the answer of
-    a row that no exit could stop: the ``last`` exit asked, or the ``most_confident`` of all asked (the paper's rule;
-    of equals the earliest; exits whose logits are not finite do not count).
+    ``enabled_E`` says which exits are asked at all (None: all; the full exit always is). ``fallback`` answers rows that
+    no exit could stop: the ``last`` exit asked, or the ``most_confident`` finite one (the paper's; ties: the earliest).
     """
 
     enabled_E: tuple[bool, ...] | None = None
@@ -155,7 +149,8 @@ class Margin(_Thresholded):
     """
 
     def step(self, state: State, exit: int, logits_BC: Tensor, softmax_BC: Tensor) -> tuple[State, Tensor]:
-        return state, lead(softmax_BC) >= self.at(exit)
+        top_B2 = softmax_BC.topk(2).values
+        return state, top_B2[:, 0] - top_B2[:, 1] >= self.at(exit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +184,8 @@ class Patience(_Choosing):
 class Fixed(_Forgetful):
     """Stop everything at ``exit``: the network cut short there. Only that exit and the full exit are asked.
 
-    ``Fixed(exit=full_exit)`` is the untouched network: no IC needs to run. The full exit is reached only by rows
-    whose logits at ``exit`` are not finite. Nothing else being asked, the confusion of its answers is 0.
+    ``Fixed(exit=full_exit)`` is the untouched network: no IC needs to run, and confusion, with nobody else asked, is 0.
+    Only rows whose logits at an earlier ``exit`` are not finite go on to the full exit.
     >>> Fixed(exit=1).asks(4, 3)
     (False, True, False, True)
     """
@@ -237,20 +232,15 @@ def to_json(policy: Policy) -> dict[str, Any]:
     >>> to_json(Fixed(exit=2))
     {'kind': 'Fixed', 'exit': 2}
     """
-    facts: dict[str, Any] = {"kind": type(policy).__name__}
-    for name in _fields(type(policy)):
-        value = getattr(policy, name)
-        if isinstance(value, CalibrationRecord):
-            value = {"hash_N": list(value.hash_N), "info": dict(value.info)}
-        if isinstance(value, tuple):
-            value = [_spelled(entry) for entry in value]
-        if value is not None:
-            facts[name] = _spelled(value)
-    return facts
+    facts = {name: getattr(policy, name) for name in _fields(type(policy))}
+    record = facts.pop("calibrated_on")
+    if record is not None:
+        facts["calibrated_on"] = {"hash_N": list(record.hash_N), "info": dict(record.info)}
+    return {"kind": type(policy).__name__} | {k: _spelled(v) for k, v in facts.items() if v is not None}
 
 
 def from_json(facts: Mapping[str, Any]) -> Policy:
-    """The policy that ``to_json`` wrote, exactly. Raises ``ValueError`` on an unknown kind or field.
+    """The policy that ``to_json`` wrote, exactly. Raises ``ValueError`` on an unknown kind or wrong fields.
 
     >>> from_json({"kind": "Patience", "patience": 2})
     Patience(enabled_E=None, fallback='last', patience=2)
@@ -268,7 +258,7 @@ def from_json(facts: Mapping[str, Any]) -> Policy:
         given["calibrated_on"] = CalibrationRecord(hash_N=tuple(record["hash_N"]), info=record["info"])
     if "threshold" in given:
         value = given["threshold"]
-        given["threshold"] = tuple(map(float, value)) if isinstance(value, Sequence | str) else float(value)
+        given["threshold"] = tuple(map(float, value)) if isinstance(value, list) else float(value)
     policy: Policy = KINDS[name](**given)
     return policy
 
@@ -278,22 +268,18 @@ def _fields(kind: type[Any]) -> dict[str, dataclasses.Field[Any]]:
 
 
 def _spelled(value: Any) -> Any:
-    """JSON has no infinity."""
+    """JSON has neither tuples nor infinity."""
+    if isinstance(value, tuple):
+        return [_spelled(entry) for entry in value]
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def asked_exits(enabled_E: Sequence[bool] | None, num_exits: int, full_exit: int) -> tuple[bool, ...]:
     """Which exits are asked when ``enabled_E`` are (None: all); the full exit always is. Raises ``ValueError``."""
-    enabled_E = (True,) * num_exits if enabled_E is None else enabled_E
+    enabled_E = [True] * num_exits if enabled_E is None else enabled_E
     if len(enabled_E) != num_exits:
         raise ValueError(f"enabled_E has {len(enabled_E)} entries; {num_exits} exits need {num_exits}.")
     return tuple(bool(on) or e == full_exit for e, on in enumerate(enabled_E))
-
-
-def lead(softmax_BC: Tensor) -> Tensor:
-    """By how much the greatest softmax leads the second ([B])."""
-    top_B2 = softmax_BC.topk(2).values
-    return top_B2[:, 0] - top_B2[:, 1]
 
 
 def finite_rows(logits_BC: Tensor) -> Tensor:
@@ -307,8 +293,6 @@ def standardised(raw_N: Tensor, mean: float, std: float) -> Tensor:
 
 
 class _Route(NamedTuple):
-    """What a policy means for a network with so many exits: worked out once, not for every batch."""
-
     asked: tuple[bool, ...]
     last: int
     moments: tuple[tuple[float, float], ...]
@@ -316,18 +300,16 @@ class _Route(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _route(policy: Policy, num_exits: int, full_exit: int, reference: ConfusionReference | None) -> _Route:
+    """What a policy means for a network with so many exits: worked out once, not for every batch."""
     asked = policy.asks(num_exits, full_exit)
     if reference is not None and len(reference.mean_EE) != num_exits:
         raise ValueError(f"The confusion reference speaks of {len(reference.mean_EE)} exits, not of {num_exits}.")
-    plain = (0.0, 1.0)
-    chosen = torch.tensor(asked)
-    moments = [plain if reference is None else reference.moments(stop, chosen) for stop in range(num_exits)]
-    return _Route(asked, max(e for e in range(num_exits) if asked[e]), tuple(moments))
+    last, chosen = max(e for e in range(num_exits) if asked[e]), torch.tensor(asked)
+    moments = [reference.moments(e, chosen) if reference else (0.0, 1.0) for e in range(num_exits)]
+    return _Route(asked, last, tuple(moments))
 
 
 class _Leaving(NamedTuple):
-    """The answers of rows that left at one exit."""
-
     row_B: Tensor
     exit_B: Tensor
     logits_BC: Tensor
@@ -340,7 +322,7 @@ class Walk:
 
     ``cost_E`` is what stopping at each exit costs under this policy (``costs_when_asking``); ``reference``, where there
     is one, standardises the confusion. Rows whose logits are not finite do not stop before the full exit, and do not
-    walk past it. One walk is one batch's: threads do not share it.
+    walk past it. ``row_S`` says where the rows that still walk stand in the batch (None: nobody has left).
     """
 
     def __init__(
@@ -356,9 +338,7 @@ class Walk:
         device: torch.device | str = "cpu",
     ) -> None:
         self.alive = batch
-        """How many rows still walk."""
         self.row_S: Tensor | None = None
-        """Where the rows that still walk stand in the batch; None while nobody has left."""
         self._route = _route(policy, num_exits, full_exit, reference)
         self._policy, self._full, self._cost_E = policy, full_exit, cost_E
         self._device = torch.device(device)
@@ -497,21 +477,23 @@ def simulate(policy: Policy, trace: Trace) -> Outcome:
     >>> outcome.exit_N.tolist(), outcome.labels_N.tolist(), outcome.cost_N.tolist()
     ([0, 1], [0, 1], [0.5, 1.0])
     """
-    cost_E = policy_costs(trace, policy.asks(trace.num_exits, trace.full_exit))
-    rows = max(1, CHUNK_ELEMENTS // (trace.num_exits * trace.num_classes))
+    exits, full = trace.num_exits, trace.full_exit
+    cost_E, reference = policy_costs(trace, policy.asks(exits, full)), trace.confusion_reference
+    rows = max(1, CHUNK_ELEMENTS // (exits * trace.num_classes))
     parts = []
     for start in range(0, trace.num_samples, rows):
         logits_EBC = trace.logits_ENC[:, start : start + rows].detach()
+        labels_B = trace.labels_N[start : start + rows]
         walk = Walk(
             policy,
-            num_exits=trace.num_exits,
-            full_exit=trace.full_exit,
+            num_exits=exits,
+            full_exit=full,
             cost_E=cost_E,
-            reference=trace.confusion_reference,
-            batch=logits_EBC.shape[1],
-            labels_B=trace.labels_N[start : start + rows],
+            reference=reference,
+            batch=len(labels_B),
+            labels_B=labels_B,
         )
-        for exit in filter(walk.asks, range(trace.num_exits)):
+        for exit in filter(walk.asks, range(exits)):
             if walk.alive:
                 walk.ask(exit, logits_EBC[exit] if walk.row_S is None else logits_EBC[exit][walk.row_S])
         parts.append(walk.finish()[0])

@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from shallowdeep.types import CutError, CutPoint
+from shallowdeep.types import CutError, CutPoint, Port
 
+Hearer: TypeAlias = Callable[[str, Port, int, Any], Any]
 Visitor: TypeAlias = Callable[[int, Tensor], Tensor | None]
 """Called as ``visit(position of the cut, tensor)``; what it returns, unless None, takes the tensor's place."""
 
@@ -40,7 +41,7 @@ def tapped(model: nn.Module, cuts: Sequence[CutPoint], visit: Visitor) -> Iterat
         else:
             by_call[cut.module, cut.port, cut.call].append(position)
 
-    def hear(path: str, port: str, call: int, value: Any) -> Any:
+    def hear(path: str, port: Port, call: int, value: Any) -> Any:
         wanted = by_call.get((path, port, call))
         if wanted is None:
             return None
@@ -50,7 +51,8 @@ def tapped(model: nn.Module, cuts: Sequence[CutPoint], visit: Visitor) -> Iterat
             leaf = cuts[position].leaf
             if leaf >= len(leaves) or not isinstance(leaves[leaf], Tensor):
                 raise CutError(f"The network took another path: no tensor at the cut point {cuts[position].name!r}.")
-            replacement = visit(position, leaves[leaf])
+            with functions.deaf():
+                replacement = visit(position, leaves[leaf])
             if replacement is not None:
                 leaves[leaf], changed = replacement, True
         return pytree.tree_unflatten(leaves, spec) if changed else None
@@ -59,16 +61,17 @@ def tapped(model: nn.Module, cuts: Sequence[CutPoint], visit: Visitor) -> Iterat
         position = by_function.get((name, count))
         return None if position is None else visit(position, result)
 
+    functions = counting_functions(hear_function)
     with listening(model, {cut.module for cut in cuts if cut.port != "call"}, hear):
         if not by_function:
             yield
             return
-        with counting_functions(hear_function):
+        with functions:
             yield
 
 
 @contextmanager
-def listening(model: nn.Module, paths: Iterable[str], hear: Callable[[str, str, int, Any], Any]) -> Iterator[None]:
+def listening(model: nn.Module, paths: Iterable[str], hear: Hearer) -> Iterator[None]:
     """While open, ``hear(path, "in" | "out", call, value)`` gets what enters and leaves the modules at ``paths``.
 
     ``value`` is ``(args, named args)`` or the output; what ``hear`` returns, unless None, takes its place.
@@ -92,7 +95,7 @@ def _remove(handle: RemovableHandle) -> None:
 class _Ears:
     """The two hooks on one module; deaf to other threads, which may run the same module at the same time."""
 
-    def __init__(self, path: str, hear: Callable[[str, str, int, Any], Any]) -> None:
+    def __init__(self, path: str, hear: Hearer) -> None:
         self.path, self.hear = path, hear
         self.thread = threading.get_ident()
         self.entered = 0
@@ -105,7 +108,8 @@ class _Ears:
                 module.register_forward_hook(self.leave),
             ]
 
-    def enter(self, module: nn.Module, args: Any, named: Any) -> Any:
+    def enter(self, module: nn.Module, args: Any, named: Any = None) -> Any:
+        # A hook that another thread is just putting on or off may be called here, even without the named arguments.
         if threading.get_ident() != self.thread:
             return None
         self.open_calls.append(self.entered)
@@ -128,9 +132,21 @@ class counting_functions(TorchFunctionMode):  # noqa: N801  (used as a context m
         super().__init__()
         self.hear = hear
         self.counts: Counter[str] = Counter()
+        self.listens = True
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """What runs inside is not counted: a visitor's own functions are none of the network's."""
+        before, self.listens = self.listens, False
+        try:
+            yield
+        finally:
+            self.listens = before
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if not self.listens:
+            return result
         name = str(getattr(func, "__name__", ""))
         self.counts[name] += 1
         if not isinstance(result, Tensor):

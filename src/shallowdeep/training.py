@@ -1,6 +1,7 @@
 """How internal classifiers learn on a frozen backbone, which does not change by one bit.
 
-It refuses to know thresholds and policies; it ends with weights. Training everything together is next door, in ``joint``.
+It refuses to know thresholds and policies; it ends with weights. Training everything together is next door, in
+``joint``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor
+from torch.optim import Optimizer
 
 from shallowdeep.checkpoints import Checkpoint
 from shallowdeep.features import (
@@ -54,28 +56,35 @@ Part: TypeAlias = tuple[list[Tensor], Tensor, int]
 class ExitRecipe:
     """How ICs are optimised on a frozen backbone.
 
-    With ``milestones`` the rate falls tenfold after those epochs; without, it follows one cycle. ``decoupled`` is AdamW's
-    weight decay, else L2 inside Adam. ``absent`` is the share of rows whose previous exit is silent in training, so that an
-    IC can also answer without it.
+    Adam; where ``muon_lr`` is given, Muon (arXiv 2502.16982) for the matrices of hidden layers, at that rate. With
+    ``milestones`` the rate falls tenfold after those epochs; without, it follows one cycle. ``decoupled`` is AdamW's
+    weight decay, else L2 inside Adam. ``absent`` is the share of rows whose previous exit is silent in training, so
+    that an IC can also answer without it. Where rows are few, batches shrink so that an epoch has ``least_steps``.
     """
 
     lr: float
     weight_decay: float
     decoupled: bool = True
+    muon_lr: float = 0.0
     batch_size: int = 256
+    least_steps: int = 0
     milestones: tuple[int, ...] = ()
     label_smoothing: float = 0.0
     absent: float = 0.0
 
 
+MUON_DECAY = 0.05
+LEAST_BATCH = 16
 PAPER_EXITS = ExitRecipe(lr=1e-3, weight_decay=5e-4, decoupled=False, batch_size=128, milestones=(14,))
 """Adam with L2, 1e-3 for 14 epochs, then 1e-4: what the original code really runs (arXiv 1810.07052)."""
-STRONG_EXITS = ExitRecipe(lr=2e-3, weight_decay=1e-2, absent=0.1)
+STRONG_EXITS = ExitRecipe(lr=3e-3, weight_decay=2e-2, muon_lr=2e-2, batch_size=1024, least_steps=40, absent=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExitTraining:
-    """What a training of ICs did: mean loss per epoch and exit, seconds, where features were kept, at which precision."""
+    """What a training of ICs did: mean loss per epoch and exit, seconds, where features were kept, at which
+    precision.
+    """
 
     loss_per_epoch: tuple[tuple[float, ...], ...]
     seconds: float
@@ -110,12 +119,12 @@ def train_exits(
 
     ``data`` is a DataLoader, an iterable of ``(inputs, labels)`` or one such pair. ``augment(inputs, generator)`` draws
     random views, of which ``views`` are made once and used in turn; without it there is one clean view. ``cache``:
-    ``"auto"`` keeps features in memory, or on disk where memory is short, while all views fit into ``cache_bytes``, and else
-    streams (``"off"``: the backbone runs in every epoch). Features under ``cache_dir`` are found again by a later run, if
-    complete. With ``checkpoint_dir`` a killed run goes on after its last whole epoch. ``precision`` is the backbone's;
-    ``"auto"`` takes bf16 where a timed batch is faster. ``fabric`` is a launched ``lightning_fabric.Fabric``; each of its
-    processes takes its share of every batch. Raises ``DataError`` for labels outside the classes, empty data, or an iterator
-    that can be read only once where more passes are needed.
+    ``"auto"`` keeps features in memory, or on disk where memory is short, while all views fit into ``cache_bytes``,
+    and else streams (``"off"``: the backbone runs in every epoch). Features under ``cache_dir`` are found again by a
+    later run, if complete. With ``checkpoint_dir`` a killed run goes on after its last whole epoch. ``precision`` is
+    the backbone's; ``"auto"`` takes bf16 where a timed batch is faster. ``fabric`` is a launched
+    ``lightning_fabric.Fabric``; each of its processes takes its share of every batch. Raises ``DataError`` for labels
+    outside the classes, empty data, or an iterator that can be read only once where more passes are needed.
     """
     if epochs < 1 or views < 1 or precision not in ("auto", "fp32", "bf16"):
         raise ValueError(
@@ -245,13 +254,15 @@ class _ExitRun:
     def _cached(self, made: Sequence[View], epoch: int) -> Iterator[Part]:
         view = made[epoch % len(made)]
         order = torch.randperm(len(self.hash_N), generator=seeded(self.seed, epoch))
-        for batch in torch.split(order, self.recipe.batch_size):
+        for batch in torch.split(order, self._batch_size(len(order))):
             own = self.share.places(batch)
             yield [features[own] for features in view.features], view.labels_N[own], len(batch)
 
     def _streamed(self, epoch: int) -> Iterator[Part]:
         generator, hashes = seeded(self.seed, epoch, 1), []
-        for inputs, labels in seeded_batches(self.data, self.recipe.batch_size, self.seed, epoch, shuffle=True):
+        pair = as_pair(self.data)
+        size = self._batch_size(num_rows(pair[0])) if pair else self.recipe.batch_size
+        for inputs, labels in seeded_batches(self.data, size, self.seed, epoch, shuffle=True):
             checked = check_labels(labels, num_rows(inputs), self.sdn.plan.num_classes).cpu()
             hashes.append(row_hashes(inputs))
             seen = inputs if self.augment is None else self.augment(inputs, generator)
@@ -260,17 +271,22 @@ class _ExitRun:
             yield features, checked[own], num_rows(inputs)
         self.hash_N = torch.cat(hashes)
 
+    def _batch_size(self, rows: int) -> int:
+        if not self.recipe.least_steps:
+            return self.recipe.batch_size
+        return min(self.recipe.batch_size, max(LEAST_BATCH, rows // self.recipe.least_steps))
+
     def optimise(
         self, parts_of: Callable[[int], Iterator[Part]], checkpoint: Checkpoint, state: dict[str, Any] | None
     ) -> list[tuple[float, ...]]:
         """Mean loss per exit of every epoch, those before a resumed checkpoint included."""
         classifiers, recipe = self.sdn.classifiers, self.recipe
-        kind = torch.optim.AdamW if recipe.decoupled else torch.optim.Adam
-        optimizer = kind(classifiers.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+        optimizers = make_optimizers(self.sdn, recipe)
         first, losses = 0, []
         if state is not None:
             classifiers.load_state_dict(state["classifiers"])
-            optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             first, losses, self.hash_N = state["epoch"], [tuple(loss) for loss in state["losses"]], state["hash_N"]
         for epoch in steps(range(first, self.epochs), "train exits", self.epochs - first):
             sums, seen = torch.zeros(len(classifiers), dtype=torch.float64), 0
@@ -278,16 +294,17 @@ class _ExitRun:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seeded(self.seed, epoch, 2, self.share.rank).initial_seed())
                 for features, labels, size in parts_of(epoch):
-                    for group in optimizer.param_groups:
-                        group["lr"] = recipe.lr * self._rate(epoch, seen)
-                    sums += self._step(optimizer, features, labels, size)
+                    for optimizer in optimizers:
+                        for group in optimizer.param_groups:
+                            group["lr"] = group["initial_lr"] * self._rate(epoch, seen)
+                    sums += self._step(optimizers, features, labels, size)
                     seen += size
             losses.append(tuple((sums / seen).tolist()))
             if self.fabric.is_global_zero:
                 checkpoint.save(
                     {
                         "classifiers": classifiers.state_dict(),
-                        "optimizer": optimizer.state_dict(),
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                         "epoch": epoch + 1,
                         "losses": [list(loss) for loss in losses],
                         "hash_N": self.hash_N,
@@ -303,14 +320,14 @@ class _ExitRun:
         within = seen / len(self.hash_N) if len(self.hash_N) else 0.5
         return one_cycle((epoch + min(within, 1.0)) / self.epochs)
 
-    def _step(self, optimizer: torch.optim.Optimizer, features: list[Tensor], labels_B: Tensor, size: int) -> Tensor:
+    def _step(self, optimizers: Sequence[Optimizer], features: list[Tensor], labels_B: Tensor, size: int) -> Tensor:
         """One step; gradients are those of the mean over the whole batch of ``size``, wherever its rows are.
 
         Returns the summed loss per exit.
         """
         device, classifiers = self.extractor.device, self.sdn.classifiers
         sums = torch.zeros(len(classifiers), dtype=torch.float64)
-        optimizer.zero_grad(set_to_none=False)
+        classifiers.zero_grad()
         if len(labels_B):
             labels_B = labels_B.to(device)
             own = next(classifiers.parameters()).dtype
@@ -329,5 +346,31 @@ class _ExitRun:
                 grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
                 parameter.grad = self.fabric.all_reduce(grad, reduce_op="sum")  # type: ignore[assignment]
             sums = self.fabric.all_reduce(sums, reduce_op="sum")  # type: ignore[assignment]
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         return sums
+
+
+def make_optimizers(sdn: ShallowDeepNetwork, recipe: ExitRecipe) -> list[Optimizer]:
+    """Adam for everything, or Muon for hidden matrices and Adam for the rest; vectors are not decayed by AdamW."""
+    matrices = [weight for i in range(len(sdn.classifiers)) for weight in sdn.classifier(i).matrices()]
+    matrices = matrices if recipe.muon_lr else []
+    special = {id(weight) for weight in matrices}
+    rest = [p for p in sdn.classifiers.parameters() if id(p) not in special]
+    if recipe.decoupled:
+        groups = [
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        adam: Optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=recipe.lr, betas=(0.9, 0.99)
+        )
+    else:
+        adam = torch.optim.Adam(rest, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizers = [adam]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=MUON_DECAY))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +58,9 @@ class CutPoint:
 
     ``module`` and ``call`` (0-based) name the module call it ends (``port="out"``) or enters (``"in"``), ``leaf``
     the tensor among that call's flattened inputs or outputs. ``port="call"`` is a function inside the module:
-    ``function`` is called for the ``leaf``-th time in the whole pass. ``macs_before`` is per sample. ``channel_dim`` is the feature
-    axis of the crossing tensor (1 for NCHW maps, -1 for tokens, vectors and channels-last maps); ``mask`` is the
-    input that says which tokens are real, if any.
+    ``function`` is called for the ``leaf``-th time in the whole pass. ``macs_before`` is per sample. ``channel_dim``
+    is the feature axis of the crossing tensor (1 for NCHW maps, -1 for tokens, vectors and channels-last maps);
+    ``mask`` is the input that says which tokens are real, if any.
     """
 
     name: str
@@ -90,7 +90,8 @@ class ClassifierSpec:
 
     ``grid`` is the pooled spatial size (empty for tokens and vectors), ``views`` how many reductions of the tensor
     are mixed, ``features`` their length D, ``hidden`` the width of the hidden layer (0: none), ``rank`` the width
-    of a low-rank linear path (0: full), ``fed`` whether it reads the previous exit's log-probabilities.
+    of a low-rank linear path (0: full), ``fed`` whether it reads the previous exit's log-probabilities, ``fed_hidden``
+    the width of the previous hidden layer that it also reads (0: none).
     """
 
     kind: str
@@ -104,6 +105,7 @@ class ClassifierSpec:
     hidden: int = 0
     rank: int = 0
     fed: bool = False
+    fed_hidden: int = 0
     macs: int
     params: int
 
@@ -226,6 +228,13 @@ class Trace:
         full = self.full_exit + exits if self.full_exit < 0 else self.full_exit
         if not 0 <= full < exits:
             raise DataError(f"full_exit {self.full_exit} is not one of {exits} exits.")
+        shapes = {"own_cost_E": (exits,), "feeds_EE": (exits, exits), "hash_N": (samples,), "trained_N": (samples,)}
+        for name, shape in shapes.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != shape:
+                raise DataError(f"{name} must have the shape {shape}, found {tuple(value.shape)}.")
+        if self.exit_names and len(self.exit_names) != exits:
+            raise DataError(f"{exits} exits need {exits} names, found {self.exit_names}.")
         put(self, "full_exit", full)
         put(self, "labels_N", labels.to(torch.int64))
         if not self.exit_names:
@@ -284,9 +293,17 @@ class Trace:
         tensors, metadata = read_tensors(Path(path))
         if "shallowdeep_trace" not in metadata:
             raise FormatError(f"{path} holds tensors but is not a trace; make one with `sdn collect`.")
-        about = json.loads(metadata["shallowdeep_trace"])
+        try:
+            return cls._read(tensors, json.loads(metadata["shallowdeep_trace"]))
+        except FormatError as error:
+            raise FormatError(f"{path} {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{path} is damaged: {error}") from None
+
+    @classmethod
+    def _read(cls, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> Trace:
         if about["format"] > TRACE_FORMAT:
-            raise FormatError(f"{path} has trace format {about['format']}; this version reads up to {TRACE_FORMAT}.")
+            raise FormatError(f"has trace format {about['format']}; this version reads up to {TRACE_FORMAT}.")
         mean, covariance = tensors.pop("confusion_mean_EE", None), tensors.pop("confusion_covariance_EEE", None)
         reference = None
         if mean is not None and covariance is not None:
@@ -308,7 +325,9 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What stopping at each exit costs, in macs per sample: ``before_macs_E`` in the backbone, ``own_macs_E`` per IC."""
+    """What stopping at each exit costs, in macs per sample: ``before_macs_E`` in the backbone, ``own_macs_E`` per
+    IC.
+    """
 
     exit_names: tuple[str, ...]
     before_macs_E: tuple[int, ...]

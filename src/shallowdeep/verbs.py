@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from shallowdeep.data import Dataset, Preprocessing, read_data
 from shallowdeep.disagreement import error_finding, fit_confusion
 from shallowdeep.effects import overthinking
 from shallowdeep.files import read_json, write_text
-from shallowdeep.inputs import Inputs, call, each, logits_of, num_rows, take, tensors
+from shallowdeep.inputs import Inputs, call, each, logits_of, num_rows, take
 from shallowdeep.joint import JointRecipe, train_jointly
 from shallowdeep.models import load_model
 from shallowdeep.network import ShallowDeepNetwork, attach, load, plan_from_json, plan_to_json, save
@@ -54,7 +54,9 @@ class DataChoice:
     half: Half = "all"
 
     def read(self) -> Dataset:
-        """The rows. ``half`` "a" and "b" part them by a fixed shuffle, so that one can choose what the other reports."""
+        """The rows. ``half`` "a" and "b" part them by a fixed shuffle, so that one can choose what the other
+        reports.
+        """
         data = read_data(self.source, split=self.split, size=self.size, limit=self.limit)
         return data if self.half == "all" else data.rows(halves(len(data))[self.half == "b"])
 
@@ -81,7 +83,9 @@ def plan_verb(
     rows = data.read()
     network = load_model(model, weights=weights, num_classes=num_classes or len(rows.class_names))
     preprocessing = _preprocessing(rows, mean, std)
-    found = plan(network, _ready(rows.rows(torch.arange(min(2, len(rows)))), preprocessing), at=at, classifier=classifier)
+    found = plan(
+        network, _ready(rows.rows(torch.arange(min(2, len(rows)))), preprocessing), at=at, classifier=classifier
+    )
     print(found)
     write_text(out / "plan.json", json.dumps(plan_to_json(found), indent=1))
     about = {
@@ -135,12 +139,22 @@ def train_verb(
     (out / "checkpoint.pt").unlink(missing_ok=True)
     print(table_of(costs_of(sdn)))
     result["seconds"] = round(time.perf_counter() - start, 2)
-    choices = {**about, "plan": plan_dir, "train_data": data.__dict__, "train_fingerprint": rows.fingerprint, "seed": seed}
+    choices = {
+        **about,
+        "plan": plan_dir,
+        "train_data": data.__dict__,
+        "train_fingerprint": rows.fingerprint,
+        "seed": seed,
+    }
     return _finish(out, "train", choices | {"augment": augment, "views": views, "lr": lr}, result)
 
 
-def collect_verb(sdn_dir: Path, data: DataChoice, out: Path, *, batch_size: int = 256, reference: bool = False) -> Result:
-    """What every exit says about every row: writes ``trace.safetensors``. ``reference`` stores the confusion's moments."""
+def collect_verb(
+    sdn_dir: Path, data: DataChoice, out: Path, *, batch_size: int = 256, reference: bool = False
+) -> Result:
+    """What every exit says about every row: writes ``trace.safetensors``. ``reference`` stores the confusion's
+    moments.
+    """
     sdn, preprocessing = _load_sdn(sdn_dir)
     rows = data.read()
     trace = collect(sdn, (_ready(rows, preprocessing), rows.labels_N), batch_size=batch_size)
@@ -177,9 +191,7 @@ def calibrate_verb(
 ) -> Result:
     """Thresholds from held-out rows: writes ``policy.json``."""
     trace = Trace.load(trace_dir / "trace.safetensors")
-    policy = calibrate(
-        trace, max_accuracy_drop=max_accuracy_drop, max_mean_cost=max_mean_cost, confidence=confidence
-    )
+    policy = calibrate(trace, max_accuracy_drop=max_accuracy_drop, max_mean_cost=max_mean_cost, confidence=confidence)
     facts = to_json(policy)
     write_text(out / "policy.json", json.dumps(facts, indent=1))
     record = facts.pop("calibrated_on", {"info": {}})
@@ -198,10 +210,10 @@ def evaluate_verb(policy_dir: Path, trace_dir: Path, out: Path) -> Result:
     return _finish(out, "evaluate", {"policy": policy_dir, "trace": trace_dir}, found.__dict__)
 
 
-def predict_verb(
-    sdn_dir: Path, policy_dir: Path, data: DataChoice, out: Path, *, batch_size: int = 64
-) -> Result:
-    """Answers that stop early: writes ``predictions.csv``; measures seconds against the whole backbone on the same rows."""
+def predict_verb(sdn_dir: Path, policy_dir: Path, data: DataChoice, out: Path, *, batch_size: int = 64) -> Result:
+    """Answers that stop early: writes ``predictions.csv``; measures seconds against the whole backbone on the same
+    rows.
+    """
     sdn, preprocessing = _load_sdn(sdn_dir)
     engine = Engine(sdn, from_json(read_json(policy_dir / "policy.json")))
     rows = data.read()
@@ -213,7 +225,14 @@ def predict_verb(
     right, cost = 0, 0.0
     for start in steps(range(0, len(rows), batch_size), "predict", -(-len(rows) // batch_size)):
         answer = engine(take(inputs, slice(start, start + batch_size)))
-        columns = (answer.labels_B, answer.exit_B, answer.confidence_B, answer.confusion_B, answer.cost_B, answer.valid_B)
+        columns = (
+            answer.labels_B,
+            answer.exit_B,
+            answer.confidence_B,
+            answer.confusion_B,
+            answer.cost_B,
+            answer.valid_B,
+        )
         for i, (label, exit, sure, odd, paid, valid) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
             figures = [f"{sure:.6f}", f"{odd:.6f}", f"{paid:.6f}", int(valid)]
             writer.writerow([start + i, label, names[label], exits[exit], *figures])
@@ -222,8 +241,8 @@ def predict_verb(
     write_text(out / "predictions.csv", text.getvalue())
     timed = time_engine(engine, inputs, batch_size, rounds=5, limit=16 * batch_size)
     result = {"rows": len(rows), "accuracy": right / len(rows), "mean_cost": cost / len(rows), **timed}
-    print(table([("rows", "accuracy", "mean cost", "speedup"), tuple(
-        [str(len(rows)), f"{result['accuracy']:.2%}", f"{result['mean_cost']:.3f}", f"{timed['speedup_measured']:.2f}x"])]))
+    shown = f"{result['accuracy']:.2%}", f"{result['mean_cost']:.3f}", f"{timed['speedup_measured']:.2f}x"
+    print(table([("rows", "accuracy", "mean cost", "speedup"), (str(len(rows)), *shown)]))
     about = {"sdn": sdn_dir, "policy": policy_dir, "data": data.__dict__, "data_fingerprint": rows.fingerprint}
     return _finish(out, "predict", about | {"batch_size": batch_size}, result)
 
@@ -263,6 +282,8 @@ def _preprocessing(rows: Dataset, mean: tuple[float, ...], std: tuple[float, ...
         if mean or std:
             raise DataError("mean and std are for uint8 images; these rows are used as they are.")
         return None
+    if rows.inputs.ndim != 4:
+        raise DataError(f"uint8 rows must be images [N, C, H, W], found {list(rows.inputs.shape)}; give floats instead.")
     channels = rows.inputs.shape[1]
     usual = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
     size = (rows.inputs.shape[2], rows.inputs.shape[3])

@@ -1,6 +1,7 @@
 """The study's networks as plain classifiers, without a word about exits.
 
-It refuses to know data and training. So far: the CIFAR ResNets with parameter-free shortcuts, for which public weights exist.
+It refuses to know data and training. So far: the CIFAR ResNets with parameter-free shortcuts, for which public
+weights exist.
 """
 
 from __future__ import annotations

@@ -1,17 +1,20 @@
 """Answers as early as the policy allows: run a segment, ask, let answered rows leave the batch, go on.
 
-It refuses to make a choice that could change an answer; those are policy data. Faster backends enter through ``backend=``.
+It refuses to make a choice that could change an answer; those are policy data. Faster backends enter through
+``backend=``.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 import threading
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from shallowdeep.classifiers import Said
 from shallowdeep.costs import feeds, own_costs
 from shallowdeep.inputs import (
     Inputs,
@@ -41,9 +44,9 @@ class Engine:
     """``engine(inputs)`` answers each row at the exit where ``policy`` stops it; the rest of the network is skipped.
 
     ``inputs`` is a batch as the backbone takes it, on any device; the answer is on the network's. Weights are
-    snapshotted when the engine is made: a call raises ``BackboneMismatch`` when the SDN has changed since. A backbone that
-    cannot be exported runs through its own modules. Several threads may call one engine. Rows whose logits are not finite
-    are answered by the backbone's own exit with ``valid_B`` False. Source: arXiv 1810.07052, section 5.1.
+    snapshotted when the engine is made: a call raises ``BackboneMismatch`` when the SDN has changed since. A backbone
+    that cannot be exported runs through its own modules. Several threads may call one engine. Rows whose logits are
+    not finite are answered by the backbone's own exit with ``valid_B`` False. Source: arXiv 1810.07052, section 5.1.
     """
 
     def __init__(self, sdn: ShallowDeepNetwork, policy: Policy, *, backend: Literal["auto", "torch"] = "auto") -> None:
@@ -70,8 +73,10 @@ class Engine:
 
     def __call__(self, inputs: object) -> Answer:
         """The answers to one batch, in its order: labels, logits, exits, confidence, confusion and cost per row."""
-        batch = each(as_inputs(inputs), lambda tensor: tensor.to(self._device))
-        found, planned = signature_of(batch), self.sdn.plan.inputs
+        batch, planned = each(as_inputs(inputs), lambda tensor: tensor.to(self._device)), self.sdn.plan.inputs
+        if isinstance(batch, dict) and batch.keys() == set(planned.names):
+            batch = {name: batch[name] for name in planned.names}
+        found = signature_of(batch)
         if (found.kind, found.names, found.dtypes) != (planned.kind, planned.names, planned.dtypes):
             raise DataError(
                 f"{self.sdn.plan.model} takes {planned.kind} {dict(zip(planned.names, planned.dtypes, strict=True))}, "
@@ -110,34 +115,34 @@ class Engine:
 
     def _walk_segments(self, walk: Walk, inputs: Inputs, program: list[Segment]) -> None:
         carried: tuple[Tensor, ...] = ()
-        previous: Tensor | None = None
+        said: Said | None = None
         for exit, segment in zip([*self._run, self._full], program, strict=True):
             carried = segment.run(*carried, *tensors(inputs))
-            logits = carried[0] if exit == self._full else self._classify(exit, carried[0], previous, inputs)
+            logits, hidden = (carried[0], None) if exit == self._full else self._ask(exit, carried[0], said, inputs)
             keep = _leave(walk, exit, logits)
             if not walk.alive:
                 return
-            previous = logits.log_softmax(-1)
+            said = Said.of(logits, hidden)
             if keep is not None:
                 carried = keep_rows(carried, segment.carried_rows, keep)
-                inputs, previous = take(inputs, keep), previous[keep]
+                inputs, said = take(inputs, keep), said.each(operator.itemgetter(keep))
 
     def _walk_modules(self, walk: Walk, inputs: Inputs) -> None:
         """Through the user's own modules: rows leave inside hooks, and when none is left the pass is abandoned."""
-        previous: Tensor | None = None
+        said: Said | None = None
         alive = inputs
 
         def visit(position: int, x: Tensor) -> Tensor | None:
-            nonlocal previous, alive
+            nonlocal said, alive
             exit = self._run[position]
-            logits = self._classify(exit, x, previous, alive)
+            logits, hidden = self._ask(exit, x, said, alive)
             keep = _leave(walk, exit, logits)
             if not walk.alive:
                 raise _AllLeft
-            previous = logits.log_softmax(-1)
+            said = Said.of(logits, hidden)
             if keep is None:
                 return None
-            alive, previous = take(alive, keep), previous[keep]
+            alive, said = take(alive, keep), said.each(operator.itemgetter(keep))
             return x[keep]
 
         modes = [module.training for module in self.sdn.backbone.modules()]
@@ -153,17 +158,23 @@ class Engine:
             return
         _leave(walk, self._full, logits)
 
-    def _classify(self, exit: int, x: Tensor, previous: Tensor | None, inputs: Inputs) -> Tensor:
-        answer: Tensor = self._classifiers[exit](x, previous, mask_of(inputs, self.sdn.plan.cuts[exit].mask))
-        return answer
+    def _ask(self, exit: int, x: Tensor, said: Said | None, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+        logits, hidden = self._classifiers[exit](x, said, mask_of(inputs, self.sdn.plan.cuts[exit].mask))
+        return logits, hidden
 
     def _program(self, signature: InputSignature) -> list[Segment]:
         """The segments for inputs of this shape, exported on first sight."""
         with self._lock:
             if signature not in self._programs:
                 example = example_of(signature, 2, self._device)
-                with torch.inference_mode(False):
-                    segments = cut_segments(self.sdn.backbone, self.sdn.plan, self._run, example)
+                try:
+                    with torch.inference_mode(False):
+                        segments = cut_segments(self.sdn.backbone, self.sdn.plan, self._run, example)
+                except RuntimeError as error:
+                    found, planned = signature.shapes, self.sdn.plan.inputs.shapes
+                    raise DataError(
+                        f"{self.sdn.plan.model} is planned for rows of shape {planned} and fails for {found}: {error}"
+                    ) from error
                 if len(self._programs) >= PROGRAMS_KEPT:
                     self._programs.pop(next(iter(self._programs)))
                 self._programs[signature] = segments

@@ -1,7 +1,7 @@
 """The backbone in pieces, in plain PyTorch: snapshots of the exported graph between the exits that are run.
 
-It refuses to know policies. A piece takes the crossing tensor, its side inputs and the rows' own inputs, and returns the
-next ones.
+It refuses to know policies. A piece takes the crossing tensor, its side inputs and the rows' own inputs, and returns
+the next ones.
 """
 
 from __future__ import annotations

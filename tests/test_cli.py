@@ -1,0 +1,149 @@
+"""The verbs, joined by files, as a user types them; their help, their last line and their errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from shallowdeep.cli import main
+
+SIDE = 12
+
+
+class Tiny(nn.Module):
+    """Somebody's classifier: found by the command line as `test_cli:tiny`."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.layers = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(5))
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.head(x.amax((2, 3)))
+
+
+def tiny(num_classes: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return Tiny(num_classes)
+
+
+def lonely(num_classes: int = 3) -> nn.Module:
+    """No cut point: one layer."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, num_classes))
+
+
+def single(num_classes: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 8), nn.Linear(8, 1))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Blobs whose colour is their class."""
+    path = tmp_path_factory.mktemp("data") / "photos.npz"
+    draw = np.random.default_rng(0)
+    labels = np.arange(240) % 3
+    images = draw.integers(0, 120, (240, SIDE, SIDE, 3), dtype=np.uint8)
+    images[np.arange(240), :, :, labels] += 80
+    np.savez(path, images=images, labels=labels, class_names=np.array(["red", "green", "blue"]))
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, object]:
+    main([str(word) for word in words])
+    return dict(json.loads(capsys.readouterr().out.strip().splitlines()[-1]))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said, "one sentence"
+    assert said.startswith("sdn: ")
+    return said
+
+
+def test_all_verbs_one_after_another(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    planned = run(capsys, "plan", "test_cli:tiny", photos, "--at", "0.2", "0.5")
+    assert planned["exits"] == ["layers.0:in", "layers.2:in", "full"] or len(planned["exits"]) == 3  # type: ignore[arg-type]
+    trained = run(capsys, "train", photos, "--half", "a", "--epochs", "3", "--augment", "crop")
+    assert trained["rows"] == 120
+    collected = run(capsys, "collect", photos, "--half", "b", "--reference")
+    assert len(collected["accuracy"]) == 3  # type: ignore[arg-type]
+    assert 0 <= run(capsys, "analyze")["wasteful"] <= 1  # type: ignore[operator]
+    calibrated = run(capsys, "calibrate", "--max-accuracy-drop", "0.05")
+    assert "kind" in calibrated
+    evaluated = run(capsys, "evaluate")
+    assert 0 < evaluated["mean_cost"] < 1.1  # type: ignore[operator]
+    predicted = run(capsys, "predict", photos, "--half", "b")
+    assert predicted["rows"] == 120
+    lines = (tmp_path / "runs/predict/predictions.csv").read_text().splitlines()
+    assert len(lines) == 121
+    assert lines[1].split(",")[2] in ("red", "green", "blue")
+    for verb in ("plan", "train", "collect", "analyze", "calibrate", "evaluate", "predict"):
+        about = json.loads((tmp_path / "runs" / verb / "run.json").read_text())
+        assert about["verb"] == verb
+        assert about["versions"]["torch"]
+    joint = run(capsys, "train", photos, "--half", "a", "--epochs", "1", "--jointly", "--lr", "0.01", "--out", "runs/joint")
+    assert joint["regime"] == "joint"
+    assert run(capsys, "collect", photos, "--sdn", "runs/joint", "--out", "runs/joint-trace")["rows"] == 240
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("plan", "test_cli:lonely", "DATA"), "No cut point in Sequential"),
+        (("plan", "test_cli:single", "DATA"), "wrap it to two"),
+        (("plan", "test_cli:tiny", "DATA", "--at", "nowhere"), "No cut point 'nowhere' in Tiny. Cut points: "),
+        (("plan", "test_cli:nothing", "DATA"), "nothing"),
+        (("plan", "timm:resnet999", "DATA"), "resnet"),
+        (("plan", "test_cli:tiny", "elsewhere"), "elsewhere"),
+        (("collect", "DATA", "--sdn", "nowhere"), "No file nowhere/run.json"),
+        (("evaluate", "--trace", "nowhere"), "No file nowhere/trace.safetensors"),
+        (("demo", "--data", "cifar10"), "--data-dir"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    words: tuple[str, ...], sentence: str, photos: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sentence in refused(capsys, *(photos if word == "DATA" else word for word in words))
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_nan_images_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = np.zeros((6, 3, SIDE, SIDE), dtype=np.float32)
+    images[4, 0, 0, 0] = np.nan
+    np.savez("nan.npz", images=images, labels=np.arange(6) % 3)
+    said = refused(capsys, "plan", "test_cli:tiny", "nan.npz")
+    assert "NaN" in said
+    assert "row 4" in said
+
+
+def test_help_is_quick_and_does_not_load_torch() -> None:
+    code = "import sys, shallowdeep.cli; assert not any(m.split('.')[0] == 'torch' for m in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    start = time.perf_counter()
+    out = subprocess.run([sys.executable, "-m", "shallowdeep.cli", "--help"], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 5, "loading torch alone takes longer on a busy machine"
+    for verb in ("plan", "train", "collect", "analyze", "calibrate", "evaluate", "predict", "demo"):
+        assert verb in out.stdout
