@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +89,13 @@ def test_all_verbs_one_after_another(
     assert 0 <= run(capsys, "analyze")["wasteful"] <= 1  # type: ignore[operator]
     calibrated = run(capsys, "calibrate", "--max-accuracy-drop", "0.05")
     assert "kind" in calibrated
-    evaluated = run(capsys, "evaluate")
-    assert 0 < evaluated["mean_cost"] < 1.1  # type: ignore[operator]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        main(["evaluate"])
+    said = capsys.readouterr()
+    assert said.err == "sdn: warning: The policy was calibrated on 100.0% of these rows: they flatter it.\n"
+    evaluated = json.loads(said.out.splitlines()[-1])
+    assert 0 < evaluated["mean_cost"] < 1.1
     predicted = run(capsys, "predict", photos, "--half", "b")
     assert predicted["rows"] == 120
     lines = (tmp_path / "runs/predict/predictions.csv").read_text().splitlines()
@@ -99,7 +105,9 @@ def test_all_verbs_one_after_another(
         about = json.loads((tmp_path / "runs" / verb / "run.json").read_text())
         assert about["verb"] == verb
         assert about["versions"]["torch"]
-    joint = run(capsys, "train", photos, "--half", "a", "--epochs", "1", "--jointly", "--lr", "0.01", "--out", "runs/joint")
+    joint = run(
+        capsys, "train", photos, "--half", "a", "--epochs", "1", "--jointly", "--lr", "0.01", "--out", "runs/joint"
+    )
     assert joint["regime"] == "joint"
     assert run(capsys, "collect", photos, "--sdn", "runs/joint", "--out", "runs/joint-trace")["rows"] == 240
 
@@ -119,8 +127,12 @@ def test_all_verbs_one_after_another(
     ],
 )
 def test_bad_input_is_one_sentence(
-    words: tuple[str, ...], sentence: str, photos: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    sentence: str,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert sentence in refused(capsys, *(photos if word == "DATA" else word for word in words))
@@ -143,7 +155,9 @@ def test_help_is_quick_and_does_not_load_torch() -> None:
     code = "import sys, shallowdeep.cli; assert not any(m.split('.')[0] == 'torch' for m in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     start = time.perf_counter()
-    out = subprocess.run([sys.executable, "-m", "shallowdeep.cli", "--help"], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-m", "shallowdeep.cli", "--help"], capture_output=True, text=True, check=True
+    )
     assert time.perf_counter() - start < 5, "loading torch alone takes longer on a busy machine"
     for verb in ("plan", "train", "collect", "analyze", "calibrate", "evaluate", "predict", "demo"):
         assert verb in out.stdout

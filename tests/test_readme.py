@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-import torch
-from nets import ZOO, images
+import pytest
 
 import shallowdeep
+from nets import ZOO, images
 
 ROOT = Path(__file__).resolve().parents[1]
+STABLE = (
+    "plan attach detach train_exits train_jointly collect Trace overthinking confusion fit_confusion",
+    "simulate calibrate tradeoff Engine save load",
+)
+RIVER = (
+    "files types policies effects disagreement thresholds calibration inputs taps classifiers graph cuts network costs",
+    "progress collection rates checkpoints features training joint augment timing runtime runtime.segments runtime.engine",
+    "cifar data models runs paper paper.networks verbs demo cli",
+)
 
 
 def test_the_nine_lines_run() -> None:
@@ -20,11 +27,13 @@ def test_the_nine_lines_run() -> None:
     assert code
     model = ZOO["residual"].make()
     x = images(200)
+    rare = model(x).argmax(1).bincount(minlength=5).argmin()
     names = {
         "model": model,
         "example": x[:2],
-        "train_data": (x[:100], torch.arange(100) % 5),
-        "validation_data": (x[100:], model(x[100:]).argmax(1)),
+        # One class that the untrained backbone seldom says and the ICs learn at once: leaving early must pay.
+        "train_data": (x[:100], rare.expand(100)),
+        "validation_data": (x[100:], rare.expand(100)),
         "images": x[:7],
     }
     exec(compile(code[1], "README.md", "exec"), names)
@@ -33,25 +42,24 @@ def test_the_nine_lines_run() -> None:
 
 
 def test_public_names_are_the_stable_ones() -> None:
-    stable = """plan attach detach train_exits train_jointly collect Trace overthinking confusion fit_confusion simulate
-    calibrate tradeoff Engine save load""".split()
+    stable = [name for line in STABLE for name in line.split()]
     assert set(stable) <= set(shallowdeep.__all__)
     assert all(getattr(shallowdeep, name).__name__ == name for name in stable)
     assert len(shallowdeep.__all__) <= 22
 
 
 def test_a_name_that_is_none_says_what_there_is() -> None:
-    code = "import shallowdeep\ntry: shallowdeep.atach\nexcept AttributeError as e: assert 'attach' in str(e)\nelse: raise 1"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="attach"):
+        shallowdeep.atach  # noqa: B018
 
 
 def test_no_import_goes_down_the_river() -> None:
     """Files import only from files above them; core never imports torchvision or an extra."""
-    order = """files types policies effects disagreement inputs taps classifiers graph cuts network costs progress collection
-    calibration rates checkpoints features training joint augment timing runtime runtime.segments runtime.engine cifar data
-    models runs paper paper.networks verbs demo cli""".split()
+    order = [name for line in RIVER for name in line.split()]
     source = ROOT / "src" / "shallowdeep"
-    found = {".".join(p.relative_to(source).with_suffix("").parts).removesuffix(".__init__") for p in source.rglob("*.py")}
+    found = {
+        ".".join(p.relative_to(source).with_suffix("").parts).removesuffix(".__init__") for p in source.rglob("*.py")
+    }
     assert found - {"__init__"} == set(order), "a file is missing from the river's order"
     for name in order:
         path = source / Path(*name.split(".")).with_suffix(".py")

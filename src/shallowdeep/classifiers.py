@@ -25,7 +25,7 @@ PARAMS_FLOOR = 1 << 19
 """Half a million parameters (2 MB) are no burden even where they are over 5 % of a small network, and make good
 exits.
 """
-LEAST_HIDDEN, GOOD_HIDDEN, MOST_HIDDEN = 16, 192, 512
+LEAST_HIDDEN, GOOD_HIDDEN, MOST_HIDDEN = 16, 256, 512
 Factory = Callable[[tuple[int, ...], int], nn.Module]
 
 
@@ -221,7 +221,7 @@ def size_classifier(
             return spec
     smallest = sizes[-1]
     own = smallest.views * smallest.features
-    rank = max(1, min(macs, params - 3 * own) // (own + num_classes + 1))
+    rank = max(1, min(macs, params - 2 * own - num_classes) // (own + num_classes))
     return _counted(dataclasses.replace(smallest, fed=False, fed_hidden=0, rank=min(rank, num_classes)))
 
 

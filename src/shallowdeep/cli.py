@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -114,10 +115,10 @@ def train(
     *,
     plan_dir: Annotated[Path, Parameter(name="--plan")] = RUNS / "plan",
     out: Path = RUNS / "train",
-    epochs: int = 25,
+    epochs: int | None = None,
     jointly: bool = False,
     augment: Literal["none", "crop", "flip-crop"] = "none",
-    views: int = 2,
+    views: int = 3,
     lr: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def train(
     out
         Folder to write.
     epochs
-        Passes over the training rows.
+        Passes over the training rows; default: the recipe's (exits 12, paper's 25, jointly 100).
     jointly
         Train the backbone, too (a copy of it; its weights are written to OUT).
     augment
@@ -323,7 +324,9 @@ def _is_number(text: str) -> bool:
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb; bad input is one sentence on stderr and exit status 2 (the traceback with SDN_DEBUG=1)."""
     try:
-        result = app(arguments, result_action="return_value")
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"sdn: warning: {message}", file=sys.stderr)
+            result = app(arguments, result_action="return_value")
     except (ValueError, TypeError, ImportError, OSError) as error:
         if os.environ.get("SDN_DEBUG"):
             raise

@@ -73,7 +73,7 @@ def digits_demo(out: Path, *, classifier: Kind = "strong", seed: int = 0) -> dic
     train_classifier(model, train, epochs=25, augment=shift, seed=seed)
     sdn = attach(model, plan(model, train[0][:2], classifier=classifier))
     sdn.class_names, sdn.preprocessing = data.class_names, preprocessing.to_json()
-    trained = train_exits(sdn, train, augment=shift, views=4, seed=seed)
+    trained = train_exits(sdn, train, augment=shift, seed=seed)
     held_out, reported = collect(sdn, validation), collect(sdn, test)
     fit_confusion(sdn, held_out)
     policy = calibrate(held_out, max_accuracy_drop=DIGITS_DROP)

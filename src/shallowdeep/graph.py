@@ -297,9 +297,7 @@ def _without_writing(node: fx.Node) -> torch._ops.OpOverload | None:
     name = target._schema.name.removeprefix("aten::")
     if target.namespace != "aten" or written != [0] or len(dtypes) != 1 or not name.endswith("_"):
         return None
-    twin: torch._ops.OpOverload | None = getattr(
-        getattr(torch.ops.aten, name[:-1], None), target._overloadname, None
-    )
+    twin: torch._ops.OpOverload | None = getattr(getattr(torch.ops.aten, name[:-1], None), target._overloadname, None)
     if twin is None or [(a.name, str(a.type)) for a in twin._schema.arguments] != [
         (a.name, str(a.type)) for a in arguments
     ]:

@@ -261,7 +261,7 @@ def choose(rows: RowsOf, reach: Callable[[Brings], int | None]) -> Choice | None
     few = len(rows[Confidence].full_N) < FEW_ROWS
     for family in FAMILIES[-1:] if few else FAMILIES:
         mine = rows[family.kind]
-        if not len(mine.score_KN):
+        if not mine.score_KN.size:
             return None
         grid_P = family.grid(mine)
         brings = brings_of(_crossfit(family, mine, grid_P), mine, len(grid_P))

@@ -64,6 +64,7 @@ class ExitRecipe:
 
     lr: float
     weight_decay: float
+    epochs: int = 25
     decoupled: bool = True
     muon_lr: float = 0.0
     batch_size: int = 256
@@ -77,7 +78,9 @@ MUON_DECAY = 0.05
 LEAST_BATCH = 16
 PAPER_EXITS = ExitRecipe(lr=1e-3, weight_decay=5e-4, decoupled=False, batch_size=128, milestones=(14,))
 """Adam with L2, 1e-3 for 14 epochs, then 1e-4: what the original code really runs (arXiv 1810.07052)."""
-STRONG_EXITS = ExitRecipe(lr=3e-3, weight_decay=2e-2, muon_lr=2e-2, batch_size=1024, least_steps=40, absent=0.1)
+STRONG_EXITS = ExitRecipe(
+    epochs=12, lr=3e-3, weight_decay=2e-2, muon_lr=2e-2, batch_size=1024, least_steps=40, absent=0.1
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +106,9 @@ def train_exits(
     sdn: ShallowDeepNetwork,
     data: Data,
     *,
-    epochs: int = 25,
+    epochs: int | None = None,
     augment: Augment | None = None,
-    views: int = 2,
+    views: int = 3,
     recipe: ExitRecipe | None = None,
     cache: Cache = "auto",
     cache_bytes: int = CACHE_BYTES,
@@ -117,22 +120,24 @@ def train_exits(
 ) -> ExitTraining:
     """Train the ICs of ``sdn`` in place on its frozen backbone (IC-only training, arXiv 1810.07052, section 4.2).
 
-    ``data`` is a DataLoader, an iterable of ``(inputs, labels)`` or one such pair. ``augment(inputs, generator)`` draws
-    random views, of which ``views`` are made once and used in turn; without it there is one clean view. ``cache``:
-    ``"auto"`` keeps features in memory, or on disk where memory is short, while all views fit into ``cache_bytes``,
-    and else streams (``"off"``: the backbone runs in every epoch). Features under ``cache_dir`` are found again by a
-    later run, if complete. With ``checkpoint_dir`` a killed run goes on after its last whole epoch. ``precision`` is
-    the backbone's; ``"auto"`` takes bf16 where a timed batch is faster. ``fabric`` is a launched
+    ``data`` is a DataLoader, an iterable of ``(inputs, labels)`` or one such pair. ``epochs`` defaults to the
+    recipe's: 25 for the paper's ICs, 12 for strong ones, which then begin to learn rows by heart. ``augment(inputs,
+    generator)`` draws random views, of which ``views`` are made once and used in turn; without it there is one clean
+    view. ``cache``: ``"auto"`` keeps features in memory, or on disk where memory is short, while all views fit into
+    ``cache_bytes``, and else streams (``"off"``: the backbone runs in every epoch). Features under ``cache_dir`` are
+    found again by a later run, if complete. With ``checkpoint_dir`` a killed run goes on after its last whole epoch.
+    ``precision`` is the backbone's; ``"auto"`` takes bf16 where a timed batch is faster. ``fabric`` is a launched
     ``lightning_fabric.Fabric``; each of its processes takes its share of every batch. Raises ``DataError`` for labels
     outside the classes, empty data, or an iterator that can be read only once where more passes are needed.
     """
+    recipe = recipe or default_recipe(sdn.plan)
+    epochs = recipe.epochs if epochs is None else epochs
     if epochs < 1 or views < 1 or precision not in ("auto", "fp32", "bf16"):
         raise ValueError(
             f"Need epochs >= 1, views >= 1, precision auto, fp32 or bf16; found {epochs}, {views}, {precision!r}."
         )
     start = time.perf_counter()
     fabric = fabric or one_process(sdn)
-    recipe = recipe or default_recipe(sdn.plan)
     run = _ExitRun(sdn, data, augment, views if augment is not None else 1, recipe, epochs, seed, fabric)
     checkpoint = Checkpoint(checkpoint_dir, run.choices())
     state = checkpoint.load()

@@ -105,10 +105,10 @@ def train_verb(
     data: DataChoice,
     out: Path,
     *,
-    epochs: int = 25,
+    epochs: int | None = None,
     jointly: bool = False,
     augment: Literal["none", "flip-crop", "crop"] = "none",
-    views: int = 2,
+    views: int = 3,
     lr: float | None = None,
     seed: int = 0,
 ) -> Result:
@@ -124,8 +124,9 @@ def train_verb(
     pair = (_ready(rows, preprocessing), rows.labels_N)
     views_of = _augmentation(augment, preprocessing)
     start = time.perf_counter()
-    result: Result = {"rows": len(rows), "epochs": epochs, "regime": "joint" if jointly else "exits"}
+    result: Result = {"rows": len(rows), "regime": "joint" if jointly else "exits"}
     if jointly:
+        epochs = epochs or 100
         recipe = JointRecipe() if lr is None else JointRecipe(lr=lr)
         sdn = train_jointly(
             sdn, pair, epochs=epochs, recipe=recipe, augment=views_of, seed=seed, in_place=True, checkpoint_dir=out
@@ -134,7 +135,9 @@ def train_verb(
         about = {**about, "weights": str((out / "backbone.safetensors").resolve())}
     else:
         done = train_exits(sdn, pair, epochs=epochs, augment=views_of, views=views, seed=seed, checkpoint_dir=out)
+        epochs = len(done.loss_per_epoch)
         result |= {"loss": done.loss_per_epoch[-1], "cache": done.cache, "precision": done.precision}
+    result["epochs"] = epochs
     save(sdn, out)
     (out / "checkpoint.pt").unlink(missing_ok=True)
     print(table_of(costs_of(sdn)))
@@ -283,7 +286,9 @@ def _preprocessing(rows: Dataset, mean: tuple[float, ...], std: tuple[float, ...
             raise DataError("mean and std are for uint8 images; these rows are used as they are.")
         return None
     if rows.inputs.ndim != 4:
-        raise DataError(f"uint8 rows must be images [N, C, H, W], found {list(rows.inputs.shape)}; give floats instead.")
+        raise DataError(
+            f"uint8 rows must be images [N, C, H, W], found {list(rows.inputs.shape)}; give floats instead."
+        )
     channels = rows.inputs.shape[1]
     usual = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
     size = (rows.inputs.shape[2], rows.inputs.shape[3])

@@ -1,0 +1,69 @@
+"""Random views: the slow loop over images with the same draws gives the same pictures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from shallowdeep.augment import FlipCrop
+from shallowdeep.types import DataError
+
+
+def slow(images: Tensor, generator: torch.Generator, padding: int, mirror: bool, fill: tuple[float, ...]) -> Tensor:
+    """Image by image: a border, a window of the old size at the drawn place, perhaps mirrored."""
+    batch, channels, height, width = images.shape
+    shift = torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator)
+    flip = torch.rand(batch, 1, generator=generator) < 0.5
+    out = torch.empty_like(images)
+    for b in range(batch):
+        bordered = torch.empty(channels, height + 2 * padding, width + 2 * padding, dtype=images.dtype)
+        for c in range(channels):
+            bordered[c] = fill[c] if fill else 0
+        bordered[:, padding : padding + height, padding : padding + width] = images[b]
+        top, left = int(shift[0, b]), int(shift[1, b])
+        window = bordered[:, top : top + height, left : left + width]
+        out[b] = window.flip(2) if mirror and bool(flip[b]) else window
+    return out
+
+
+@pytest.mark.parametrize(("padding", "mirror"), [(4, True), (2, False), (0, True), (9, True)])
+@pytest.mark.parametrize("fill", [(), (-1.5, 0.25, 3.0)])
+def test_every_image_has_its_own_draw(padding: int, mirror: bool, fill: tuple[float, ...]) -> None:
+    images = torch.randn(40, 3, 7, 5, generator=torch.Generator().manual_seed(1))
+    found = FlipCrop(padding=padding, mirror=mirror, fill=fill)(images, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(found, slow(images, torch.Generator().manual_seed(2), padding, mirror, fill))
+
+
+def test_rows_of_one_batch_differ() -> None:
+    image = torch.arange(64.0).reshape(1, 1, 8, 8) + 1
+    views = FlipCrop(padding=2)(image.expand(400, 1, 8, 8), torch.Generator().manual_seed(0))
+    assert len(views.flatten(1).unique(dim=0)) == 2 * 5 * 5, "all flips and shifts are drawn"
+    mirrored = (views[:, 0, 4, 3] > views[:, 0, 4, 4]).double().mean()
+    assert 0.4 < float(mirrored) < 0.6
+
+
+def test_the_generator_says_everything() -> None:
+    images = torch.randn(9, 3, 8, 8)
+    a, b, c = (FlipCrop()(images, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    kept = images.clone()
+    FlipCrop()(images, torch.Generator().manual_seed(0))
+    assert torch.equal(images, kept)
+
+
+def test_bytes_and_empty_batches() -> None:
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
+    found = FlipCrop(padding=2, fill=(7.0, 8.0, 9.0))(images, torch.Generator().manual_seed(0))
+    assert found.dtype == torch.uint8
+    assert torch.equal(found, slow(images, torch.Generator().manual_seed(0), 2, True, (7, 8, 9)))
+    assert FlipCrop()(images[:0], torch.Generator()).shape == (0, 3, 8, 8)
+
+
+def test_what_cannot_be_shifted() -> None:
+    for inputs in (torch.zeros(2, 8), {"x": torch.zeros(2, 3, 8, 8)}):
+        with pytest.raises(DataError, match=r"one tensor of images \[B, C, H, W\]"):
+            FlipCrop()(inputs, torch.Generator())
+    with pytest.raises(DataError, match="2 fill values for images with 3 channels"):
+        FlipCrop(fill=(0.0, 1.0))(torch.zeros(2, 3, 8, 8), torch.Generator())

@@ -1,0 +1,426 @@
+"""Paths bring what a walk brings, fits are scikit-learn's, targets are met on fresh rows, and limits are said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+from sklearn.linear_model import LogisticRegression
+
+import oracle
+from shallowdeep import thresholds
+from shallowdeep.calibration import calibrate, evaluate, tradeoff
+from shallowdeep.policies import Confidence, Fixed, Margin, from_json, simulate, to_json
+from shallowdeep.thresholds import (
+    FAMILIES,
+    Family,
+    Rows,
+    brings_of,
+    choose,
+    in_units,
+    last_safe,
+    leaving_steps,
+    read_rows,
+    within_cost,
+    within_drop,
+)
+from shallowdeep.types import Trace
+
+EVERYTHING = (True,) * 5
+LEVELS, FREE, ONE = FAMILIES[0], FAMILIES[2], FAMILIES[3]
+
+
+def population(samples: int, seed: int = 0) -> Trace:
+    return oracle.bed(samples, exits=5, seed=seed)
+
+
+def draw(trace: Trace, rows: int, seed: int) -> Trace:
+    return trace.rows(torch.from_numpy(np.random.default_rng(seed).integers(trace.num_samples, size=rows)))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_path_brings_what_a_walk_brings(family: Family) -> None:
+    trace = oracle.bed(400, exits=5, full_exit=3)
+    broken = trace.logits_ENC.clone()
+    broken[0, 7] = math.nan
+    trace = dataclasses.replace(trace, logits_ENC=broken)
+    rows = read_rows(trace, EVERYTHING)[family.kind]
+    path_PK = in_units(family.path(rows, family.grid(rows)), rows, family.shared)
+    brings = brings_of(leaving_steps(path_PK, rows.unit_KN), rows, len(path_PK))
+    full = oracle.walk(Fixed(exit=3), trace)["label"]
+    for step in (0, 5, 120, 200, 300, 390, len(path_PK) - 1):
+        said = oracle.walk(family.kind(threshold=tuple(path_PK[step])), trace)
+        right = np.array(said["label"]) == trace.labels_N.numpy()
+        assert brings.cost_P[step] == pytest.approx(np.mean(said["cost"]))
+        assert brings.accuracy_P[step] == pytest.approx(right.mean())
+        assert brings.harm_P[step] == pytest.approx(((np.array(full) == trace.labels_N.numpy()) & ~right).mean())
+    assert (path_PK[1:] <= path_PK[:-1]).all()
+    assert (np.diff(brings.cost_P) <= 1e-12).all()
+
+
+def test_the_levels_are_scikit_learns_logistic_regression(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thresholds, "TRUST", 1e-6)
+    rows = read_rows(oracle.bed(5000, exits=3), (True,) * 3)[Confidence]
+    level_K, slope_K = thresholds._safety(rows)
+    for k in range(2):
+        harm = rows.right_LN[-1] & ~rows.right_LN[k]
+        fit = LogisticRegression(C=1e9, tol=1e-10).fit(rows.score_KN[k][:, None], ~harm)
+        assert slope_K[k] == pytest.approx(fit.coef_[0, 0], abs=0.01)
+        assert level_K[k] == pytest.approx(fit.intercept_[0], abs=0.02)
+
+
+def test_an_exit_that_never_did_harm_gets_the_usual_slope() -> None:
+    rows = read_rows(oracle.bed(300, exits=3), (True,) * 3)[Confidence]
+    level_K, slope_K = thresholds._safety(rows._replace(right_LN=np.ones_like(rows.right_LN)))
+    assert np.isfinite(level_K).all()
+    assert slope_K == pytest.approx(-thresholds.USUAL_SLOPE, abs=0.1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_free_sweep_over_one_exit_is_exact(seed: int) -> None:
+    """One deciding exit: at every searched price, no threshold is cheaper than the one found."""
+    rows = read_rows(oracle.bed(60, exits=2, seed=seed), (True, True))[Confidence]
+    price_P = thresholds._free_grid(rows)
+    searched = np.linspace(1, len(price_P) - 2, thresholds.SEARCHED).round().astype(int)
+    path_PK = thresholds._free_path(rows, price_P)
+
+    def loss(bar: float, price: float) -> float:
+        stop = rows.score_KN[0] >= bar
+        right = np.where(stop, rows.right_LN[0], rows.right_LN[1])
+        return float(np.where(stop, *rows.cost_L).sum() + price * (~right).sum())
+
+    bars = [*rows.score_KN[0], math.inf]
+    for step in searched[::6]:
+        price = price_P[step]
+        assert loss(path_PK[step, 0], price) == pytest.approx(min(loss(bar, price) for bar in bars))
+
+
+def test_free_thresholds_do_best_on_the_rows_they_were_searched_on() -> None:
+    rows = read_rows(population(2000), EVERYTHING)[Confidence]
+    cost = {}
+    for family in (LEVELS, FREE):
+        path_PK = family.path(rows, family.grid(rows))
+        brings = brings_of(leaving_steps(path_PK, rows.score_KN), rows, len(path_PK))
+        cost[family.name] = brings.cost_P[within_drop(brings, float(rows.full_N.mean()), 0.01)]
+    assert cost[FREE.name] < cost[LEVELS.name]
+
+
+def test_folds_are_judged_by_what_others_fitted() -> None:
+    rows = read_rows(oracle.bed(100, exits=3), (True,) * 3)[Confidence]
+    marked = rows._replace(cost_L=rows.cost_L, full_N=np.arange(100))
+
+    def path(given: Rows, grid_P: np.ndarray) -> np.ndarray:
+        """Nobody leaves before step 1; at step 1 everybody whose row was given."""
+        seen = set(given.full_N.tolist())
+        assert 79 <= len(seen) <= 81
+        unseen = [n for n in range(100) if n not in seen]
+        assert max(marked.score_KN[0][unseen]) < 1e6
+        fitted.append(seen)
+        return np.full((2, 2), math.inf)
+
+    fitted: list[set[int]] = []
+    thresholds._crossfit(Family("spy", Confidence, False, lambda rows: np.zeros(2), path), marked, np.zeros(2))
+    held = [set(range(100)) - seen for seen in fitted]
+    assert set.union(*held) == set(range(100))
+    assert sum(map(len, held)) == 100
+
+
+def test_another_family_takes_over_only_beyond_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = read_rows(population(4000), EVERYTHING)
+
+    def name_of_choice() -> str:
+        choice = choose(rows, lambda brings: within_cost(brings, 0.5))
+        assert choice is not None
+        return choice.family.name
+
+    assert name_of_choice() == LEVELS.name
+    blind = ONE._replace(name="blind", path=lambda rows, grid_P: ONE.path(rows, grid_P) * [1, 0.1, 5, 1])
+    monkeypatch.setattr(thresholds, "FAMILIES", (blind, ONE))
+    assert name_of_choice() == ONE.name
+    monkeypatch.setattr(thresholds, "FAMILIES", (ONE, LEVELS))
+    small = {kind: mine.take(slice(0, 200)) for kind, mine in rows.items()}
+    rows = small
+    assert name_of_choice() == ONE.name
+
+
+def test_a_drop_is_met_on_average_and_levels_are_cheaper_than_one_threshold() -> None:
+    """Twelve draws from a population that is known: the mean drop there is the aim, within its standard error."""
+    trace = dataclasses.replace(population(10_000), hash_N=None)
+    found, plain = [], []
+    for seed in range(12):
+        sample = draw(trace, 2000, seed)
+        found.append(evaluate(calibrate(sample, max_accuracy_drop=0.01), trace))
+        rows = read_rows(sample, EVERYTHING)[Confidence]
+        path_PK = ONE.path(rows, ONE.grid(rows))
+        brings = brings_of(leaving_steps(path_PK, rows.score_KN), rows, len(path_PK))
+        step = within_drop(brings, float(rows.full_N.mean()), 0.01)
+        plain.append(evaluate(Confidence(threshold=float(in_units(path_PK, rows, True)[step, 0])), trace))
+    assert np.mean([e.drop for e in found]) == pytest.approx(0.01, abs=0.0025)
+    assert np.mean([e.mean_cost for e in found]) < np.mean([e.mean_cost for e in plain]) < 0.6
+
+
+def test_a_bound_holds_in_most_draws() -> None:
+    trace = dataclasses.replace(population(6000), hash_N=None)
+    found = []
+    for seed in range(20):
+        policy = calibrate(draw(trace, 800, seed), max_accuracy_drop=0.03, confidence=0.9)
+        found.append(evaluate(policy, trace))
+    assert sum(e.harm > 0.03 for e in found) <= 6  # 2 expected; more than 6 has probability 0.002
+    assert max(e.mean_cost for e in found) < 0.8
+
+
+def test_a_budget_is_kept_and_the_most_accurate_is_taken() -> None:
+    trace = population(4000)
+    policy = calibrate(trace, max_mean_cost=0.4)
+    found = evaluate(policy, population(20_000, seed=9))
+    assert found.mean_cost == pytest.approx(0.4, abs=0.01)
+    patient = evaluate(Confidence(threshold=0.97), trace)
+    assert evaluate_quietly(calibrate(trace, max_mean_cost=patient.mean_cost), trace) >= patient.accuracy_early_exit
+
+
+def evaluate_quietly(policy: Confidence, trace: Trace) -> float:
+    return evaluate(policy, dataclasses.replace(trace, hash_N=None)).accuracy_early_exit
+
+
+def test_a_budget_that_nothing_meets_is_said() -> None:
+    with pytest.raises(ValueError, match=r"No policy costs 0\.1: stopping at the first exit asked costs 0\.2"):
+        calibrate(population(200), max_mean_cost=0.1)
+    least = calibrate(population(200), max_mean_cost=0.2)
+    assert evaluate_exits(least, population(200)) == [200, 0, 0, 0, 0]
+
+
+def evaluate_exits(policy: Confidence, trace: Trace) -> list[int]:
+    return simulate(policy, trace).exit_N.bincount(minlength=trace.num_exits).tolist()
+
+
+def test_a_budget_above_the_full_network_buys_the_best() -> None:
+    trace = oracle.random_trace(500, exits=4, classes=3, seed=0)
+    trace = dataclasses.replace(trace, labels_N=trace.logits_ENC[3].argmax(1))
+    policy = calibrate(trace, max_mean_cost=2.0)
+    assert policy == Fixed(exit=3)
+    assert "pays for the full network" in policy.calibrated_on.info["note"]
+
+
+def test_a_drop_that_no_exit_meets_is_the_full_network_and_said() -> None:
+    trace = oracle.random_trace(500, exits=4, classes=3, seed=0)
+    trace = dataclasses.replace(trace, labels_N=trace.logits_ENC[3].argmax(1))
+    with pytest.warns(UserWarning, match="full network"):
+        policy = calibrate(trace, max_accuracy_drop=0.002)
+    assert policy == Fixed(exit=3)
+    with pytest.warns(UserWarning, match="takes 199 rows, here are 100"):
+        assert calibrate(trace.rows(torch.arange(100)), max_accuracy_drop=0.005) == Fixed(exit=3)
+
+
+def test_too_few_rows_for_a_bound_say_how_many() -> None:
+    with pytest.warns(
+        UserWarning, match="at least 598 rows without any harm in the half that tests, where there are 5"
+    ):
+        policy = calibrate(population(1100), max_accuracy_drop=0.005, confidence=0.95)
+    assert policy == Fixed(exit=4)
+    enough = calibrate(population(4000), max_accuracy_drop=0.005, confidence=0.95)
+    assert isinstance(enough, Confidence | Margin)
+
+
+@pytest.mark.parametrize("rows", [30, 598, 2500])
+@pytest.mark.parametrize("bound", [0.005, 0.05])
+def test_the_last_passing_step_is_taken(rows: int, bound: float) -> None:
+    """Not the first failing one; and steps behind a failure do not count, whatever they look like."""
+    harmed = np.array([0, 1, 0, 2, 3, 5, 9, 17, 30, 0]).clip(max=rows)
+    expected = None
+    for step, count in enumerate(harmed):
+        limit = binomtest(int(count), rows, alternative="less").proportion_ci(0.95, "exact").high
+        if limit > bound:
+            break
+        expected = step
+    assert last_safe(harmed.astype(float), rows, bound, 0.95) == expected
+
+
+def test_598_rows_without_harm_show_half_a_point() -> None:
+    assert last_safe(np.zeros(1), 597, 0.005, 0.95) is None
+    assert last_safe(np.zeros(1), 598, 0.005, 0.95) == 0
+    assert last_safe(np.array([3.0]), 3, 0.9, 0.95) is None
+
+
+def test_thresholds_lie_midway_between_neighbours() -> None:
+    trace = population(1500)
+    policy = calibrate(trace, max_accuracy_drop=0.01)
+    assert len(policy.threshold) == 4
+    for exit, bar in enumerate(policy.threshold):
+        softmax = trace.logits_ENC[exit].double().softmax(1)
+        top = softmax.topk(2).values
+        seen = (top[:, 0] if isinstance(policy, Confidence) else top[:, 0] - top[:, 1]).sort().values
+        above = int(torch.searchsorted(seen, torch.tensor(bar, dtype=torch.float64)))
+        assert bar == pytest.approx(float(seen[above - 1 : above + 1].mean()), abs=1e-15)
+        assert seen[above - 1] < bar < seen[above]
+
+
+def test_saturated_confidences_are_told_apart() -> None:
+    """In float32 every row's confidence is exactly 1; the surest half is right, the other wrong."""
+    sure = torch.linspace(18, 30, 1000)
+    wrong = torch.arange(1000) < 500
+    early = torch.stack([torch.where(wrong, 0, sure), torch.where(wrong, sure, 0)], 1)
+    trace = Trace(
+        logits_ENC=torch.stack([early, torch.tensor([1.0, 0.0]).expand(1000, 2)]),
+        labels_N=torch.zeros(1000, dtype=torch.int64),
+        cost_E=torch.tensor([0.5, 1.0]),
+    )
+    assert (early.softmax(1).amax(1) == 1).all()
+    found = evaluate(calibrate(trace, max_accuracy_drop=0.01), trace)
+    assert found.share_E[0] == pytest.approx(0.5, abs=0.02)
+    assert found.drop <= 0.01
+
+
+def test_scores_that_even_float64_cannot_tell_apart_move_to_the_next_gap() -> None:
+    units = thresholds._midway(
+        np.array([math.inf, 50, 38, 2, -math.inf]), np.array([1, 37.5, 40, 60]), np.array([0.7, 1, 1, 1.0])
+    )
+    assert units.tolist() == [math.inf, math.inf, math.inf, 0.85, 0.35]
+
+
+def test_only_enabled_exits_are_used() -> None:
+    policy = calibrate(population(1500), max_accuracy_drop=0.01, enabled_E=(False, True, False, True, False))
+    assert policy.enabled_E == (False, True, False, True, True)
+    assert [math.isinf(bar) for bar in policy.threshold] == [True, False, True, False]
+    left = evaluate_exits(policy, population(1500))
+    assert left[0] == left[2] == 0
+    assert min(left[1], left[3], left[4]) > 0
+
+
+def test_nobody_may_decide() -> None:
+    trace = population(300)
+    with pytest.warns(UserWarning, match="full network"):
+        assert calibrate(trace, max_accuracy_drop=0.05, enabled_E=(False,) * 5) == Fixed(exit=4)
+    with pytest.raises(ValueError, match=r"No policy costs 0\.5"):
+        calibrate(trace, max_mean_cost=0.5, enabled_E=(False,) * 5)
+    assert tradeoff(trace, enabled_E=(False,) * 5).curves == ()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 99, 100])
+def test_few_rows(rows: int) -> None:
+    sample = population(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        policy = calibrate(sample, max_accuracy_drop=0.3)
+        calibrate(sample, max_accuracy_drop=0.3, confidence=0.9)
+    assert isinstance(policy, Fixed) == (rows <= 2)
+    calibrate(sample, max_mean_cost=0.5)
+    tradeoff(sample)
+
+
+def test_rows_that_are_not_finite_stay() -> None:
+    trace = population(600)
+    logits = trace.logits_ENC.clone()
+    logits[:3, :50] = math.nan
+    logits[0] = -math.inf
+    trace = dataclasses.replace(trace, logits_ENC=logits, hash_N=None)
+    for policy in (calibrate(trace, max_accuracy_drop=0.02), calibrate(trace, max_mean_cost=0.6)):
+        left = evaluate_exits(policy, trace)
+        assert left[0] == 0
+        assert left[1] > 0
+    with pytest.raises(ValueError, match=r"No policy costs 0\.25"):
+        calibrate(trace, max_mean_cost=0.25)
+
+
+def test_a_second_look_is_an_exit_like_others() -> None:
+    """Exits behind the full one: the drop is against the full exit, which may be beaten."""
+    trace = oracle.bed(3000, exits=5, full_exit=3)
+    found = evaluate(calibrate(trace, max_accuracy_drop=-0.002), dataclasses.replace(trace, hash_N=None))
+    assert found.drop <= 0
+    assert found.share_E[4] > 0
+    assert found.accuracy_full == pytest.approx(float((trace.logits_ENC[3].argmax(1) == trace.labels_N).float().mean()))
+
+
+def test_the_same_rows_give_the_same_policy() -> None:
+    trace = population(800)
+    first, second = (calibrate(trace, max_accuracy_drop=0.02, confidence=0.9) for _ in range(2))
+    assert to_json(first) == to_json(second)
+
+
+def test_the_record_survives_json() -> None:
+    trace = population(800)
+    policy = calibrate(trace, max_accuracy_drop=0.02)
+    record = policy.calibrated_on
+    assert record.hash_N == tuple(sorted(trace.hash_N.tolist()))
+    assert record.info["rows"] == 800
+    assert record.info["max_accuracy_drop"] == 0.02
+    assert "not a bound" in record.info["note"]
+    again = from_json(json.loads(json.dumps(to_json(policy), allow_nan=False)))
+    assert again == policy
+    assert again.calibrated_on == record
+    assert "A bound" in calibrate(trace, max_accuracy_drop=0.03, confidence=0.9).calibrated_on.info["note"]
+
+
+def test_rows_seen_before_are_said() -> None:
+    trace = population(800)
+    marked = dataclasses.replace(trace, trained_N=torch.arange(800) < 80)
+    with pytest.warns(UserWarning, match=r"trained on 10.0% of these rows"):
+        policy = calibrate(marked, max_accuracy_drop=0.02)
+    with pytest.warns(UserWarning, match=r"calibrated on 100.0% of these rows"):
+        evaluate(policy, trace)
+    evaluate(policy, population(800, seed=1))
+    few = dataclasses.replace(trace, trained_N=torch.arange(800) < 8)
+    assert calibrate(few, max_accuracy_drop=0.02) == policy
+
+
+def test_evaluation_is_the_slow_count() -> None:
+    trace = oracle.bed(300, exits=5, full_exit=3)
+    policy = Confidence(threshold=0.9, fallback="most_confident")
+    found, slow = evaluate(policy, trace), oracle.walk(policy, trace)
+    truth = trace.labels_N.tolist()
+    full = oracle.walk(Fixed(exit=3), trace)["label"]
+    right = [label == y for label, y in zip(slow["label"], truth, strict=True)]
+    full_right = [label == y for label, y in zip(full, truth, strict=True)]
+    assert found.accuracy_early_exit == pytest.approx(np.mean(right))
+    assert found.drop == pytest.approx(np.mean(full_right) - np.mean(right))
+    assert found.harm == pytest.approx(np.mean([f and not r for f, r in zip(full_right, right, strict=True)]))
+    assert found.mean_cost == pytest.approx(np.mean(slow["cost"]))
+    assert found.share_E.tolist() == pytest.approx([slow["exit"].count(e) / 300 for e in range(5)])
+    wrong = [not r for r in right]
+    assert found.confusion_auroc == pytest.approx(oracle.auroc(slow["confusion"], wrong))
+    assert found.msp_auroc == pytest.approx(oracle.auroc([-c for c in slow["confidence"]], wrong))
+    assert "mean cost" in str(found)
+
+
+def test_an_answer_that_is_not_finite_is_wrong() -> None:
+    trace = Trace(logits_ENC=torch.tensor([[[math.nan, 0.0]]]), labels_N=torch.tensor([0]), cost_E=torch.ones(1))
+    found = evaluate(Fixed(exit=0), trace)
+    assert (found.accuracy_full, found.accuracy_early_exit) == (0.0, 0.0)
+
+
+def test_the_tradeoff_is_what_its_policies_do() -> None:
+    trace = population(1000)
+    found = tradeoff(trace)
+    assert [curve.family for curve in found.curves] == [ONE.name, LEVELS.name]
+    for curve in found.curves:
+        for point in (0, 40, 200, 320, len(curve.cost_P) - 1):
+            done = evaluate(Confidence(threshold=tuple(curve.threshold_PE[point].tolist())), trace)
+            assert done.mean_cost == pytest.approx(float(curve.cost_P[point]))
+            assert done.accuracy_early_exit == pytest.approx(float(curve.accuracy_P[point]))
+        assert curve.cost_P[[0, -1]].tolist() == pytest.approx([1.0, 0.2])
+    assert "full network" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ({}, "needs one target"),
+        ({"max_accuracy_drop": 0.01, "max_mean_cost": 0.5}, "needs one target"),
+        ({"max_accuracy_drop": 1.0}, "0.01 for one point; found 1.0"),
+        ({"max_accuracy_drop": math.nan}, "found nan"),
+        ({"max_mean_cost": 0.0}, "above 0; found 0.0"),
+        ({"max_mean_cost": math.nan}, "found nan"),
+        ({"max_accuracy_drop": 0.01, "confidence": 95}, "between 0 and 1, such as 0.95; found 95"),
+        ({"max_mean_cost": 0.5, "confidence": 0.95}, "a mean cost is measured"),
+        ({"max_accuracy_drop": 0.0, "confidence": 0.95}, "must be above 0"),
+        ({"max_accuracy_drop": 0.01, "enabled_E": (True,)}, "1 entries; 5 exits need 5"),
+    ],
+)
+def test_targets_that_make_no_sense(targets: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        calibrate(population(50), **targets)
