@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shallowdeep.cuts import plan
 from shallowdeep.inputs import Inputs
+from shallowdeep.types import Plan
 
 CLASSES = 5
 
@@ -242,3 +246,9 @@ ZOO = {
     "channels_last": Nasty(ChannelsLast, images, 4),
     "functional": Nasty(Functional, images, 3),
 }
+
+
+@cache
+def planned(name: str, classifier: Literal["strong", "paper"] = "strong") -> Plan:
+    """The plan of a zoo member, made once for all tests."""
+    return plan(ZOO[name].make(), ZOO[name].batch(2), classifier=classifier)

@@ -5,7 +5,10 @@ It refuses to use the library's own arithmetic: only the shapes of its data are 
 
 from __future__ import annotations
 
+import doctest
 import math
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -219,3 +222,11 @@ def random_trace(
         own_cost_E=torch.from_numpy(shares) if own else None,
         feeds_EE=feeds if own else None,
     )
+
+
+def run_examples(module: ModuleType, page: str) -> None:
+    """The examples of a module and of its page in docs/ print what they say."""
+    assert doctest.testmod(module).failed == 0
+    found = doctest.testfile(str(Path(__file__).parents[1] / "docs" / f"{page}.md"), module_relative=False)
+    assert found.attempted > 0
+    assert found.failed == 0

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
 import oracle
-from shallowdeep import thresholds
+from shallowdeep import calibration, thresholds
 from shallowdeep.calibration import calibrate, evaluate, tradeoff
 from shallowdeep.policies import Confidence, Fixed, Margin, from_json, simulate, to_json
 from shallowdeep.thresholds import (
     FAMILIES,
+    Brings,
+    Choice,
     Family,
     Rows,
     brings_of,
@@ -82,23 +85,26 @@ def test_an_exit_that_never_did_harm_gets_the_usual_slope() -> None:
     assert slope_K == pytest.approx(-thresholds.USUAL_SLOPE, abs=0.1)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_free_sweep_over_one_exit_is_exact(seed: int) -> None:
-    """One deciding exit: at every searched price, no threshold is cheaper than the one found."""
-    rows = read_rows(oracle.bed(60, exits=2, seed=seed), (True, True))[Confidence]
-    price_P = thresholds._free_grid(rows)
-    searched = np.linspace(1, len(price_P) - 2, thresholds.SEARCHED).round().astype(int)
-    path_PK = thresholds._free_path(rows, price_P)
+@pytest.mark.parametrize("seed", range(8))
+def test_no_free_threshold_can_be_bettered_alone(seed: int) -> None:
+    rows = read_rows(oracle.bed(60, exits=4, seed=seed), (True,) * 4)[Confidence]
+    loss_LN = rows.cost_L[:, None] + 3.0 * ~rows.right_LN
 
-    def loss(bar: float, price: float) -> float:
-        stop = rows.score_KN[0] >= bar
-        right = np.where(stop, rows.right_LN[0], rows.right_LN[1])
-        return float(np.where(stop, *rows.cost_L).sum() + price * (~right).sum())
+    def loss(bar_K: np.ndarray) -> float:
+        total = 0.0
+        for n in range(60):
+            stops = [k for k in range(3) if rows.score_KN[k, n] >= bar_K[k]]
+            total += loss_LN[stops[0] if stops else 3, n]
+        return total
 
-    bars = [*rows.score_KN[0], math.inf]
-    for step in searched[::6]:
-        price = price_P[step]
-        assert loss(path_PK[step, 0], price) == pytest.approx(min(loss(bar, price) for bar in bars))
+    found_K = thresholds._descend(np.full(3, math.inf), loss_LN, rows.score_KN, np.argsort(-rows.score_KN, 1))
+    least = loss(found_K)
+    for k in range(3):
+        for bar in (*rows.score_KN[k], math.inf):
+            other_K = found_K.copy()
+            other_K[k] = bar
+            assert loss(other_K) >= least - 1e-9
+    assert least < loss(np.full(3, math.inf))
 
 
 def test_free_thresholds_do_best_on_the_rows_they_were_searched_on() -> None:
@@ -173,6 +179,27 @@ def test_a_bound_holds_in_most_draws() -> None:
         found.append(evaluate(policy, trace))
     assert sum(e.harm > 0.03 for e in found) <= 6  # 2 expected; more than 6 has probability 0.002
     assert max(e.mean_cost for e in found) < 0.8
+
+
+def test_the_half_that_tests_has_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen_on, tested_on = [], []
+    true_choose, true_brings = calibration.choose, calibration.brings_of
+
+    def choose_and_tell(rows: thresholds.RowsOf, reach: Callable[[Brings], int | None]) -> Choice | None:
+        chosen_on.extend(rows[Confidence].unit_KN[0])
+        return true_choose(rows, reach)
+
+    def bring_and_tell(leaving_KN: np.ndarray, rows: Rows, steps: int) -> Brings:
+        tested_on.extend(rows.unit_KN[0])
+        return true_brings(leaving_KN, rows, steps)
+
+    monkeypatch.setattr(calibration, "choose", choose_and_tell)
+    monkeypatch.setattr(calibration, "brings_of", bring_and_tell)
+    trace = population(801)
+    policy = calibrate(trace, max_accuracy_drop=0.03, confidence=0.9)
+    everybody = read_rows(trace, EVERYTHING)[Confidence].unit_KN[0]
+    assert sorted(chosen_on + tested_on) == sorted(everybody)
+    assert (len(chosen_on), len(tested_on)) == (400, policy.calibrated_on.info["tested_rows"])
 
 
 def test_a_budget_is_kept_and_the_most_accurate_is_taken() -> None:
@@ -317,7 +344,7 @@ def test_rows_that_are_not_finite_stay() -> None:
     trace = population(600)
     logits = trace.logits_ENC.clone()
     logits[:3, :50] = math.nan
-    logits[0] = -math.inf
+    logits[0, :, 0] = -math.inf  # its softmax is finite, its logits are not
     trace = dataclasses.replace(trace, logits_ENC=logits, hash_N=None)
     for policy in (calibrate(trace, max_accuracy_drop=0.02), calibrate(trace, max_mean_cost=0.6)):
         left = evaluate_exits(policy, trace)
@@ -404,6 +431,10 @@ def test_the_tradeoff_is_what_its_policies_do() -> None:
             assert done.accuracy_early_exit == pytest.approx(float(curve.accuracy_P[point]))
         assert curve.cost_P[[0, -1]].tolist() == pytest.approx([1.0, 0.2])
     assert "full network" in str(found)
+
+
+def test_the_examples_run() -> None:
+    oracle.run_examples(calibration, "calibration")
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,18 @@ def said(spec: ClassifierSpec, rows: int) -> Said:
 
 @pytest.mark.parametrize(
     ("side", "kernel", "cells"),
-    [(64, 16, 4), (32, 8, 4), (16, 4, 4), (8, 2, 4), (4, 1, 4), (56, 14, 4), (28, 7, 4), (14, 4, 3), (7, 2, 3), (5, 2, 2)],
+    [
+        (64, 16, 4),
+        (32, 8, 4),
+        (16, 4, 4),
+        (8, 2, 4),
+        (4, 1, 4),
+        (56, 14, 4),
+        (28, 7, 4),
+        (14, 4, 3),
+        (7, 2, 3),
+        (5, 2, 2),
+    ],
 )
 def test_the_papers_classifier_pools_and_mixes(side: int, kernel: int, cells: int) -> None:
     """Kernel = stride = ceil(side / 4), one learned mix of maximum and mean, one linear layer."""

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal
 
 import pytest
 import torch
 
 import shallowdeep as sd
-from nets import ZOO, images
+from nets import ZOO, images, planned
 from shallowdeep.costs import costs_of, feeds, own_costs, table_of
 from shallowdeep.network import ShallowDeepNetwork
+from shallowdeep.policies import policy_costs
 
 
 @cache
-def made(classifier: str) -> ShallowDeepNetwork:
-    model = ZOO["residual"].make()
-    return sd.attach(model, sd.plan(model, images(2), classifier=classifier))  # type: ignore[arg-type]
+def made(classifier: Literal["strong", "paper"]) -> ShallowDeepNetwork:
+    return sd.attach(ZOO["residual"].make(), planned("residual", classifier))
 
 
 @pytest.mark.parametrize("classifier", ["paper", "strong"])
-def test_costs_are_those_of_the_plan(classifier: str) -> None:
+def test_costs_are_those_of_the_plan(classifier: Literal["strong", "paper"]) -> None:
     sdn = made(classifier)
     costs = costs_of(sdn)
     own = torch.tensor(costs.own_macs_E, dtype=torch.float64)
@@ -43,11 +44,9 @@ def test_who_feeds_whom() -> None:
 
 
 def test_skipping_an_exit_saves_only_what_nobody_needs() -> None:
-    def paid(classifier: str) -> list[float]:
+    def paid(classifier: Literal["strong", "paper"]) -> list[float]:
         sdn = made(classifier)
         trace = sd.collect(sdn, (images(6), torch.zeros(6, dtype=torch.int64)))
-        from shallowdeep.policies import policy_costs
-
         only_second = tuple(e == 1 for e in range(trace.num_exits))
         return [float(policy_costs(trace, only_second)[1]), float(trace.cost_E[1]), float(own_costs(sdn)[0])]
 

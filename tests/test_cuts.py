@@ -13,17 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import shallowdeep as sd
-from nets import CLASSES, ZOO, images
+from nets import CLASSES, ZOO, images, planned
 from shallowdeep.cuts import distinct_rows, shape_rule
 from shallowdeep.inputs import num_rows, tensors
 from shallowdeep.network import plan_from_json, plan_to_json
 from shallowdeep.paper.networks import resnet20, resnet56
 from shallowdeep.types import CutError, DataError, Plan
-
-
-@cache
-def planned(name: str) -> Plan:
-    return sd.plan(ZOO[name].make(), ZOO[name].batch(2))
 
 
 @cache
@@ -103,7 +98,9 @@ def test_cuts_lie_inside_the_network(name: str) -> None:
     assert before == sorted(set(before))
     assert all(0 < macs <= 0.98 * found.total_macs for macs in before)
     assert len(names(found)) == len(set(names(found)))
-    assert set(found.cuts) <= {dataclasses.replace(cut, mask=m) for cut in found.candidates for m in ("", "attention_mask")}
+    assert set(found.cuts) <= {
+        dataclasses.replace(cut, mask=m) for cut in found.candidates for m in ("", "attention_mask")
+    }
 
 
 def test_of_equal_macs_the_last_is_offered() -> None:
@@ -208,7 +205,9 @@ def test_macs_of_the_papers_resnets() -> None:
         assert found.candidates[0].macs_before == stem
     assert resnet_plan().total_macs == 125_485_696
     assert resnet_plan().total_params == 853_018
-    third = next(cut for cut in resnet_plan().cuts if named(resnet_plan(), "layer2.2:out") and cut.name == "layer2.2:out")
+    third = next(
+        cut for cut in resnet_plan().cuts if named(resnet_plan(), "layer2.2:out") and cut.name == "layer2.2:out"
+    )
     assert third.macs_before == stem + 18 * same + halved + 5 * same
 
 
@@ -220,8 +219,7 @@ def test_the_papers_places_on_resnet56() -> None:
 
 
 def test_one_row_is_example_enough() -> None:
-    one, many = (sd.plan(ZOO["residual"].make(), images(rows)) for rows in (1, 5))
-    assert one == many == planned("residual")
+    assert sd.plan(ZOO["residual"].make(), images(1)) == planned("residual")
 
 
 class Last(nn.Module):
@@ -230,7 +228,9 @@ class Last(nn.Module):
     def __init__(self, side: int, first: nn.Module) -> None:
         super().__init__()
         self.first = first
-        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(side), nn.Linear(side, side), nn.GELU()) for _ in range(3))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(side), nn.Linear(side, side), nn.GELU()) for _ in range(3)
+        )
         self.head = nn.Linear(side, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -246,7 +246,8 @@ class First(nn.Module):
     def __init__(self, side: int, convolution: type[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.Sequential(convolution(side, side, 3, padding=1), nn.ReLU()) for _ in range(4)  # type: ignore[call-arg]
+            nn.Sequential(convolution(side, side, 3, padding=1), nn.ReLU())
+            for _ in range(4)  # type: ignore[call-arg]
         )
         self.head = nn.Linear(side, CLASSES)
 
@@ -341,7 +342,7 @@ def test_examples_that_are_none() -> None:
         sd.plan(model, images(2)[:0])
     with pytest.raises(DataError, match="found str"):
         sd.plan(model, "image.png")
-    with pytest.raises(DataError, match="No classifier 'mighty'. Possible: 'strong', 'paper'"):
+    with pytest.raises(DataError, match=r"No classifier 'mighty'\. Possible: 'strong', 'paper'"):
         sd.plan(model, images(2), classifier="mighty")  # type: ignore[arg-type]
 
 
@@ -368,7 +369,9 @@ def test_example_rows_are_made_different() -> None:
         spread = distinct_rows(nasty.batch(1))
         assert num_rows(spread) == 4
         for tensor in tensors(spread):
-            assert tensor.ndim < 2 or not torch.equal(tensor[0], tensor[1]) or bool((tensor[0] == tensor[0, 0]).all()), name
+            assert (
+                tensor.ndim < 2 or not torch.equal(tensor[0], tensor[1]) or bool((tensor[0] == tensor[0, 0]).all())
+            ), name
 
 
 # ---------------------------------------------------------------- the plan as data

@@ -140,3 +140,7 @@ def test_error_finding_without_errors_and_with_broken_rows() -> None:
         logits_ENC=torch.tensor([[[math.nan, 0], [1, 0]]]), labels_N=torch.tensor([0, 0]), cost_E=torch.ones(1)
     )
     assert error_finding(broken).msp_auroc == 1.0
+
+
+def test_the_examples_run() -> None:
+    oracle.run_examples(disagreement, "disagreement")

@@ -117,3 +117,7 @@ def test_the_table_says_it() -> None:
     text = str(overthinking(oracle.bed(200, exits=3)))
     assert text.splitlines()[0].split() == ["exit", "cost", "accuracy", "cumulative", "first", "right"]
     assert all(word in text for word in ("full", "wasteful", "destructive", "without luck", "oracle"))
+
+
+def test_the_examples_run() -> None:
+    oracle.run_examples(effects, "effects")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import shallowdeep as sd
-from nets import CLASSES, ZOO, images
+from nets import CLASSES, ZOO, images, planned
 from shallowdeep import features
 from shallowdeep.augment import FlipCrop
 from shallowdeep.features import (
@@ -38,8 +38,7 @@ ROWS = 21
 @cache
 def made() -> ShallowDeepNetwork:
     torch.manual_seed(1)
-    model = ZOO["residual"].make()
-    return sd.attach(model, sd.plan(model, images(2), classifier="paper")).eval()
+    return sd.attach(ZOO["residual"].make(), planned("residual", "paper")).eval()
 
 
 def rows() -> tuple[Tensor, Tensor]:
@@ -126,7 +125,7 @@ def test_a_view_is_found_again_only_whole_and_of_the_same_kind(tmp_path: Path) -
     assert store.find(0) is None
     last.write_bytes(whole)
     assert store.find(0) is not None
-    (tmp_path / "view0" / "rows.pt").write_bytes(b"half")
+    (tmp_path / "view0" / "rows.safetensors").write_bytes(b"half")
     assert store.find(0) is None
     (tmp_path / "view0" / "complete.json").write_text("{")
     assert store.find(0) is None

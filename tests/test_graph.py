@@ -43,7 +43,9 @@ def test_rows_may_leave_at_every_cut(name: str) -> None:
         expected = logits_of(call(ZOO[name].make(), inputs))[keep]
         for crossing in whole.crossings():
             carried = whole.piece(None, crossing)(*tensors(inputs))
-            own = [rows for side, rows in zip(crossing.sides, crossing.side_rows, strict=True) if side not in whole.leaves]
+            own = [
+                rows for side, rows in zip(crossing.sides, crossing.side_rows, strict=True) if side not in whole.leaves
+            ]
             assert len(carried) == 1 + len(own)
             kept = [tensor[keep] if rows else tensor for tensor, rows in zip(carried, (True, *own), strict=True)]
             found = whole.piece(crossing, None)(*kept, *tensors(take(inputs, keep)))[0]
@@ -52,8 +54,10 @@ def test_rows_may_leave_at_every_cut(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXPORTABLE)
 def test_macs_are_those_of_a_real_pass(name: str) -> None:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(
-        torch.nn.attention.SDPBackend.MATH
+    with (
+        torch.no_grad(),
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     ):
         call(ZOO[name].make(), ZOO[name].batch(1))
     assert graph(name).total_macs == counter.get_total_flops() // 2
@@ -83,9 +87,11 @@ def test_mode_flags_come_back_even_after_errors() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))).train()
     model[1][0].eval()
     before = [module.training for module in model.modules()]
-    with pytest.raises(KeyError), evaluating(model):
+    with evaluating(model):
         assert not any(module.training for module in model.modules())
         assert not torch.is_grad_enabled()
-        raise KeyError
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(RuntimeError, match="shapes"), evaluating(model):
+        model(torch.zeros(3, 5))
     assert [module.training for module in model.modules()] == before
     assert torch.is_grad_enabled()

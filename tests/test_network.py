@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import shallowdeep as sd
-from nets import CLASSES, ZOO, Residual, images
+from nets import CLASSES, ZOO, Residual, images, planned
 from shallowdeep.files import FormatError, read_tensors, write_tensors
 from shallowdeep.inputs import call, each, logits_of, tensors
 from shallowdeep.network import ShallowDeepNetwork, fingerprint, signature_fits
-from shallowdeep.types import BackboneMismatch, ConfusionReference, CutError, DataError, Plan
-
-
-@cache
-def planned(name: str, classifier: str = "strong") -> Plan:
-    return sd.plan(ZOO[name].make(), ZOO[name].batch(2), classifier=classifier)  # type: ignore[arg-type]
+from shallowdeep.types import BackboneMismatch, ConfusionReference, CutError, DataError
 
 
 def made(name: str = "residual", seed: int = 1) -> ShallowDeepNetwork:
@@ -95,7 +89,9 @@ def test_state_dict_goes_and_comes_back() -> None:
         assert b.load_state_dict(a.state_dict()) == ([], [])
         assert torch.equal(a(images(3)), b(images(3)))
     names = list(a.state_dict())
-    assert [n.removeprefix("backbone.") for n in names if n.startswith("backbone.")] == list(ZOO["residual"].make().state_dict())
+    assert [n.removeprefix("backbone.") for n in names if n.startswith("backbone.")] == list(
+        ZOO["residual"].make().state_dict()
+    )
     assert b.confusion_reference is not None
 
 
@@ -152,7 +148,8 @@ def test_exits_do_not_pull_at_the_exits_before() -> None:
     assert any(spec.fed for spec in sdn.plan.classifiers)
     sdn(images(3))[1].sum().backward()
     pulls = [
-        any(p.grad is not None and bool(p.grad.any()) for p in classifier.parameters()) for classifier in sdn.classifiers
+        any(p.grad is not None and bool(p.grad.any()) for p in classifier.parameters())
+        for classifier in sdn.classifiers
     ]
     assert pulls == [False, True, *[False] * (len(pulls) - 2)], "what is fed is detached"
 
@@ -189,7 +186,9 @@ def test_attach_shares_and_changes_nothing() -> None:
     assert sd.detach(sdn) is model
     assert equal(before, model.state_dict())
     assert all(module.training for module in model.modules())
-    double = sd.attach(ZOO["residual"].make().double(), sd.plan(ZOO["residual"].make().double(), images(2, torch.float64)))
+    double = sd.attach(
+        ZOO["residual"].make().double(), sd.plan(ZOO["residual"].make().double(), images(2, torch.float64))
+    )
     assert {p.dtype for p in double.parameters()} == {torch.float64}
 
 

@@ -240,6 +240,15 @@ def test_most_confident_ignores_exits_that_are_not_finite() -> None:
     assert broken.exit_N.item() == 1
 
 
+def test_a_sure_row_answers_for_itself_beside_one_that_is_lost() -> None:
+    """At the full exit with a second look behind it: one row stops there of itself, the other on broken logits."""
+    early, full = [[0.0, 9.0], [0.0, 9.0]], [[1.0, 0.0], [math.nan, 0.0]]
+    policy = Confidence(threshold=(math.inf, 0.6), fallback="most_confident")
+    outcome = simulate(policy, said(early, full, early, full_exit=1))
+    assert outcome.exit_N.tolist() == [1, 1]
+    assert outcome.labels_N.tolist() == [0, 1]
+
+
 def test_the_papers_fallback() -> None:
     """Nobody reaches q: the most confident of all exits answers, of equals the earliest; the whole network is paid."""
     trace = said([[2.0, 0.0], [1.0, 0.0]], [[0.0, 3.0], [0.0, 1.0]], [[1.0, 0.0], [0.5, 0.0]])
@@ -371,3 +380,7 @@ def test_lists_become_tuples_and_numbers_floats() -> None:
     policy = Confidence(threshold=[1, 0], enabled_E=[1, 0, 1])
     assert policy == Confidence(threshold=(1.0, 0.0), enabled_E=(True, False, True))
     assert isinstance(hash(policy), int)
+
+
+def test_the_examples_run() -> None:
+    oracle.run_examples(policies, "policies")

@@ -5,24 +5,18 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import shallowdeep as sd
-from nets import CLASSES, ZOO, images
+from nets import CLASSES, ZOO, images, planned
 from shallowdeep.inputs import call
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Confidence
 from shallowdeep.taps import counting_functions, listening, tapped
-from shallowdeep.types import CutError, CutPoint, Plan
-
-
-@cache
-def planned(name: str) -> Plan:
-    return sd.plan(ZOO[name].make(), ZOO[name].batch(2))
+from shallowdeep.types import CutError, CutPoint
 
 
 def made(name: str) -> ShallowDeepNetwork:
@@ -209,9 +203,9 @@ def test_in_place_steps_do_not_spoil_what_was_heard() -> None:
 
 
 def test_a_visitor_may_replace_the_tensor() -> None:
+    keep = torch.tensor([0, 2, 5])
     for name in ("residual", "functional"):
         sdn, x = made(name), ZOO[name].batch(6)
-        keep = torch.tensor([0, 2, 5])
         last = [cut for cut in sdn.plan.cuts if cut.port != "in"][-1]
         with torch.no_grad(), tapped(sdn.backbone, [last], lambda _, tensor: tensor[keep]):
             part = sdn.backbone(x)
@@ -226,20 +220,23 @@ def test_another_path_is_noticed() -> None:
     with pytest.raises(CutError, match=r"No module 'blocks\.2'"):
         sdn(images(2))
     sdn.backbone.blocks = blocks
+    blocks.forward = lambda x: blocks[0](x)  # type: ignore[method-assign]
     with pytest.raises(CutError, match=r"passed 2 of 4 cut points"):
-        blocks.forward = lambda x: blocks[0](x)  # type: ignore[method-assign]
         sdn(images(2))
     assert hooks(sdn.backbone) == 0
     gone = CutPoint(name="blocks:out", module="blocks", call=0, port="out", leaf=3, macs_before=1, shape=())
-    with pytest.raises(CutError, match="no tensor at the cut point 'blocks:out'"), tapped(
-        sdn.backbone, [gone], lambda *_: None
+    with (
+        pytest.raises(CutError, match="no tensor at the cut point 'blocks:out'"),
+        tapped(sdn.backbone, [gone], lambda *_: None),
     ):
         sdn.backbone(images(2))
 
 
 def test_functions_are_counted_by_name_on_this_thread() -> None:
     seen: list[tuple[str, int]] = []
-    with counting_functions(lambda name, count, _: seen.append((name, count))) as mode:  # type: ignore[func-returns-value]
+    with counting_functions({("", 0)}, lambda _, name, count, __: seen.append((name, count))) as mode:  # type: ignore[func-returns-value]
+        torch.ones(2).add(0)
+        mode.pass_door(("", 0), "in")
         torch.ones(2).add(1)
         thread = threading.Thread(target=lambda: torch.ones(2).add(2))
         thread.start()

@@ -93,16 +93,14 @@ def plan(
         Standard deviation per channel.
     """
     from shallowdeep import verbs
-    from shallowdeep.cuts import FRACTIONS
 
-    chosen = tuple(float(wish) if _is_number(wish) else wish for wish in at) or FRACTIONS
     return verbs.plan_verb(
         model,
         rows.choice(),
         out,
         weights=weights,
         num_classes=num_classes,
-        at=chosen,
+        at=_wishes(at),
         classifier=classifier,
         mean=mean,
         std=std,
@@ -286,6 +284,7 @@ def demo(
     data_dir: Path | None = None,
     weights: Path | None = None,
     out: Path = RUNS / "demo",
+    at: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
     classifier: Literal["strong", "paper"] = "strong",
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -301,6 +300,8 @@ def demo(
         ResNet-20 or ResNet-56 weights of akamaster/pytorch_resnet_cifar10.
     out
         Folder to write.
+    at
+        Exits of the CIFAR-10 demo: fractions of the model's macs, or names of cut points.
     classifier
         Kind of internal classifier.
     seed
@@ -310,15 +311,20 @@ def demo(
 
     if data == "digits":
         return demos.digits_demo(out, classifier=classifier, seed=seed)
-    return demos.cifar10_demo(out, data_dir=data_dir, weights=weights, classifier=classifier, seed=seed)
+    return demos.cifar10_demo(out, data_dir=data_dir, weights=weights, at=_wishes(at), classifier=classifier, seed=seed)
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _wishes(at: tuple[str, ...]) -> tuple[float | str, ...]:
+    """Fractions as numbers, names as they are; the usual fractions when nothing is asked."""
+    from shallowdeep.cuts import FRACTIONS
+
+    def wish(text: str) -> float | str:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    return tuple(map(wish, at)) or FRACTIONS
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -33,7 +33,7 @@ from shallowdeep.inputs import (
     take,
     tensors,
 )
-from shallowdeep.taps import counting_functions, listening, tapped
+from shallowdeep.taps import Scope, counting_functions, listening, tapped
 from shallowdeep.types import ClassifierSpec, CutError, CutPoint, DataError, Plan, Port
 
 FRACTIONS = (0.15, 0.30, 0.45, 0.60, 0.75, 0.90)
@@ -155,7 +155,7 @@ def find_cuts(model: nn.Module, inputs: Inputs) -> Cuts:
     classes = whole.shape[1]
     try:
         graph = export_graph(model, inputs)
-        points, crossings = _graph_cuts(model, graph, inputs)
+        points, crossings = _graph_cuts(model, graph, inputs, whole)
     except Exception as error:  # whatever export trips over, modules can still be tried
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
         points, total = modules_as_cuts(model, inputs)
@@ -195,7 +195,9 @@ def same(a: Tensor, b: Tensor) -> bool:
 # ---------------------------------------------------------------- the exported graph
 
 
-def _graph_cuts(model: nn.Module, graph: BackboneGraph, inputs: Inputs) -> tuple[list[CutPoint], list[Crossing]]:
+def _graph_cuts(
+    model: nn.Module, graph: BackboneGraph, inputs: Inputs, logits: Tensor
+) -> tuple[list[CutPoint], list[Crossing]]:
     by_macs: dict[int, Crossing] = {}
     for crossing in graph.crossings():
         before = crossing.macs_before
@@ -207,7 +209,8 @@ def _graph_cuts(model: nn.Module, graph: BackboneGraph, inputs: Inputs) -> tuple
             by_macs[before] = crossing
     with torch.no_grad(), evaluating(model):
         values = Values(graph.module, {c.node for c in by_macs.values()})
-        values.run(*tensors(inputs))
+        if not same(values.run(*tensors(inputs)), logits):
+            raise CutError("The exported graph answers otherwise than the network.")
         homes = _homes(model, inputs, graph, values.kept)
     points, crossings = [], []
     for crossing in by_macs.values():
@@ -295,28 +298,30 @@ def _homes(
 
 def _functions(model: nn.Module, inputs: Inputs, lost: dict[fx.Node, Tensor]) -> dict[fx.Node, list[CutPoint]]:
     """Crossings between functions of one module: named by the nearest path and the function's count in it."""
-    homes: dict[fx.Node, list[CutPoint]] = {}
+    homes: dict[fx.Node, CutPoint] = {}
     local: Counter[tuple[str, str]] = Counter()
     for node in next(iter(lost)).graph.nodes:
-        path = _calls_of(node)[-1][0] if _calls_of(node) else ""
+        path, count = (_calls_of(node) or [("", 0)])[-1]
         function = operator_name(node).partition(".")[0]
         local[path, function] += 1
         if node in lost:
             name = f"{path}.{function}#{local[path, function]}".removeprefix(".")
-            homes[node] = [CutPoint(name=name, module=path, call=0, port="call", leaf=0, macs_before=0, shape=())]
-    found: dict[fx.Node, tuple[str, int]] = {}
+            homes[node] = CutPoint(name=name, module=path, call=count, port="call", macs_before=0, shape=())
+    found: dict[fx.Node, list[CutPoint]] = {}
 
-    def hear(name: str, count: int, result: Tensor) -> None:
-        for node, value in lost.items():
-            if node not in found and result.shape == value.shape and same(result, value):
-                found[node] = (name, count)
+    def hear(scope: Scope, name: str, count: int, result: Tensor) -> None:
+        for node, home in homes.items():
+            if scope == (home.module, home.call) and node not in found and same(result, lost[node]):
+                found[node] = [dataclasses.replace(home, function=name, leaf=count)]
+                return  # nodes and functions come in one order: equal numbers, as of a fresh block, do not confuse them
 
-    with counting_functions(hear):
+    functions = counting_functions({(home.module, home.call) for home in homes.values()}, hear)
+    doors = listening(
+        model, {home.module for home in homes.values()}, lambda path, port, n, _: functions.pass_door((path, n), port)
+    )
+    with doors, functions:
         call(model, inputs)
-    return {
-        node: [dataclasses.replace(homes[node][0], function=function, leaf=count)]
-        for node, (function, count) in found.items()
-    }
+    return found
 
 
 def _channel_dim(node: fx.Node) -> int:

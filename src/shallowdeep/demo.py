@@ -9,6 +9,7 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from shallowdeep.augment import FlipCrop
 from shallowdeep.calibration import Evaluation, calibrate, evaluate
 from shallowdeep.collection import collect
-from shallowdeep.cuts import plan
+from shallowdeep.cuts import FRACTIONS, plan
 from shallowdeep.data import Preprocessing, digits, read_data
 from shallowdeep.disagreement import error_finding, fit_confusion
 from shallowdeep.effects import overthinking
@@ -108,7 +109,13 @@ def train_classifier(model: nn.Module, rows: Rows, *, epochs: int, augment: Flip
 
 
 def cifar10_demo(
-    out: Path, *, data_dir: Path | None, weights: Path | None, classifier: Kind = "strong", seed: int = 0
+    out: Path,
+    *,
+    data_dir: Path | None,
+    weights: Path | None,
+    at: Sequence[float | str] = FRACTIONS,
+    classifier: Kind = "strong",
+    seed: int = 0,
 ) -> dict[str, Any]:
     """A public ResNet on CIFAR-10: frozen, converted, and judged over 20 splits of the test set.
 
@@ -126,7 +133,7 @@ def cifar10_demo(
     train, test = ((preprocessing.apply(s.inputs), s.labels_N) for s in sets.values())  # type: ignore[arg-type]
     black = tuple(-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
     torch.manual_seed(seed)
-    sdn = attach(model, plan(model, train[0][:2], classifier=classifier))
+    sdn = attach(model, plan(model, train[0][:2], at=at, classifier=classifier))
     sdn.class_names, sdn.preprocessing = sets["train"].class_names, preprocessing.to_json()
     trained = train_exits(sdn, train, augment=FlipCrop(padding=4, fill=black), seed=seed)
     trace = collect(sdn, test)
@@ -146,7 +153,12 @@ def cifar10_demo(
         **timed,
         "seconds": time.perf_counter() - start,
     }
-    about = {"seed": seed, "weights": weights.name, "data_fingerprints": {k: s.fingerprint for k, s in sets.items()}}
+    about = {
+        "seed": seed,
+        "at": at,
+        "weights": weights.name,
+        "data_fingerprints": {k: s.fingerprint for k, s in sets.items()},
+    }
     trace.save(out / "trace.safetensors")
     return finish(out, sdn, policy, trace, result, about)
 

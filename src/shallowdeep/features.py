@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from shallowdeep.files import FormatError, read_json, write_text
+from shallowdeep.files import FormatError, read_json, read_tensors, write_tensors, write_text
 from shallowdeep.inputs import Batches, Inputs, as_pair, batches, check_labels, each, num_rows, row_hashes, take
 from shallowdeep.network import ShallowDeepNetwork, fingerprint
 from shallowdeep.progress import steps
@@ -198,7 +198,7 @@ class Store:
             return
         folder = self.folder / f"view{view}"
         about = {**self.key, "shapes": [list(f.shape) for f in made.features], "dtype": str(made.features[0].dtype)}
-        torch.save({"labels_N": made.labels_N, "hash_N": hash_N}, folder / "rows.pt")
+        write_tensors(folder / "rows.safetensors", {"labels_N": made.labels_N, "hash_N": hash_N}, {})
         write_text(folder / "complete.json", json.dumps(about))
 
     def find(self, view: int) -> tuple[View, Tensor] | None:
@@ -208,8 +208,8 @@ class Store:
         folder = self.folder / f"view{view}"
         try:
             about = read_json(folder / "complete.json")
-            rows = torch.load(folder / "rows.pt", weights_only=True)
-        except (FormatError, OSError, RuntimeError, EOFError):
+            rows, _ = read_tensors(folder / "rows.safetensors")
+        except FormatError:
             return None
         if {name: about.get(name) for name in self.key} != json.loads(json.dumps(self.key)):
             return None

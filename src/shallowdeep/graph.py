@@ -247,33 +247,32 @@ def export_graph(model: nn.Module, inputs: Inputs) -> BackboneGraph:
 
 
 def _made_functional(module: fx.GraphModule) -> bool:
-    """Rewrite every step that writes in place as one with a result of its own; False where views are in the way.
+    """Drop steps that answer their very input, make those that write in place return; False where views forbid it.
 
     The exporter's own decomposition does the same, and all else, in three times the time of the export itself.
     """
-    sharing: dict[int, list[fx.Node]] = {}
     memory: dict[fx.Node, int] = {}
-    same_memory: dict[int, int] = {}
+    really: dict[int, int] = {}
     place = {node: i for i, node in enumerate(module.graph.nodes)}
-    for node in module.graph.nodes:
+    for node in tuple(place):
         if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
             return False
-        value = node.meta.get("val")
-        if isinstance(value, Tensor):
-            key = value.untyped_storage()._cdata
-            if "dropout" in operator_name(node):
-                # In evaluation it answers its very input, which the exporter's values do not show.
-                same_memory[key] = memory[node.args[0]]
-            memory[node] = same_memory.get(key, key)
-            sharing.setdefault(memory[node], []).append(node)
+        if not isinstance(node.meta.get("val"), Tensor):
+            continue
+        address, source = node.meta["val"].untyped_storage()._cdata, node.args[0] if node.args else None
+        if isinstance(source, fx.Node) and source in memory and not _writes(node) and _is_very(source, node):
+            really[address] = memory[source]
+            node.replace_all_uses_with(source)
+            module.graph.erase_node(node)
+        else:
+            memory[node] = really.get(address, address)
     for node in module.graph.nodes:
-        if node.op == "call_function" and _writes(node.target):
+        if _writes(node):
             twin = _without_writing(node)
             if twin is None:
                 return False
             node.target = twin
-            sharers = sharing[memory[node]]
-            for earlier in sharers[: sharers.index(node)]:
+            for earlier in (n for n, address in memory.items() if address == memory[node] and place[n] < place[node]):
                 later = [user for user in earlier.users if place[user] > place[node]]
                 if earlier.op != "call_function" or (later and _geometry(earlier) != _geometry(node)):
                     return False
@@ -282,8 +281,16 @@ def _made_functional(module: fx.GraphModule) -> bool:
     return True
 
 
-def _writes(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+def _is_very(source: fx.Node, node: fx.Node) -> bool:
+    """Whether ``node`` answers the tensor ``source`` itself, as dropout does in evaluation."""
+    if "dropout" in operator_name(node):  # the exporter's values show a copy
+        return True
+    before, after = source.meta["val"], node.meta["val"]
+    return before.untyped_storage()._cdata == after.untyped_storage()._cdata and _geometry(source) == _geometry(node)
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _without_writing(node: fx.Node) -> torch._ops.OpOverload | None:
@@ -305,9 +312,11 @@ def _without_writing(node: fx.Node) -> torch._ops.OpOverload | None:
     return twin
 
 
-def _geometry(node: fx.Node) -> tuple[str, ...]:
+def _geometry(node: fx.Node) -> tuple[object, ...]:
+    """How the tensor looks at its memory."""
     value = node.meta["val"]
-    return tuple(map(str, (*value.shape, *value.stride(), value.storage_offset())))
+    places = map(str, (*value.shape, *value.stride(), value.storage_offset()))
+    return (value.dtype, value.is_conj(), value.is_neg(), *places)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
@@ -21,6 +21,8 @@ from shallowdeep.types import CutError, CutPoint, Port
 Hearer: TypeAlias = Callable[[str, Port, int, Any], Any]
 Visitor: TypeAlias = Callable[[int, Tensor], Tensor | None]
 """Called as ``visit(position of the cut, tensor)``; what it returns, unless None, takes the tensor's place."""
+Scope: TypeAlias = tuple[str, int]
+"""One call of one module: its path and which call of it in the pass (from 0)."""
 
 # torch numbers hooks by an unguarded global counter: two threads registering at once could overwrite each other.
 _registration = threading.Lock()
@@ -34,14 +36,15 @@ def tapped(model: nn.Module, cuts: Sequence[CutPoint], visit: Visitor) -> Iterat
     of a cut point or takes a path without its tensor.
     """
     by_call: dict[tuple[str, str, int], list[int]] = defaultdict(list)
-    by_function: dict[tuple[str, int], int] = {}
+    by_function: dict[tuple[Scope, str, int], int] = {}
     for position, cut in enumerate(cuts):
         if cut.port == "call":
-            by_function[cut.function, cut.leaf] = position
+            by_function[(cut.module, cut.call), cut.function, cut.leaf] = position
         else:
             by_call[cut.module, cut.port, cut.call].append(position)
 
     def hear(path: str, port: Port, call: int, value: Any) -> Any:
+        functions.pass_door((path, call), port)
         wanted = by_call.get((path, port, call))
         if wanted is None:
             return None
@@ -57,12 +60,12 @@ def tapped(model: nn.Module, cuts: Sequence[CutPoint], visit: Visitor) -> Iterat
                 leaves[leaf], changed = replacement, True
         return pytree.tree_unflatten(leaves, spec) if changed else None
 
-    def hear_function(name: str, count: int, result: Tensor) -> Tensor | None:
-        position = by_function.get((name, count))
+    def hear_function(scope: Scope, name: str, count: int, result: Tensor) -> Tensor | None:
+        position = by_function.get((scope, name, count))
         return None if position is None else visit(position, result)
 
-    functions = counting_functions(hear_function)
-    with listening(model, {cut.module for cut in cuts if cut.port != "call"}, hear):
+    functions = counting_functions({scope for scope, _, _ in by_function}, hear_function)
+    with listening(model, {cut.module for cut in cuts}, hear):
         if not by_function:
             yield
             return
@@ -123,16 +126,26 @@ class _Ears:
 
 
 class counting_functions(TorchFunctionMode):  # noqa: N801  (used as a context manager)
-    """While open, ``hear(name, count, result)`` gets every torch function's result, counted by name from 1.
+    """While open, ``hear(scope, name, count, result)`` gets every torch function's result inside the ``scopes``.
 
-    The exporter counts in the same way; this reaches cut points that no module call ends or enters.
+    It is counted by name from 1 in each call of the scope's module, so that what happens elsewhere, for instance how
+    a mask is made, does not matter. This reaches cut points that no module call ends or enters.
     """
 
-    def __init__(self, hear: Callable[[str, int, Tensor], Tensor | None]) -> None:
+    def __init__(self, scopes: Collection[Scope], hear: Callable[[Scope, str, int, Tensor], Tensor | None]) -> None:
         super().__init__()
-        self.hear = hear
-        self.counts: Counter[str] = Counter()
+        self.scopes, self.hear = scopes, hear
+        self.open: list[Scope] = []
+        self.counts: Counter[tuple[Scope, str]] = Counter()
         self.listens = True
+
+    def pass_door(self, scope: Scope, port: Port) -> None:
+        """A module call begins (``"in"``) or ends (``"out"``)."""
+        if scope in self.scopes:
+            if port == "in":
+                self.open.append(scope)
+            else:
+                self.open.remove(scope)
 
     @contextmanager
     def deaf(self) -> Iterator[None]:
@@ -148,8 +161,10 @@ class counting_functions(TorchFunctionMode):  # noqa: N801  (used as a context m
         if not self.listens:
             return result
         name = str(getattr(func, "__name__", ""))
-        self.counts[name] += 1
-        if not isinstance(result, Tensor):
-            return result
-        replacement = self.hear(name, self.counts[name], result)
-        return result if replacement is None else replacement
+        for scope in tuple(self.open):
+            self.counts[scope, name] += 1
+            replacement = (
+                self.hear(scope, name, self.counts[scope, name], result) if isinstance(result, Tensor) else None
+            )
+            result = result if replacement is None else replacement
+        return result

@@ -157,31 +157,36 @@ def _free_grid(rows: Rows) -> Floats:
 
 
 def _free_path(rows: Rows, price_P: Floats) -> Floats:
-    """Every exit its own threshold: exact sweeps over one exit at a time until nothing moves, price after price."""
-    exits = len(rows.score_KN)
+    """Every exit its own threshold: the best found price after price, each search starting from the last."""
     score_KN = np.where(np.isfinite(rows.score_KN), rows.score_KN, -math.inf)
     order_KN = np.argsort(-score_KN, 1, kind="stable")
-    roof_K = np.nan_to_num(score_KN.max(1), neginf=0.0) + 1
-    now_K = roof_K.copy()
+    bar_K = np.full(len(score_KN), math.inf)
     searched_Q = np.linspace(1, len(price_P) - 2, SEARCHED).round().astype(np.int64)
     found = []
     for price in price_P[searched_Q]:
-        loss_LN = rows.cost_L[:, None] + price * ~rows.right_LN
-        for _ in range(4):
-            before_K, later_N = now_K.copy(), loss_LN[-1]
-            for exit in reversed(range(exits)):
-                arrives_N = ~(score_KN[:exit] >= now_K[:exit, None]).any(0)
-                gain_N = np.where(arrives_N, loss_LN[exit] - later_N, 0.0)[order_KN[exit]]
-                stops = int(np.argmin(np.concatenate([[0.0], gain_N.cumsum()])))
-                now_K[exit] = score_KN[exit, order_KN[exit, stops - 1]] if stops else roof_K[exit]
-                later_N = np.where(score_KN[exit] >= now_K[exit], loss_LN[exit], later_N)
-            if np.array_equal(before_K, now_K):
-                break
-        found.append(np.maximum(now_K, -1e9))
-    found_QK = np.minimum.accumulate(np.stack(found), 0)
+        bar_K = _descend(bar_K, rows.cost_L[:, None] + price * ~rows.right_LN, score_KN, order_KN)
+        found.append(bar_K)
+    roof_K = np.nan_to_num(score_KN.max(1), neginf=0.0) + 1
+    found_QK = np.minimum.accumulate(np.clip(np.stack(found), -1e9, roof_K), 0)
     path_PK = np.stack([np.interp(np.arange(len(price_P)), searched_Q, found_Q) for found_Q in found_QK.T], 1)
     path_PK[0], path_PK[-1] = math.inf, -math.inf
     return path_PK
+
+
+def _descend(bar_K: Floats, loss_LN: Floats, score_KN: Floats, order_KN: Steps) -> Floats:
+    """Thresholds of which none alone can be bettered: exact sweeps over one exit at a time, four rounds at most."""
+    bar_K = bar_K.copy()
+    for _ in range(4):
+        before_K, later_N = bar_K.copy(), loss_LN[-1]
+        for exit in reversed(range(len(bar_K))):
+            arrives_N = ~(score_KN[:exit] >= bar_K[:exit, None]).any(0)
+            change_N = np.where(arrives_N, loss_LN[exit] - later_N, 0.0)[order_KN[exit]]
+            stops = int(np.argmin(np.concatenate([[0.0], change_N.cumsum()])))
+            bar_K[exit] = score_KN[exit, order_KN[exit, stops - 1]] if stops else math.inf
+            later_N = np.where(score_KN[exit] >= bar_K[exit], loss_LN[exit], later_N)
+        if np.array_equal(before_K, bar_K):
+            break
+    return bar_K
 
 
 FAMILIES = (

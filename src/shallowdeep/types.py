@@ -58,7 +58,7 @@ class CutPoint:
 
     ``module`` and ``call`` (0-based) name the module call it ends (``port="out"``) or enters (``"in"``), ``leaf``
     the tensor among that call's flattened inputs or outputs. ``port="call"`` is a function inside the module:
-    ``function`` is called for the ``leaf``-th time in the whole pass. ``macs_before`` is per sample. ``channel_dim``
+    ``function`` is called for the ``leaf``-th time in that module call. ``macs_before`` is per sample. ``channel_dim``
     is the feature axis of the crossing tensor (1 for NCHW maps, -1 for tokens, vectors and channels-last maps);
     ``mask`` is the input that says which tokens are real, if any.
     """

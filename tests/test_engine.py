@@ -1,0 +1,332 @@
+"""Engines: they skip work and nothing else, and refuse in one sentence what they cannot answer."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from functools import cache
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import shallowdeep as sd
+from nets import CLASSES, ZOO, images, planned, token_batch
+from shallowdeep.inputs import Inputs, each, num_rows
+from shallowdeep.network import ShallowDeepNetwork, fingerprint
+from shallowdeep.policies import Confidence, Entropy, Fixed, Oracle, Patience, Policy
+from shallowdeep.runtime import engine as engine_module
+from shallowdeep.runtime.engine import needed_ics
+from shallowdeep.types import Answer, BackboneMismatch, DataError
+
+NEVER, ALWAYS = Confidence(threshold=float("inf")), Confidence(threshold=0.0)
+
+
+def made(name: str = "residual", classifier: Literal["strong", "paper"] = "strong") -> ShallowDeepNetwork:
+    torch.manual_seed(1)
+    return sd.attach(ZOO[name].make(), planned(name, classifier)).eval()
+
+
+def some_leave(sdn: ShallowDeepNetwork, inputs: Inputs) -> Confidence:
+    """Thresholds in the middle of what these rows' exits say: about half of the rows stop at each exit."""
+    with torch.no_grad():
+        top_EN = sdn(inputs).softmax(-1).amax(-1)[:-1].sort(1).values
+    middle = top_EN.shape[1] // 2
+    return Confidence(threshold=tuple(((top_EN[:, middle - 1] + top_EN[:, middle]) / 2).tolist()))
+
+
+def expect(sdn: ShallowDeepNetwork, policy: Policy, inputs: Inputs, answer: Answer) -> None:
+    """The answer is what the policy says of the trace of the same rows."""
+    outcome = sd.simulate(policy, sd.collect(sdn, (inputs, torch.zeros(num_rows(inputs), dtype=torch.int64))))
+    assert torch.equal(answer.exit_B, outcome.exit_N)
+    assert torch.equal(answer.labels_B, outcome.labels_N)
+    assert torch.equal(answer.cost_B, outcome.cost_N)
+    torch.testing.assert_close(answer.logits_BC, outcome.logits_NC, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(answer.confidence_B, outcome.confidence_N, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Every segment run from now on, as (place, rows that enter)."""
+    done: list[tuple[int, int]] = []
+    place: dict[int, int] = {}
+    real_cut, real_call = engine_module.cut_segments, fx.GraphModule.__call__
+
+    def cut(*args: Any) -> Any:
+        segments = real_cut(*args)
+        place.update({id(segment.run): i for i, segment in enumerate(segments)})
+        return segments
+
+    def run(self: fx.GraphModule, *args: Any, **named: Any) -> Any:
+        if id(self) in place:
+            done.append((place[id(self)], len(args[0])))
+        return real_call(self, *args, **named)
+
+    monkeypatch.setattr(engine_module, "cut_segments", cut)
+    monkeypatch.setattr(fx.GraphModule, "__call__", run)
+    return done
+
+
+# ---------------------------------------------------------------- what is skipped
+
+
+@pytest.mark.parametrize("name", ["residual", "masked_tokens", "dense_skip"])
+def test_rows_that_are_answered_are_not_computed_on(name: str, work: list[tuple[int, int]]) -> None:
+    sdn, inputs = made(name), ZOO[name].batch(16)
+    policy = some_leave(sdn, inputs)
+    engine = sd.Engine(sdn, policy)
+    work.clear()
+    answer = engine(inputs)
+    expect(sdn, policy, inputs, answer)
+    alive = [int((answer.exit_B >= place).sum()) for place in range(sdn.num_exits)]
+    assert work == [(place, rows) for place, rows in enumerate(alive) if rows]
+    assert alive[0] == 16 > alive[1] > 0
+
+
+def test_when_all_leave_nothing_more_is_run(work: list[tuple[int, int]]) -> None:
+    engine = sd.Engine(made(), ALWAYS)
+    work.clear()
+    answer = engine(images(5))
+    assert answer.exit_B.tolist() == [0] * 5
+    assert work == [(0, 5)]
+
+
+def test_when_none_leaves_everything_is_run(work: list[tuple[int, int]]) -> None:
+    sdn = made()
+    engine = sd.Engine(sdn, NEVER)
+    work.clear()
+    answer = engine(images(5))
+    assert answer.exit_B.tolist() == [sdn.num_exits - 1] * 5
+    assert work == [(place, 5) for place in range(sdn.num_exits)]
+    with torch.no_grad():
+        torch.testing.assert_close(answer.logits_BC, sdn.backbone(images(5)))
+
+
+def test_classifiers_that_nobody_needs_do_not_run(work: list[tuple[int, int]]) -> None:
+    full = made().num_exits - 1
+    engine = sd.Engine(made(), Fixed(exit=full))
+    work.clear()
+    assert engine(images(3)).exit_B.tolist() == [full] * 3
+    assert work == [(0, 3)], "one segment from end to end"
+    paper = sd.Engine(made(classifier="paper"), Fixed(exit=2))
+    work.clear()
+    assert paper(images(3)).exit_B.tolist() == [2] * 3
+    assert work == [(0, 3)]
+    feeds_EE = torch.zeros(5, 5, dtype=torch.bool)
+    feeds_EE[0, 1] = feeds_EE[1, 2] = feeds_EE[2, 3] = True
+    assert needed_ics((False, False, True, False, True), feeds_EE) == (0, 1, 2)
+    assert needed_ics((False, False, True, False, True), torch.zeros_like(feeds_EE)) == (2,)
+    assert needed_ics((False, False, False, False, True), feeds_EE) == ()
+
+
+def test_modules_behind_the_last_exit_do_not_run() -> None:
+    sdn = made("control_flow")
+    rows: dict[str, list[int]] = defaultdict(list)
+    for name, module in sdn.backbone.named_children():
+        module.register_forward_hook(lambda _, args, __, name=name: rows[name].append(len(args[0])))
+    inputs = images(16)
+    sd.Engine(sdn, ALWAYS)(inputs)
+    assert dict(rows) == {"stem": [16]}
+    rows.clear()
+    policy = some_leave(sdn, inputs)
+    rows.clear()
+    answer = sd.Engine(sdn, policy)(inputs)
+    assert rows["head"] == [int((answer.exit_B == sdn.num_exits - 1).sum())]
+    assert rows["blocks"] == [int((answer.exit_B > 0).sum())]
+
+
+# ---------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("name", ["residual", "masked_tokens", "control_flow", "batch_length", "functional"])
+def test_batches_of_every_size(name: str) -> None:
+    sdn = made(name)
+    policy = some_leave(sdn, ZOO[name].batch(16))
+    engine = sd.Engine(sdn, policy)
+    empty = engine(each(ZOO[name].batch(2), lambda tensor: tensor[:0]))
+    for rows in (1, 2, 3, 16, 33):
+        answer = engine(ZOO[name].batch(rows))
+        expect(sdn, policy, ZOO[name].batch(rows), answer)
+        for field, tensor in vars(answer).items():
+            assert len(tensor) == rows
+            nothing = getattr(empty, field)
+            assert nothing.dtype == tensor.dtype, field
+            assert nothing.shape == (0, *tensor.shape[1:]), field
+
+
+@pytest.mark.parametrize("name", ["residual", "control_flow"])
+@pytest.mark.parametrize("fallback", ["last", "most_confident"])
+def test_rows_that_are_no_numbers_are_answered_by_the_full_exit(name: str, fallback: str) -> None:
+    sdn, inputs = made(name), images(12)
+    policy = Confidence(threshold=some_leave(sdn, inputs).threshold, fallback=fallback)  # type: ignore[arg-type]
+    engine = sd.Engine(sdn, policy)
+    clean = engine(inputs)
+    dirty = inputs.clone()
+    dirty[[2, 7]] = float("nan")
+    answer = engine(dirty)
+    bad = torch.tensor([i in (2, 7) for i in range(12)])
+    assert torch.equal(answer.valid_B, ~bad)
+    assert (answer.exit_B[bad] == sdn.num_exits - 1).all()
+    for field, tensor in vars(answer).items():
+        torch.testing.assert_close(tensor[~bad], getattr(clean, field)[~bad], rtol=1e-4, atol=1e-5, msg=field)
+    alone = engine(dirty[2:3])
+    assert alone.valid_B.tolist() == [False]
+
+
+def test_another_image_size_is_answered_rightly() -> None:
+    sdn = made()
+    engine = sd.Engine(sdn, NEVER)
+    for side in (16, 12, 8, 16):
+        x = torch.randn(3, 3, side, side)
+        answer = engine(x)
+        with torch.no_grad():
+            torch.testing.assert_close(answer.logits_BC, sdn.backbone(x))
+    policy = some_leave(sdn, torch.randn(8, 3, 16, 16))
+    x = torch.randn(8, 3, 16, 16)
+    expect(sdn, policy, x, sd.Engine(sdn, policy)(x))
+
+
+def test_only_some_programs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "PROGRAMS_KEPT", 2)
+    engine = sd.Engine(made("functional"), ALWAYS)
+    for side in (8, 12, 16, 12):
+        engine(torch.randn(2, 3, side, side))
+    assert [signature.shapes[0][-1] for signature in engine._programs] == [12, 16]
+
+
+def test_padding_by_batch_mates_changes_no_answer() -> None:
+    sdn, batch = made("masked_tokens"), token_batch(8)
+    policy = some_leave(sdn, batch)
+    engine = sd.Engine(sdn, policy)
+    together = engine(batch)
+    assert len(together.exit_B.unique()) > 1
+    for row in range(4):
+        length = int(batch["attention_mask"][row].sum())
+        alone = engine({name: tensor[row : row + 1, :length] for name, tensor in batch.items()})
+        assert alone.exit_B.tolist() == [int(together.exit_B[row])]
+        torch.testing.assert_close(alone.logits_BC[0], together.logits_BC[row], rtol=1e-4, atol=1e-5)
+
+
+def test_names_of_a_dict_come_in_any_order() -> None:
+    engine, batch = sd.Engine(made("masked_tokens"), NEVER), token_batch(4)
+    assert torch.equal(engine(dict(reversed(batch.items()))).logits_BC, engine(batch).logits_BC)
+
+
+def test_threads_share_one_engine() -> None:
+    sdn = made()
+    policy = some_leave(sdn, images(16))
+    engine = sd.Engine(sdn, policy)
+    inputs = [images(3), images(9), torch.randn(4, 3, 12, 12)]
+    expected = [sd.Engine(sdn, policy)(x) for x in inputs]
+    failures: list[BaseException] = []
+
+    def ask(number: int) -> None:
+        try:
+            for _ in range(20):
+                answer = engine(inputs[number])
+                assert torch.equal(answer.exit_B, expected[number].exit_B)
+                torch.testing.assert_close(answer.logits_BC, expected[number].logits_BC)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+
+
+def test_an_engine_takes_no_notice_of_modes_and_gradients() -> None:
+    sdn = made("dropout_norm")
+    engine = sd.Engine(sdn, NEVER)
+    expected = engine(images(4))
+    sdn.train()
+    x = images(4).requires_grad_()
+    answer = engine(x)
+    assert torch.equal(answer.logits_BC, expected.logits_BC)
+    assert not answer.logits_BC.requires_grad
+    assert all(module.training for module in sdn.modules())
+    eager = made("control_flow")
+    running = sd.Engine(eager, NEVER)
+    eager.train()
+    with pytest.raises(BackboneMismatch, match=r"in training mode .*; call sdn\.eval\(\)"):
+        running(images(2))
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("name", ["residual", "control_flow"])
+@pytest.mark.parametrize("what", ["backbone", "statistics", "classifiers", "confusion", "double"])
+def test_a_network_that_has_changed_is_noticed(name: str, what: str) -> None:
+    sdn = made(name)
+    engine = sd.Engine(sdn, ALWAYS)
+    engine(images(2))
+    with torch.no_grad():
+        if what == "backbone":
+            sdn.backbone.stem.weight[0, 0, 0, 0] += 1  # type: ignore[union-attr,index,operator]
+        elif what == "statistics":
+            next(b for n, b in sdn.named_buffers() if n.endswith("running_mean")).add_(1)
+        elif what == "classifiers":
+            next(sdn.classifiers.parameters()).mul_(2)
+        elif what == "confusion":
+            sd.fit_confusion(sdn, sd.collect(sdn, (images(9), torch.arange(9) % CLASSES)))
+        else:
+            sdn.double()
+    with pytest.raises(BackboneMismatch, match=r"has changed since .*; make a new Engine\(sdn, policy\)"):
+        engine(images(2))
+    if what != "double":
+        assert sd.Engine(sdn, ALWAYS)(images(2)).exit_B.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (images(2, torch.float64), r"Residual takes tensor \{'0': 'float32'\}, found tensor \{'0': 'float64'\}"),
+        ((torch.rand(2, 3, 8, 8) * 255).to(torch.uint8), "found tensor {'0': 'uint8'}"),
+        ((images(2),), r"found tuple \{'0': 'float32'\}"),
+        ({"x": images(2)}, r"found dict \{'x': 'float32'\}"),
+        (images(2)[0], r"rows of shape \(\(3, 8, 8\),\), found \(\(8, 8\),\)"),
+        (torch.zeros(2, 1, 8, 8), r"planned for rows of shape \(\(3, 8, 8\),\) and fails for \(\(1, 8, 8\),\)"),
+        (torch.zeros(2, 3, 9, 9), r"cannot read a map \(8, 9, 9\); plan for that size"),
+        (torch.tensor(1.0), r"same number of rows on its first axis, found shapes \[\(\)\]"),
+        ("photo.png", "found str"),
+        (None, "found NoneType"),
+    ],
+)
+def test_inputs_of_another_kind(inputs: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        refusing()(inputs)
+
+
+@cache
+def refusing() -> sd.Engine:
+    return sd.Engine(made(), NEVER)
+
+
+def test_policies_and_backends_that_do_not_fit() -> None:
+    sdn = made()
+    with pytest.raises(ValueError, match=r"No backend 'warp'\. Possible: 'auto', 'torch'"):
+        sd.Engine(sdn, ALWAYS, backend="warp")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs labels: only simulate can run it"):
+        sd.Engine(sdn, Oracle())
+    with pytest.raises(ValueError, match=f"has 2 thresholds; {sdn.num_exits} exits need {sdn.num_exits - 1}"):
+        sd.Engine(sdn, Entropy(threshold=(0.1, 0.2)))
+    with pytest.raises(ValueError, match=f"{sdn.num_exits} exits need {sdn.num_exits}"):
+        sd.Engine(sdn, Patience(patience=1, enabled_E=(True,)))
+
+
+def test_the_users_network_is_left_alone() -> None:
+    for name in ("residual", "control_flow"):
+        sdn = made(name)
+        before = fingerprint(sdn)
+        engine = sd.Engine(sdn, ALWAYS)
+        x: Tensor = images(4)
+        engine(x)
+        assert torch.equal(x, images(4))
+        assert fingerprint(sdn) == before
+        assert all(parameter.requires_grad for parameter in sdn.parameters())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in sdn.modules())
+        assert isinstance(sd.detach(sdn), nn.Module)
