@@ -11,8 +11,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
-from sklearn.linear_model import LogisticRegression
 
 import oracle
 from shallowdeep import calibration, thresholds
@@ -22,15 +20,11 @@ from shallowdeep.thresholds import (
     FAMILIES,
     Brings,
     Choice,
-    Family,
     Rows,
     brings_of,
-    choose,
     in_units,
-    last_safe,
     leaving_steps,
     read_rows,
-    within_cost,
     within_drop,
 )
 from shallowdeep.types import Trace
@@ -47,137 +41,29 @@ def draw(trace: Trace, rows: int, seed: int) -> Trace:
     return trace.rows(torch.from_numpy(np.random.default_rng(seed).integers(trace.num_samples, size=rows)))
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_path_brings_what_a_walk_brings(family: Family) -> None:
-    trace = oracle.bed(400, exits=5, full_exit=3)
-    broken = trace.logits_ENC.clone()
-    broken[0, 7] = math.nan
-    trace = dataclasses.replace(trace, logits_ENC=broken)
-    rows = read_rows(trace, EVERYTHING)[family.kind]
-    path_PK = in_units(family.path(rows, family.grid(rows)), rows, family.shared)
-    brings = brings_of(leaving_steps(path_PK, rows.unit_KN), rows, len(path_PK))
-    full = oracle.walk(Fixed(exit=3), trace)["label"]
-    for step in (0, 5, 120, 200, 300, 390, len(path_PK) - 1):
-        said = oracle.walk(family.kind(threshold=tuple(path_PK[step])), trace)
-        right = np.array(said["label"]) == trace.labels_N.numpy()
-        assert brings.cost_P[step] == pytest.approx(np.mean(said["cost"]))
-        assert brings.accuracy_P[step] == pytest.approx(right.mean())
-        assert brings.harm_P[step] == pytest.approx(((np.array(full) == trace.labels_N.numpy()) & ~right).mean())
-    assert (path_PK[1:] <= path_PK[:-1]).all()
-    assert (np.diff(brings.cost_P) <= 1e-12).all()
-
-
-def test_the_levels_are_scikit_learns_logistic_regression(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thresholds, "TRUST", 1e-6)
-    rows = read_rows(oracle.bed(5000, exits=3), (True,) * 3)[Confidence]
-    level_K, slope_K = thresholds._safety(rows)
-    for k in range(2):
-        harm = rows.right_LN[-1] & ~rows.right_LN[k]
-        fit = LogisticRegression(C=1e9, tol=1e-10).fit(rows.score_KN[k][:, None], ~harm)
-        assert slope_K[k] == pytest.approx(fit.coef_[0, 0], abs=0.01)
-        assert level_K[k] == pytest.approx(fit.intercept_[0], abs=0.02)
-
-
-def test_an_exit_that_never_did_harm_gets_the_usual_slope() -> None:
-    rows = read_rows(oracle.bed(300, exits=3), (True,) * 3)[Confidence]
-    level_K, slope_K = thresholds._safety(rows._replace(right_LN=np.ones_like(rows.right_LN)))
-    assert np.isfinite(level_K).all()
-    assert slope_K == pytest.approx(-thresholds.USUAL_SLOPE, abs=0.1)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_no_free_threshold_can_be_bettered_alone(seed: int) -> None:
-    rows = read_rows(oracle.bed(60, exits=4, seed=seed), (True,) * 4)[Confidence]
-    loss_LN = rows.cost_L[:, None] + 3.0 * ~rows.right_LN
-
-    def loss(bar_K: np.ndarray) -> float:
-        total = 0.0
-        for n in range(60):
-            stops = [k for k in range(3) if rows.score_KN[k, n] >= bar_K[k]]
-            total += loss_LN[stops[0] if stops else 3, n]
-        return total
-
-    found_K = thresholds._descend(np.full(3, math.inf), loss_LN, rows.score_KN, np.argsort(-rows.score_KN, 1))
-    least = loss(found_K)
-    for k in range(3):
-        for bar in (*rows.score_KN[k], math.inf):
-            other_K = found_K.copy()
-            other_K[k] = bar
-            assert loss(other_K) >= least - 1e-9
-    assert least < loss(np.full(3, math.inf))
-
-
-def test_free_thresholds_do_best_on_the_rows_they_were_searched_on() -> None:
-    rows = read_rows(population(2000), EVERYTHING)[Confidence]
-    cost = {}
-    for family in (LEVELS, FREE):
-        path_PK = family.path(rows, family.grid(rows))
-        brings = brings_of(leaving_steps(path_PK, rows.score_KN), rows, len(path_PK))
-        cost[family.name] = brings.cost_P[within_drop(brings, float(rows.full_N.mean()), 0.01)]
-    assert cost[FREE.name] < cost[LEVELS.name]
-
-
-def test_folds_are_judged_by_what_others_fitted() -> None:
-    rows = read_rows(oracle.bed(100, exits=3), (True,) * 3)[Confidence]
-    marked = rows._replace(cost_L=rows.cost_L, full_N=np.arange(100))
-
-    def path(given: Rows, grid_P: np.ndarray) -> np.ndarray:
-        """Nobody leaves before step 1; at step 1 everybody whose row was given."""
-        seen = set(given.full_N.tolist())
-        assert 79 <= len(seen) <= 81
-        unseen = [n for n in range(100) if n not in seen]
-        assert max(marked.score_KN[0][unseen]) < 1e6
-        fitted.append(seen)
-        return np.full((2, 2), math.inf)
-
-    fitted: list[set[int]] = []
-    thresholds._crossfit(Family("spy", Confidence, False, lambda rows: np.zeros(2), path), marked, np.zeros(2))
-    held = [set(range(100)) - seen for seen in fitted]
-    assert set.union(*held) == set(range(100))
-    assert sum(map(len, held)) == 100
-
-
-def test_another_family_takes_over_only_beyond_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = read_rows(population(4000), EVERYTHING)
-
-    def name_of_choice() -> str:
-        choice = choose(rows, lambda brings: within_cost(brings, 0.5))
-        assert choice is not None
-        return choice.family.name
-
-    assert name_of_choice() == LEVELS.name
-    blind = ONE._replace(name="blind", path=lambda rows, grid_P: ONE.path(rows, grid_P) * [1, 0.1, 5, 1])
-    monkeypatch.setattr(thresholds, "FAMILIES", (blind, ONE))
-    assert name_of_choice() == ONE.name
-    monkeypatch.setattr(thresholds, "FAMILIES", (ONE, LEVELS))
-    small = {kind: mine.take(slice(0, 200)) for kind, mine in rows.items()}
-    rows = small
-    assert name_of_choice() == ONE.name
-
-
 def test_a_drop_is_met_on_average_and_levels_are_cheaper_than_one_threshold() -> None:
-    """Twelve draws from a population that is known: the mean drop there is the aim, within its standard error."""
-    trace = dataclasses.replace(population(10_000), hash_N=None)
+    """Ten draws from a population that is known: the mean drop there is the aim, within its standard error."""
+    trace = dataclasses.replace(population(6000), hash_N=None)
     found, plain = [], []
-    for seed in range(12):
-        sample = draw(trace, 2000, seed)
+    for seed in range(10):
+        sample = draw(trace, 1500, seed)
         found.append(evaluate(calibrate(sample, max_accuracy_drop=0.01), trace))
         rows = read_rows(sample, EVERYTHING)[Confidence]
         path_PK = ONE.path(rows, ONE.grid(rows))
         brings = brings_of(leaving_steps(path_PK, rows.score_KN), rows, len(path_PK))
         step = within_drop(brings, float(rows.full_N.mean()), 0.01)
         plain.append(evaluate(Confidence(threshold=float(in_units(path_PK, rows, True)[step, 0])), trace))
-    assert np.mean([e.drop for e in found]) == pytest.approx(0.01, abs=0.0025)
+    assert np.mean([e.drop for e in found]) == pytest.approx(0.01, abs=0.003)
     assert np.mean([e.mean_cost for e in found]) < np.mean([e.mean_cost for e in plain]) < 0.6
 
 
 def test_a_bound_holds_in_most_draws() -> None:
     trace = dataclasses.replace(population(6000), hash_N=None)
     found = []
-    for seed in range(20):
+    for seed in range(12):
         policy = calibrate(draw(trace, 800, seed), max_accuracy_drop=0.03, confidence=0.9)
         found.append(evaluate(policy, trace))
-    assert sum(e.harm > 0.03 for e in found) <= 6  # 2 expected; more than 6 has probability 0.002
+    assert sum(e.harm > 0.03 for e in found) <= 4  # 1.2 expected; more than 4 has probability 0.004
     assert max(e.mean_cost for e in found) < 0.8
 
 
@@ -216,7 +102,7 @@ def evaluate_quietly(policy: Confidence, trace: Trace) -> float:
 
 
 def test_a_budget_that_nothing_meets_is_said() -> None:
-    with pytest.raises(ValueError, match=r"No policy costs 0\.1: stopping at the first exit asked costs 0\.2"):
+    with pytest.raises(ValueError, match=r"No policy costs 0\.1: the least possible here is 0\.2\."):
         calibrate(population(200), max_mean_cost=0.1)
     least = calibrate(population(200), max_mean_cost=0.2)
     assert evaluate_exits(least, population(200)) == [200, 0, 0, 0, 0]
@@ -245,33 +131,11 @@ def test_a_drop_that_no_exit_meets_is_the_full_network_and_said() -> None:
 
 
 def test_too_few_rows_for_a_bound_say_how_many() -> None:
-    with pytest.warns(
-        UserWarning, match="at least 598 rows without any harm in the half that tests, where there are 5"
-    ):
+    with pytest.warns(UserWarning, match="least 598 rows without any harm in the half that tests, where there are 550"):
         policy = calibrate(population(1100), max_accuracy_drop=0.005, confidence=0.95)
     assert policy == Fixed(exit=4)
     enough = calibrate(population(4000), max_accuracy_drop=0.005, confidence=0.95)
     assert isinstance(enough, Confidence | Margin)
-
-
-@pytest.mark.parametrize("rows", [30, 598, 2500])
-@pytest.mark.parametrize("bound", [0.005, 0.05])
-def test_the_last_passing_step_is_taken(rows: int, bound: float) -> None:
-    """Not the first failing one; and steps behind a failure do not count, whatever they look like."""
-    harmed = np.array([0, 1, 0, 2, 3, 5, 9, 17, 30, 0]).clip(max=rows)
-    expected = None
-    for step, count in enumerate(harmed):
-        limit = binomtest(int(count), rows, alternative="less").proportion_ci(0.95, "exact").high
-        if limit > bound:
-            break
-        expected = step
-    assert last_safe(harmed.astype(float), rows, bound, 0.95) == expected
-
-
-def test_598_rows_without_harm_show_half_a_point() -> None:
-    assert last_safe(np.zeros(1), 597, 0.005, 0.95) is None
-    assert last_safe(np.zeros(1), 598, 0.005, 0.95) == 0
-    assert last_safe(np.array([3.0]), 3, 0.9, 0.95) is None
 
 
 def test_thresholds_lie_midway_between_neighbours() -> None:
@@ -301,13 +165,6 @@ def test_saturated_confidences_are_told_apart() -> None:
     found = evaluate(calibrate(trace, max_accuracy_drop=0.01), trace)
     assert found.share_E[0] == pytest.approx(0.5, abs=0.02)
     assert found.drop <= 0.01
-
-
-def test_scores_that_even_float64_cannot_tell_apart_move_to_the_next_gap() -> None:
-    units = thresholds._midway(
-        np.array([math.inf, 50, 38, 2, -math.inf]), np.array([1, 37.5, 40, 60]), np.array([0.7, 1, 1, 1.0])
-    )
-    assert units.tolist() == [math.inf, math.inf, math.inf, 0.85, 0.35]
 
 
 def test_only_enabled_exits_are_used() -> None:
@@ -350,7 +207,7 @@ def test_rows_that_are_not_finite_stay() -> None:
         left = evaluate_exits(policy, trace)
         assert left[0] == 0
         assert left[1] > 0
-    with pytest.raises(ValueError, match=r"No policy costs 0\.25"):
+    with pytest.raises(ValueError, match=r"No policy costs 0\.25: the least possible here is 0\.43"):
         calibrate(trace, max_mean_cost=0.25)
 
 

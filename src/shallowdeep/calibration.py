@@ -77,7 +77,8 @@ def calibrate(
     >>> row = torch.arange(400)
     >>> early_NC = torch.stack([row / 100.0, 4 - row / 100.0], 1)  # sure of the first and the last rows
     >>> full_NC = torch.stack([row * 1.0 - 190, 190 - row * 1.0], 1)
-    >>> trace = Trace(logits_ENC=torch.stack([early_NC, full_NC]), labels_N=(row < 190).long(), cost_E=torch.tensor([0.4, 1]))
+    >>> logits_ENC = torch.stack([early_NC, full_NC])
+    >>> trace = Trace(logits_ENC=logits_ENC, labels_N=(row < 190).long(), cost_E=torch.tensor([0.4, 1.0]))
     >>> policy = calibrate(trace, max_accuracy_drop=0.01)
     >>> evaluate(policy, trace).mean_cost < 0.5
     True
@@ -139,9 +140,10 @@ def _budget(trace: Trace, asked: Sequence[bool], rows: RowsOf, max_mean_cost: fl
         note = "The budget pays for the full network, and nothing cheaper is more accurate."
         return full, {"family": "full network", "expected_drop": 0.0, "expected_mean_cost": full_cost, "note": note}
     if choice is None:
-        least = min(float(rows[Confidence].cost_L[0]), full_cost)
-        raise ValueError(f"No policy costs {max_mean_cost:g}: stopping at the first exit asked costs {least:.4g}.")
-    note = "The budget is an aim, not a bound: the mean cost depends on the inputs; give the engine a cap for a bound."
+        first_N = np.isfinite(np.pad(rows[Confidence].score_KN, ((0, 1), (0, 0)))).argmax(0)
+        least = min(float(rows[Confidence].cost_L[first_N].mean()), full_cost)
+        raise ValueError(f"No policy costs {max_mean_cost:g}: the least possible here is {least:.4g}.")
+    note = "The budget is an aim, not a bound: what a policy costs depends on the inputs it meets."
     return _taken(choice, rows, trace, asked), _expected(choice, accuracy_full) | {"note": note}
 
 
@@ -157,21 +159,25 @@ def _bound(trace: Trace, asked: Sequence[bool], rows: RowsOf, max_harm: float, c
     choice = choose(choose_on, reach)
     full, full_cost = _full(trace)
     needed = math.ceil(math.log(1 - confidence) / math.log(1 - max_harm))
-    claim = f"with probability {confidence:g} over the draw of calibration rows, at most {max_harm:.2%} of fresh rows"
     if choice is not None:
         family, test_on = choice.family, rows[choice.family.kind].take(testing)
         units_PK = _path(choice, choose_on)
         brings = brings_of(leaving_steps(units_PK, test_on.unit_KN), test_on, len(units_PK))
         step = last_safe(np.round(brings.harm_P * len(testing)), len(testing), max_harm, confidence)
         if step is not None and brings.cost_P[step] < full_cost:
-            note = f"A bound: {claim} are right at the full exit and wrong where they stop."
+            note = (
+                f"A bound: with probability {confidence:g} over the draw of calibration rows, at most {max_harm:.2%} "
+            )
+            note += "of fresh rows are right at the full exit and wrong where they stop."
             facts = {"family": family.name, "method": "exact binomial, fixed sequence", "tested_rows": len(testing)}
             facts |= {"harmed_rows": round(float(brings.harm_P[step]) * len(testing)), "note": note}
             facts["expected_mean_cost"] = float(brings.cost_P[step])
             facts["expected_drop"] = float(test_on.full_N.mean() - brings.accuracy_P[step])
             return _policy(family, units_PK[step], trace, asked), facts
-    note = f"No early exit could be shown, {claim}, to do no harm: this is the full network. To show it takes at least "
-    note += f"{needed} rows without any harm in the half that tests, where there are {len(testing)}."
+    note = (
+        f"No early exit could be shown to harm at most {max_harm:.2%} of rows: this is the full network. It takes at "
+    )
+    note += f"least {needed} rows without any harm in the half that tests, where there are {len(testing)}."
     return full, {"family": "full network", "expected_drop": 0.0, "expected_mean_cost": full_cost, "note": note}
 
 
@@ -248,8 +254,8 @@ def evaluate(policy: Policy, trace: Trace) -> Evaluation:
     """What ``policy`` does on ``trace``: accuracy, drop, mean cost, who leaves where, how well errors are found.
 
     Warns when over 1 % of the rows are those the policy was calibrated on: they flatter it.
-    >>> trace = Trace(logits_ENC=torch.eye(2).expand(2, 2, 2), labels_N=torch.tensor([0, 0]), cost_E=torch.tensor([0.5, 1]))
-    >>> print(evaluate(Fixed(exit=0), trace).mean_cost)
+    >>> trace = Trace(logits_ENC=torch.eye(2).expand(2, 2, 2), labels_N=torch.tensor([0, 0]), cost_E=torch.ones(2) / 2)
+    >>> evaluate(Fixed(exit=0), trace).mean_cost
     0.5
     """
     record = policy.calibrated_on
@@ -312,7 +318,8 @@ def tradeoff(trace: Trace, *, enabled_E: Sequence[bool] | None = None) -> Tradeo
     """The whole accuracy-cost curve of confidence policies: one threshold, and one shift over per-exit levels.
 
     A description of these rows: the best point of a curve flatters itself. To choose a policy, ``calibrate``.
-    >>> trace = Trace(logits_ENC=torch.eye(2).expand(2, 2, 2), labels_N=torch.tensor([0, 0]), cost_E=torch.tensor([0.5, 1]))
+    >>> cost_E = torch.tensor([0.5, 1.0])
+    >>> trace = Trace(logits_ENC=torch.eye(2).expand(2, 2, 2), labels_N=torch.tensor([0, 0]), cost_E=cost_E)
     >>> tradeoff(trace).curves[0].cost_P[[0, -1]].tolist()
     [1.0, 0.5]
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -103,7 +104,7 @@ def _reduce_tokens(x: Tensor, mask: Tensor | None, views: int) -> Tensor:
     real = (mask != 0).to(x.dtype)
     # The first real token, not position 0: with padding on the left that would be a pad.
     first = x[torch.arange(x.shape[0], device=x.device), real.argmax(1)]
-    mean = (x * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True).clamp_min(1)
+    mean = x.masked_fill(mask.unsqueeze(-1) == 0, 0.0).sum(1) / real.sum(1, keepdim=True).clamp_min(1)
     return torch.stack([first, mean], dim=1)
 
 
@@ -227,13 +228,12 @@ def size_classifier(
 
 def _widest(spec: ClassifierSpec, macs: int, params: int) -> int:
     """The widest hidden layer within the limits, in steps of 8; 0 where none fits."""
-    low, high = 0, MOST_HIDDEN // 8
-    while low < high:
-        middle = (low + high + 1) // 2
-        grown = _counted(dataclasses.replace(spec, hidden=8 * middle))
-        fits = grown.macs <= macs and grown.params <= params
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return 8 * low
+    one, two = (_counted(dataclasses.replace(spec, hidden=width)) for width in (8, 16))
+    if one.macs > macs or one.params > params:
+        return 0
+    # Every further step adds the same.
+    more = min((macs - one.macs) // (two.macs - one.macs), (params - one.params) // (two.params - one.params))
+    return min(8 * (1 + more), MOST_HIDDEN)
 
 
 def _size(kind: str, cut: CutPoint, num_classes: int, previous: ClassifierSpec | None, cells: int) -> ClassifierSpec:
@@ -268,6 +268,7 @@ def _size(kind: str, cut: CutPoint, num_classes: int, previous: ClassifierSpec |
     )
 
 
+@lru_cache(maxsize=1024)  # the cut points of a transformer ask for the same few sizes over and over
 def _counted(spec: ClassifierSpec) -> ClassifierSpec:
     """``spec`` with the macs and parameters that its module really has, counted on the meta device."""
     with torch.device("meta"):

@@ -168,8 +168,6 @@ def distinct_rows(inputs: Inputs, rows: int = 4) -> Inputs:
     repeats = -(-rows // max(num_rows(inputs), 1))
     if num_rows(inputs) == 0:
         raise DataError("The example batch is empty; give at least one row.")
-    if num_rows(inputs) >= 2:
-        repeats = max(repeats, 1)
     generator = torch.Generator().manual_seed(0)
 
     def spread(tensor: Tensor) -> Tensor:
@@ -365,7 +363,11 @@ def _follow(user: fx.Node, axes: list[int | None]) -> list[int | None] | int | N
     if value.ndim == len(axes):
         return axes
     # A view: leading axes up to the first that changes keep their place, and so does the last.
-    return [*axes[:2], *([None] * (value.ndim - 3)), axes[-1]] if value.ndim >= 3 and "view" in name else None
+    return (
+        [*axes[:2], *([None] * (value.ndim - 3)), axes[-1]]
+        if value.ndim >= 3 and any(part in name for part in ("view", "reshape", "flatten"))
+        else None
+    )
 
 
 def shape_rule(shape: tuple[int, ...]) -> int:

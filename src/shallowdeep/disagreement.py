@@ -128,4 +128,4 @@ def _softmaxes(trace: Trace) -> Iterator[Tensor]:
     """float64 softmaxes [E, B, C], a bounded number of rows at a time."""
     rows = max(1, CHUNK_ELEMENTS // (trace.num_exits * trace.num_classes))
     for start in range(0, trace.num_samples, rows):
-        yield torch.softmax(trace.logits_ENC[:, start : start + rows], 2, dtype=torch.float64)
+        yield torch.softmax(trace.logits_ENC[:, start : start + rows].detach(), 2, dtype=torch.float64)

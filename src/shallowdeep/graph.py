@@ -260,7 +260,7 @@ def _made_functional(module: fx.GraphModule) -> bool:
         if not isinstance(node.meta.get("val"), Tensor):
             continue
         address, source = node.meta["val"].untyped_storage()._cdata, node.args[0] if node.args else None
-        if isinstance(source, fx.Node) and source in memory and not _writes(node) and _is_very(source, node):
+        if isinstance(source, fx.Node) and source in memory and _is_very(source, node):
             really[address] = memory[source]
             node.replace_all_uses_with(source)
             module.graph.erase_node(node)
@@ -284,9 +284,10 @@ def _made_functional(module: fx.GraphModule) -> bool:
 def _is_very(source: fx.Node, node: fx.Node) -> bool:
     """Whether ``node`` answers the tensor ``source`` itself, as dropout does in evaluation."""
     if "dropout" in operator_name(node):  # the exporter's values show a copy
-        return True
+        return node.args[2] is False
     before, after = source.meta["val"], node.meta["val"]
-    return before.untyped_storage()._cdata == after.untyped_storage()._cdata and _geometry(source) == _geometry(node)
+    shared = before.untyped_storage()._cdata == after.untyped_storage()._cdata
+    return shared and not _writes(node) and _geometry(source) == _geometry(node)
 
 
 def _writes(node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -76,6 +76,7 @@ class ExitRecipe:
 
 MUON_DECAY = 0.05
 LEAST_BATCH = 16
+GATHERED_ROWS = 4096
 PAPER_EXITS = ExitRecipe(lr=1e-3, weight_decay=5e-4, decoupled=False, batch_size=128, milestones=(14,))
 """Adam with L2, 1e-3 for 14 epochs, then 1e-4: what the original code really runs (arXiv 1810.07052)."""
 STRONG_EXITS = ExitRecipe(
@@ -142,8 +143,8 @@ def train_exits(
     checkpoint = Checkpoint(checkpoint_dir, run.choices())
     state = checkpoint.load()
     run.extractor = run.make_extractor(precision if state is None else "bf16" if state["bf16"] else "fp32")
-    with _only_exits_train(sdn), temporary_folder() as scratch:
-        parts_of = run.source(cache, cache_bytes, Path(cache_dir or scratch), lasting=cache_dir is not None)
+    with _only_exits_train(sdn), ExitStack() as stack:
+        parts_of = run.source(cache, cache_bytes, cache_dir, stack)
         ready = time.perf_counter()
         losses = run.optimise(parts_of, checkpoint, state)
     sdn.trained_hashes = torch.unique(torch.cat([sdn.trained_hashes, run.hash_N]))
@@ -227,16 +228,21 @@ class _ExitRun:
         """The backbone's runner; a resumed run keeps the precision it began with, whatever a new timing would say."""
         return Extractor(self.sdn, self.sample, precision)
 
-    def source(self, cache: Cache, budget: int, folder: Path, lasting: bool) -> Callable[[int], Iterator[Part]]:
+    def source(
+        self, cache: Cache, budget: int, folder: str | os.PathLike[str] | None, stack: ExitStack
+    ) -> Callable[[int], Iterator[Part]]:
         """A function from the epoch to this process's parts of its batches."""
         pair = as_pair(self.data)
         per_view = view_bytes(self.sdn, num_rows(pair[0]) if pair else 0, self.extractor.bf16)
-        self.place = choose_place("disk" if lasting and cache == "auto" else cache, self.views * per_view, budget)
+        self.place = choose_place("disk" if folder and cache == "auto" else cache, self.views * per_view, budget)
         check_passes(self.data, self.epochs if self.place == "off" else self.views)
         if self.place == "off":
             return self._streamed
         key = cache_key(self.sdn, self.data, self.augment, self.seed, self.share) | {"bf16": self.extractor.bf16}
-        store = Store(folder / f"rank{self.share.rank}" if self.place == "disk" else None, key)
+        own = None
+        if self.place == "disk":
+            own = Path(folder or stack.enter_context(temporary_folder())) / f"rank{self.share.rank}"
+        store = Store(own, key)
         made: list[View] = []
         for view in range(self.views):
             found = store.find(view)
@@ -259,9 +265,15 @@ class _ExitRun:
     def _cached(self, made: Sequence[View], epoch: int) -> Iterator[Part]:
         view = made[epoch % len(made)]
         order = torch.randperm(len(self.hash_N), generator=seeded(self.seed, epoch))
-        for batch in torch.split(order, self._batch_size(len(order))):
-            own = self.share.places(batch)
-            yield [features[own] for features in view.features], view.labels_N[own], len(batch)
+        size = self._batch_size(len(order))
+        # Many batches are gathered at once: small gathers spend their time waiting for threads.
+        for block in torch.split(order, size * max(1, GATHERED_ROWS // size)):
+            parts = [self.share.places(batch) for batch in torch.split(block, size)]
+            own, sizes = torch.cat(parts), [len(part) for part in parts]
+            gathered = [torch.split(features.index_select(0, own), sizes) for features in view.features]
+            labels = torch.split(view.labels_N[own], sizes)
+            for i, batch in enumerate(torch.split(block, size)):
+                yield [features[i] for features in gathered], labels[i], len(batch)
 
     def _streamed(self, epoch: int) -> Iterator[Part]:
         generator, hashes = seeded(self.seed, epoch, 1), []
