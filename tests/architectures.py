@@ -417,16 +417,16 @@ def page(results: Sequence[Result]) -> str:
         "Classifiers nobody here wrote, built small with random weights, planned, attached, trained and run. Made by",
         "`python tests/architectures.py`; `tests/test_architectures.py` runs the same rows.",
         "",
-        f"**{len(counting)} of {len(results)} rows count**: {timm} families of timm {version('timm')} and {transformers} of",
-        f"transformers {version('transformers')}; {sum(result.seconds for result in results):.0f} s in all with "
-        f"{torch.get_num_threads()} threads and torch {torch.__version__}.",
+        f"**{len(counting)} of {len(results)} rows count**: {timm} families of timm {version('timm')}, {transformers} of "
+        f"transformers {version('transformers')};",
+        f"{sum(result.seconds for result in results):.0f} s in all with one thread and torch {torch.__version__}.",
         "",
-        f"A row counts when at least {LEAST_CUTS} cut points lie between 10 and 90 % of its macs; when the last exit is the",
-        "untouched backbone's answer bit for bit (law 1); when training the ICs changes no parameter and no buffer of the",
-        "backbone (law 2); and when rows leave at every exit of the engine, at the exits and with the logits that",
-        f"`simulate` reads from the trace (law 3), in a batch of {ROWS}, in one of 5 and alone. The plan is made with fresh",
-        "weights and the rest is done with others, because fresh networks hold blocks that do nothing, where a wrong place",
-        "looks right. Text has real padding under an attention mask.",
+        f"A row counts when at least {LEAST_CUTS} cut points lie between 10 and 90 % of its macs; when the last exit is",
+        "the untouched backbone's answer bit for bit (law 1); when training the ICs changes no parameter and no buffer of",
+        "the backbone (law 2); and when rows leave at every exit of the engine, at the exits and with the logits that",
+        f"`simulate` reads from the trace (law 3), in a batch of {ROWS}, in one of 5 and alone. The plan is made with",
+        "fresh weights and the rest is done with others, because fresh networks hold blocks that do nothing, where a",
+        "wrong place looks right. Text has real padding under an attention mask.",
         "",
         "| model | family | cut points (10-90 %) | features | rows leaving at each exit | s |",
         "|---|---|---:|---|---|---:|",
@@ -459,7 +459,7 @@ def page(results: Sequence[Result]) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     seen: list[Result] = []
     for each_row in ALL:

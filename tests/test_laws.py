@@ -16,6 +16,9 @@ from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Confidence, Entropy, Fixed, Margin, Oracle, Patience, Policy
 from shallowdeep.types import Plan, Trace
 
+# One process for the whole run: its last test counts where rows left in all the others.
+pytestmark = pytest.mark.xdist_group("laws")
+
 ROWS = 96
 left_at: Counter[tuple[str, int]] = Counter()
 
