@@ -220,6 +220,26 @@ def test_a_second_look_is_an_exit_like_others() -> None:
     assert found.accuracy_full == pytest.approx(float((trace.logits_ENC[3].argmax(1) == trace.labels_N).float().mean()))
 
 
+def test_a_gain_may_cost_more_than_the_full_network() -> None:
+    trace = oracle.bed(4000, exits=5, full_exit=2)
+    trace = dataclasses.replace(trace, cost_E=torch.tensor([0.3, 0.31, 0.32, 0.9, 1.0]))
+    policy = calibrate(trace, max_accuracy_drop=-0.03)
+    found = evaluate(policy, dataclasses.replace(trace, hash_N=None))
+    assert found.drop <= -0.03
+    assert found.mean_cost > float(trace.cost_E[2])
+
+
+@pytest.mark.parametrize("confidence", [None, 0.9])
+def test_ics_that_cost_more_than_they_save_are_left_out(confidence: float | None) -> None:
+    trace = population(3000)
+    own = torch.tensor([0.4, 0.4, 0.4, 0.4, 0.0]).double()
+    dear = dataclasses.replace(trace, cost_E=trace.cost_E + own.cumsum(0), own_cost_E=own)
+    with pytest.warns(UserWarning, match="full network"):
+        policy = calibrate(dear, max_accuracy_drop=0.01, confidence=confidence)
+    assert policy == Fixed(exit=4)
+    assert policy.calibrated_on.info["expected_mean_cost"] == pytest.approx(1.0)
+
+
 def test_the_same_rows_give_the_same_policy() -> None:
     trace = population(800)
     first, second = (calibrate(trace, max_accuracy_drop=0.02, confidence=0.9) for _ in range(2))

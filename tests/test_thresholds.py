@@ -15,6 +15,7 @@ from shallowdeep import thresholds
 from shallowdeep.policies import Confidence, Fixed
 from shallowdeep.thresholds import (
     FAMILIES,
+    Brings,
     Family,
     Rows,
     brings_of,
@@ -137,6 +138,20 @@ def test_another_family_takes_over_only_beyond_chance(monkeypatch: pytest.Monkey
     small = {kind: mine.take(slice(0, 200)) for kind, mine in rows.items()}
     rows = small
     assert name_of_choice() == ONE.name
+
+
+def test_a_lucky_step_behind_bad_ones_does_not_count() -> None:
+    """Raw, the step with a drop of 0.009 meets 0.01; smoothed along the path it shares its neighbours' bad luck."""
+
+    def last(drops: list[float], aim: float) -> int | None:
+        nothing = np.zeros(len(drops))
+        leaving_KN = np.zeros((1, 1000), np.int64)
+        return within_drop(Brings(leaving_KN, nothing, 0.9 - np.array(drops), nothing), 0.9, aim)
+
+    assert last([0.0, 0.001, 0.012, 0.014, 0.009, 0.02], 0.01) == 1
+    assert last([0.0, 0.001, 0.002, 0.004, 0.009, 0.02], 0.01) == 4
+    assert last([0.0, 0.001, 0.002, 0.004, 0.010, 0.02], 0.01) == 3  # one error more than seen
+    assert last([0.01, 0.02], 0.001) is None
 
 
 @pytest.mark.parametrize("rows", [30, 598, 2500])

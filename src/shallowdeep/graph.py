@@ -163,7 +163,7 @@ class _Kinds:
             if not self.is_size(node):
                 if any(n in from_input for n in sources):
                     from_input.add(node)
-                if any(n in from_parameter for n in sources):
+                if any(n in from_parameter for n in sources if n is not _yardstick(node)):
                     from_parameter.add(node)
         self.computed = from_input & from_parameter
         self.side = from_input - from_parameter
@@ -196,6 +196,14 @@ def _dim0(node: fx.Node) -> str | None:
     if isinstance(value, Tensor) and value.ndim and isinstance(value.shape[0], torch.SymInt):
         return str(value.shape[0].node.expr)
     return None
+
+
+def _yardstick(node: fx.Node) -> object:
+    """The argument of which the node reads shape, type and device alone, no values; None for most."""
+    name = operator_name(node).partition(".")[0]
+    if name.startswith("new_") or name.endswith("_like"):
+        return node.args[0]
+    return node.args[1] if name.endswith("_as") and node.args[0] is not node.args[1] else None
 
 
 def _ancestors(nodes: Sequence[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
