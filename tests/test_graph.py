@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nets import ZOO
-from shallowdeep.cuts import distinct_rows
-from shallowdeep.graph import BackboneGraph, evaluating, export_graph, is_identity
+from shallowdeep.cuts import distinct_rows, find_cuts
+from shallowdeep.graph import BackboneGraph, evaluating, export_graph, is_identity, operator_name
 from shallowdeep.inputs import call, logits_of, take, tensors
 
 EXPORTABLE = [name for name, nasty in ZOO.items() if nasty.via == "export"]
@@ -95,3 +97,100 @@ def test_mode_flags_come_back_even_after_errors() -> None:
         model(torch.zeros(3, 5))
     assert [module.training for module in model.modules()] == before
     assert torch.is_grad_enabled()
+
+
+class Writing(nn.Module):
+    """Convolution and norm, then ``steps`` that write in place, then a head."""
+
+    def __init__(self, steps: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.steps = steps
+        self.first, self.norm, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.steps(self.norm(self.first(x)))).mean((2, 3)))
+
+
+def read_after_write(x: Tensor) -> Tensor:
+    return F.relu(x, inplace=True) + x
+
+
+def dropout_is_no_copy(x: Tensor) -> Tensor:
+    return F.relu(F.dropout(x, 0.5, training=False), inplace=True) + x
+
+
+def chain(x: Tensor) -> Tensor:
+    flat = x.flatten(1) * 2
+    x.mul_(3).add_(1)
+    x += 0.5
+    return x + flat.view_as(x)
+
+
+def view_read_after_write(x: Tensor) -> Tensor:
+    flat = x.flatten(1)
+    x.add_(1)
+    return x + flat.view_as(x)
+
+
+def slice_written(x: Tensor) -> Tensor:
+    x[:, 0] = 0
+    return x
+
+
+def view_written(x: Tensor) -> Tensor:
+    x.transpose(2, 3).add_(1)
+    return x * 2
+
+
+def view_of_dropout_written(x: Tensor) -> Tensor:
+    F.dropout(x, 0.5, training=False).flatten(2).add_(2)
+    return x * 2
+
+
+WRITING = [read_after_write, dropout_is_no_copy, chain, view_read_after_write, slice_written, view_written]
+
+
+@pytest.mark.parametrize("steps", WRITING, ids=lambda steps: steps.__name__)
+def test_steps_in_place_give_what_they_wrote(steps: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = Writing(steps).eval(), torch.randn(4, 3, 6, 6)
+    model.norm.running_mean.normal_()  # type: ignore[union-attr]
+    with torch.no_grad():
+        expected = model(x)
+        made = export_graph(model, x)
+        assert not [node for node in made.module.graph.nodes if operator_name(node).partition(".")[0].endswith("_")]
+        torch.testing.assert_close(made.piece(None, None)(x)[0], expected)
+
+
+def test_a_graph_that_answers_otherwise_is_not_used() -> None:
+    """torch 2.13 exports dropout in evaluation as a copy: what is written into a view of it is lost."""
+    torch.manual_seed(0)
+    found = find_cuts(Writing(view_of_dropout_written).eval(), torch.randn(4, 3, 6, 6))
+    assert found.graph is None
+    assert "answers otherwise" in found.reason
+
+
+class Masking(nn.Module):
+    """A mask that takes only its type from a computed tensor is still made from the inputs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.first(x)
+        mask, ones = mask.type_as(x), torch.ones_like(x)
+        for layer in self.layers:
+            x = layer(x) * mask + ones
+        return self.head(x)
+
+
+def test_what_takes_only_its_type_from_a_tensor_is_not_computed_from_it() -> None:
+    inputs = (torch.randn(4, 6), torch.tensor([[0], [1], [1], [0]]))
+    points = find_cuts(Masking().eval(), inputs).points
+    between = {point.name: point.side_inputs for point in points if point.name.startswith("layers")}
+    assert list(between) == [f"layers.{i}:in" for i in (1, 2, 3)]
+    assert all(len(sides) == 2 for sides in between.values())

@@ -245,3 +245,35 @@ def test_functions_are_counted_by_name_on_this_thread() -> None:
             torch.ones(2).add(3)
         torch.ones(2).add(4)
     assert [entry for entry in seen if entry[0] == "add"] == [("add", 1), ("add", 2)]
+
+
+class Detour(nn.Module):
+    """Functions inside one module, behind a stretch that may call more of the same functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.steps = nn.Conv2d(3, 8, 3, padding=1), Steps()
+        self.steps.stem = nn.Conv2d(8, 8, 1)
+        self.long = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.long:
+            x = x.add(1).add(-1)
+        return self.steps(x)
+
+
+def test_functions_are_counted_inside_their_module_call() -> None:
+    torch.manual_seed(0)
+    model, x = Detour().eval(), images(3)
+    plan = sd.plan(model, images(2), at=("steps.add#1", "steps.add#2"))
+    assert [(cut.port, cut.module) for cut in plan.cuts] == [("call", "steps")] * 2
+    with torch.no_grad():
+        features = [model.steps.stem(model.stem(x))]
+        for i in range(2):
+            features.append(torch.conv2d(features[-1], model.steps.weight, padding=1).add(0.1 * i))
+        for model.long in (False, True):
+            heard: list[Tensor] = []
+            with tapped(model, plan.cuts, lambda _, tensor, heard=heard: heard.append(tensor)):  # type: ignore[misc]
+                model(x)
+            torch.testing.assert_close(heard, features[1:])
