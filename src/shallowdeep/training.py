@@ -313,7 +313,7 @@ class _ExitRun:
                 for features, labels, size in parts_of(epoch):
                     for optimizer in optimizers:
                         for group in optimizer.param_groups:
-                            group["lr"] = group["initial_lr"] * self._rate(epoch, seen)
+                            group["lr"] = group["initial_lr"] * self._rate(epoch, seen + size / 2)
                     sums += self._step(optimizers, features, labels, size)
                     seen += size
             losses.append(tuple((sums / seen).tolist()))
@@ -330,7 +330,7 @@ class _ExitRun:
                 )
         return losses
 
-    def _rate(self, epoch: int, seen: int) -> float:
+    def _rate(self, epoch: int, seen: float) -> float:
         if self.recipe.milestones:
             return stepped(epoch, self.recipe.milestones)
         # A stream's length is known after its first epoch; in the first, progress within the epoch is ignored.
