@@ -11,7 +11,7 @@ from shallowdeep.types import DataError
 
 
 def slow(images: Tensor, generator: torch.Generator, padding: int, mirror: bool, fill: tuple[float, ...]) -> Tensor:
-    """Image by image: a border, a window of the old size at the drawn place, perhaps mirrored."""
+    """Image by image: perhaps mirrored, a border, a window of the old size at the drawn place."""
     batch, channels, height, width = images.shape
     shift = torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator)
     flip = torch.rand(batch, 1, generator=generator) < 0.5
@@ -20,10 +20,10 @@ def slow(images: Tensor, generator: torch.Generator, padding: int, mirror: bool,
         bordered = torch.empty(channels, height + 2 * padding, width + 2 * padding, dtype=images.dtype)
         for c in range(channels):
             bordered[c] = fill[c] if fill else 0
-        bordered[:, padding : padding + height, padding : padding + width] = images[b]
+        image = images[b].flip(2) if mirror and bool(flip[b]) else images[b]
+        bordered[:, padding : padding + height, padding : padding + width] = image
         top, left = int(shift[0, b]), int(shift[1, b])
-        window = bordered[:, top : top + height, left : left + width]
-        out[b] = window.flip(2) if mirror and bool(flip[b]) else window
+        out[b] = bordered[:, top : top + height, left : left + width]
     return out
 
 

@@ -17,8 +17,8 @@ STABLE = (
 )
 RIVER = (
     "files types policies effects disagreement thresholds calibration inputs taps classifiers graph cuts network costs",
-    "progress collection rates checkpoints features training joint augment timing",
-    "runtime runtime.segments runtime.engine",
+    "progress collection rates checkpoints segments features training joint augment timing",
+    "runtime runtime.engine",
     "cifar data models runs paper paper.networks verbs demo cli",
 )
 

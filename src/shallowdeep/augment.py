@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shallowdeep.inputs import Inputs
@@ -34,14 +33,12 @@ class FlipCrop:
         border = torch.tensor(self.fill or (0.0,) * channels, dtype=inputs.dtype, device=inputs.device)
         if len(border) != channels:
             raise DataError(f"FlipCrop has {len(border)} fill values for images with {channels} channels.")
-        offset = border[:, None, None]
-        padded = F.pad(inputs - offset, [self.padding] * 4) + offset
-        shift = torch.randint(0, 2 * self.padding + 1, (2, batch, 1), generator=generator)
-        flip = torch.rand(batch, 1, generator=generator) < 0.5
-        rows = torch.arange(height) + shift[0]
-        columns = torch.arange(width) + shift[1]
+        shift = torch.randint(0, 2 * self.padding + 1, (2, batch), generator=generator).to(inputs.device)
+        flip = (torch.rand(batch, generator=generator) < 0.5).to(inputs.device)
         if self.mirror:
-            columns = torch.where(flip, columns.flip(1), columns)
-        rows, columns = rows.to(inputs.device), columns.to(inputs.device)
-        picked = torch.arange(batch, device=inputs.device)[:, None, None]
-        return padded.permute(0, 2, 3, 1)[picked, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+            inputs = torch.where(flip[:, None, None, None], inputs.flip(3), inputs)
+        room = (batch, channels, height + 2 * self.padding, width + 2 * self.padding)
+        padded = border[:, None, None].expand(room).contiguous()
+        padded[:, :, self.padding : self.padding + height, self.padding : self.padding + width] = inputs
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+        return windows[torch.arange(batch, device=inputs.device), :, shift[0], shift[1]]

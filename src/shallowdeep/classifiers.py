@@ -119,7 +119,7 @@ class PaperClassifier(InternalClassifier):
     def classify(self, reduced_BVD: Tensor, previous: Said | None = None) -> tuple[Tensor, Tensor | None]:
         x = reduced_BVD[:, 0]
         if self.mix is not None:
-            x = self.mix * x + (1 - self.mix) * reduced_BVD[:, 1]
+            x = torch.lerp(reduced_BVD[:, 1], x, self.mix.to(x.dtype))
         return self.linear(x), None
 
 

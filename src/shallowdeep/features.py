@@ -14,7 +14,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -23,10 +23,25 @@ import torch
 from torch import Tensor
 
 from shallowdeep.files import FormatError, read_json, read_tensors, write_tensors, write_text
-from shallowdeep.inputs import Batches, Inputs, as_pair, batches, check_labels, each, num_rows, row_hashes, take
+from shallowdeep.inputs import (
+    Batches,
+    Inputs,
+    as_pair,
+    batches,
+    check_labels,
+    each,
+    example_of,
+    mask_of,
+    num_rows,
+    row_hashes,
+    signature_of,
+    take,
+    tensors,
+)
 from shallowdeep.network import ShallowDeepNetwork, fingerprint
 from shallowdeep.progress import steps
-from shallowdeep.types import DataError
+from shallowdeep.segments import Segment, cut_segments
+from shallowdeep.types import CutError, DataError
 
 Data: TypeAlias = Batches | tuple[Inputs, Tensor]
 Augment: TypeAlias = Callable[[Inputs, torch.Generator], Inputs]
@@ -104,11 +119,20 @@ class Share:
 
 
 class Extractor:
-    """Runs the frozen backbone and reduces; in bf16 where one timed batch shows that to be faster."""
+    """Runs the frozen backbone and reduces; in bf16 where one timed batch shows that to be faster.
+
+    Where the backbone can be exported, its segments run in place of its modules: batch normalisation is folded there.
+    """
 
     def __init__(self, sdn: ShallowDeepNetwork, sample: Inputs, precision: Precision) -> None:
         self.sdn = sdn
         self.device = next(sdn.parameters()).device
+        self.signature = signature_of(sample)
+        self.segments: list[Segment] = []
+        if sdn.plan.via == "export":
+            example, stops = example_of(self.signature, 2, self.device), range(len(sdn.plan.cuts))
+            with suppress(CutError):  # rows of another shape than planned may have other cut points
+                self.segments = cut_segments(sdn.backbone, sdn.plan, stops, example)[:-1]
         some = next(p for p in sdn.parameters() if p.is_floating_point())
         self.bf16 = precision == "bf16"
         if precision == "auto" and some.dtype == torch.float32:
@@ -124,8 +148,16 @@ class Extractor:
             return tensor.contiguous(memory_format=torch.channels_last) if bf16 and tensor.ndim == 4 else tensor
 
         precision = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
+        inputs = each(inputs, place)
         with torch.no_grad(), precision:
-            return self.sdn.reduce(each(inputs, place))[0]
+            if not self.segments or signature_of(inputs) != self.signature:
+                return self.sdn.reduce(inputs)[0]
+            reduced: list[Tensor] = []
+            carried: tuple[Tensor, ...] = ()
+            for exit, (segment, cut) in enumerate(zip(self.segments, self.sdn.plan.cuts, strict=True)):
+                carried = segment.run(*carried, *tensors(inputs))
+                reduced.append(self.sdn.classifier(exit).reduce(carried[0], mask_of(inputs, cut.mask)))
+            return reduced
 
     def _seconds(self, inputs: Inputs, bf16: bool) -> float:
         sample = take(inputs, slice(0, 64))

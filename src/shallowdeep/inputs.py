@@ -191,17 +191,21 @@ def as_pair(data: object) -> tuple[Inputs, Tensor] | None:
     return inputs, data[1]
 
 
+HASHED_TOGETHER = 32
+"""Rows whose wide numbers stay in the processor's cache."""
+
+
 def row_hashes(inputs: Inputs) -> Tensor:
     """A 64-bit hash of every row's bits, int64 [B]: equal rows of equal dtype agree, whatever batch they come in."""
     total = torch.zeros(num_rows(inputs), dtype=torch.int64)
     for position, tensor in enumerate(tensors(inputs)):
         rows = tensor.detach().cpu().contiguous().reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
         # At most 32 bits a number: the top bit of 64 survives no odd factor, so that two flipped signs would cancel.
-        width = {1: torch.uint8, 2: torch.int16}.get(rows.element_size(), torch.int32)
-        bits = rows.view(width).to(torch.int64)
+        bits = rows.view({1: torch.uint8, 2: torch.int16}.get(rows.element_size(), torch.int32))
         generator = torch.Generator().manual_seed(position)
         odd = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) * 2 + 1
-        total = _mix(total * 31 + (bits * odd).sum(1))
+        sums = [(part.to(torch.int64) * odd).sum(1) for part in torch.split(bits, HASHED_TOGETHER)]
+        total = _mix(total * 31 + torch.cat(sums))
     return total
 
 

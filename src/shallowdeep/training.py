@@ -60,6 +60,7 @@ class ExitRecipe:
     ``milestones`` the rate falls tenfold after those epochs; without, it follows one cycle. ``decoupled`` is AdamW's
     weight decay, else L2 inside Adam. ``absent`` is the share of rows whose previous exit is silent in training, so
     that an IC can also answer without it. Where rows are few, batches shrink so that an epoch has ``least_steps``.
+    With ``bf16`` ICs compute in it where the backbone does; small ones are slower so.
     """
 
     lr: float
@@ -72,12 +73,13 @@ class ExitRecipe:
     milestones: tuple[int, ...] = ()
     label_smoothing: float = 0.0
     absent: float = 0.0
+    bf16: bool = True
 
 
 MUON_DECAY = 0.05
 LEAST_BATCH = 16
 GATHERED_ROWS = 4096
-PAPER_EXITS = ExitRecipe(lr=1e-3, weight_decay=5e-4, decoupled=False, batch_size=128, milestones=(14,))
+PAPER_EXITS = ExitRecipe(lr=1e-3, weight_decay=5e-4, decoupled=False, batch_size=128, milestones=(14,), bf16=False)
 """Adam with L2, 1e-3 for 14 epochs, then 1e-4: what the original code really runs (arXiv 1810.07052)."""
 STRONG_EXITS = ExitRecipe(
     epochs=12, lr=3e-3, weight_decay=2e-2, muon_lr=2e-2, batch_size=1024, least_steps=40, absent=0.1
@@ -348,10 +350,12 @@ class _ExitRun:
         if len(labels_B):
             labels_B = labels_B.to(device)
             own = next(classifiers.parameters()).dtype
-            features = [f.to(device, f.dtype if self.extractor.bf16 else own) for f in features]
-            silent_EB = torch.rand(len(features), len(labels_B), device=device) < self.recipe.absent
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.extractor.bf16):
-                answers = self.sdn.classify(features, list(silent_EB) if self.recipe.absent else None)
+            bf16 = self.extractor.bf16 and self.recipe.bf16
+            features = [f.to(device, f.dtype if bf16 else own) for f in features]
+            absent = self.recipe.absent
+            silent = list(torch.rand(len(features), len(labels_B), device=device) < absent) if absent else None
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                answers = self.sdn.classify(features, silent)
             smoothing = self.recipe.label_smoothing
             loss_E = torch.stack(
                 [F.cross_entropy(a.float(), labels_B, reduction="sum", label_smoothing=smoothing) for a in answers]
@@ -380,10 +384,10 @@ def make_optimizers(sdn: ShallowDeepNetwork, recipe: ExitRecipe) -> list[Optimiz
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
         adam: Optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=recipe.lr, betas=(0.9, 0.99)
+            [group for group in groups if group["params"]], lr=recipe.lr, betas=(0.9, 0.99), fused=True
         )
     else:
-        adam = torch.optim.Adam(rest, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        adam = torch.optim.Adam(rest, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     optimizers = [adam]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=MUON_DECAY))

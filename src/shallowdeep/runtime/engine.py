@@ -31,7 +31,7 @@ from shallowdeep.inputs import (
 )
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Policy, Walk, costs_when_asking
-from shallowdeep.runtime.segments import Segment, cut_segments, keep_rows
+from shallowdeep.segments import Segment, cut_segments, keep_rows
 from shallowdeep.taps import tapped
 from shallowdeep.types import Answer, BackboneMismatch, DataError, InputSignature
 
