@@ -17,9 +17,10 @@ STABLE = (
 )
 RIVER = (
     "files types policies effects disagreement thresholds calibration inputs taps classifiers graph cuts network costs",
-    "progress collection rates checkpoints segments features training joint augment timing",
+    "progress collection rates checkpoints segments augment features training joint timing",
     "runtime runtime.engine",
-    "cifar data models runs paper paper.networks verbs demo cli",
+    "cifar data models runs paper paper.networks paper.datasets paper.recipes paper.records paper.study",
+    "verbs demo paper.cli cli",
 )
 
 

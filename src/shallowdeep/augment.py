@@ -5,13 +5,18 @@ It refuses to know networks; any callable ``(inputs, generator) -> inputs`` can 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from shallowdeep.inputs import Inputs
 from shallowdeep.types import DataError
+
+Augment: TypeAlias = Callable[[Inputs, torch.Generator], Inputs]
+"""A function of a batch of inputs and a generator, answering a batch like it: one random view."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,3 +47,44 @@ class FlipCrop:
         padded[:, :, self.padding : self.padding + height, self.padding : self.padding + width] = inputs
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)
         return windows[torch.arange(batch, device=inputs.device), :, shift[0], shift[1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColorJitter:
+    """Scale brightness, contrast and saturation of RGB images uint8 [B, 3, H, W], each image by factors of its own.
+
+    Factors lie in 1 - x .. 1 + x and apply in this order; values are clamped to 0..255 after each step. Formulas as in
+    ITU-R BT.601 greyscale, the ones image libraries use.
+    """
+
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.2
+
+    def __call__(self, inputs: Inputs, generator: torch.Generator) -> Tensor:
+        if not isinstance(inputs, Tensor) or inputs.ndim != 4 or inputs.shape[1] != 3 or inputs.dtype != torch.uint8:
+            raise DataError("ColorJitter takes one tensor of RGB images, uint8 [B, 3, H, W].")
+        spread = torch.tensor([self.brightness, self.contrast, self.saturation])[:, None]
+        drawn = 1 + spread * (2 * torch.rand(3, len(inputs), generator=generator) - 1)
+        bright, contrast, vivid = drawn.to(inputs.device)[:, :, None, None, None]
+        images = (inputs * bright).clamp_(0, 255)
+        images = torch.lerp(_grey(images).mean((2, 3), keepdim=True), images, contrast).clamp_(0, 255)
+        images = torch.lerp(_grey(images), images, vivid).clamp_(0, 255)
+        return images.round_().to(torch.uint8)
+
+
+def _grey(images: Tensor) -> Tensor:
+    weights = images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    return (images * weights).sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Several augmentations, one after the other, from one generator."""
+
+    steps: tuple[Augment, ...]
+
+    def __call__(self, inputs: Inputs, generator: torch.Generator) -> Inputs:
+        for step in self.steps:
+            inputs = step(inputs, generator)
+        return inputs

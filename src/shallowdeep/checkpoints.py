@@ -7,12 +7,32 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shallowdeep.files import FormatError
+
+_deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
+
+
+class OutOfTime(Exception):
+    """The time given by ``time_limit`` is over; what was done is in the checkpoint."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Inside, a run stops with ``OutOfTime`` right after saving an epoch when another one would not end in time."""
+    token = _deadline.set(time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
 
 
 class Checkpoint:
@@ -24,6 +44,7 @@ class Checkpoint:
     def __init__(self, folder: str | os.PathLike[str] | None, choices: dict[str, Any]) -> None:
         self.path = None if folder is None else Path(folder) / "checkpoint.pt"
         self.choices = json.dumps(choices, sort_keys=True)
+        self.saved, self.seconds = time.monotonic(), 0.0
 
     def load(self) -> dict[str, Any] | None:
         """The state last saved, or None when there is none. Raises ``FormatError``."""
@@ -34,6 +55,7 @@ class Checkpoint:
             choices, state = found["choices"], found["state"]
         except Exception as error:  # torch raises half a dozen kinds for a damaged file
             raise FormatError(f"{self.path} is damaged ({type(error).__name__}); delete it to start again.") from None
+        self.seconds = found.get("seconds", 0.0)
         if choices != self.choices:
             raise FormatError(f"{self.path} belongs to another run: {_difference(choices, self.choices)}.")
         return dict(state)
@@ -42,16 +64,26 @@ class Checkpoint:
         """Replace the state by ``state``; killed in between, the old one is still there."""
         if self.path is None:
             return
+        before, self.saved, deadline = self.saved, time.monotonic(), _deadline.get()
+        self.seconds += self.saved - before
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
             with partial.open("wb") as file:
-                torch.save({"choices": self.choices, "state": state}, file)
+                torch.save({"choices": self.choices, "state": state, "seconds": self.seconds}, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, self.path)
         finally:
             partial.unlink(missing_ok=True)
+        if deadline is not None and self.saved + (self.saved - before) > deadline:
+            raise OutOfTime(f"Stopped after a whole epoch; run it again to go on from {self.path}.")
+
+
+def seconds_of(folder: str | os.PathLike[str]) -> float:
+    """Seconds of training behind the checkpoint in ``folder``, over all the slices in which it was made; 0 without."""
+    path = Path(folder) / "checkpoint.pt"
+    return float(torch.load(path, map_location="cpu", weights_only=True)["seconds"]) if path.exists() else 0.0
 
 
 def _difference(found: str, wanted: str) -> str:

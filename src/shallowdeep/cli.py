@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from shallowdeep.paper.cli import app as paper_app
+
 if TYPE_CHECKING:
     from shallowdeep.verbs import DataChoice
 
@@ -23,6 +25,7 @@ app = App(
     help="Turn any PyTorch classifier into a Shallow-Deep Network that answers as early as it safely can.",
     version_flags=["--version"],
 )
+app.command(paper_app)
 RUNS = Path("runs")
 
 

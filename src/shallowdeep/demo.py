@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shallowdeep.augment import FlipCrop
@@ -24,8 +23,8 @@ from shallowdeep.cuts import FRACTIONS, plan
 from shallowdeep.data import Preprocessing, digits, read_data
 from shallowdeep.disagreement import error_finding, fit_confusion
 from shallowdeep.effects import overthinking
-from shallowdeep.features import seeded
 from shallowdeep.files import write_text
+from shallowdeep.joint import JointRecipe, train_backbone
 from shallowdeep.models import load_weights
 from shallowdeep.network import ShallowDeepNetwork, attach, save
 from shallowdeep.paper.networks import resnet20, resnet56
@@ -71,7 +70,8 @@ def digits_demo(out: Path, *, classifier: Kind = "strong", seed: int = 0) -> dic
     shift = FlipCrop(padding=1, mirror=False, fill=(-1.0,))
     torch.manual_seed(seed)
     model = SmallNet()
-    train_classifier(model, train, epochs=25, augment=shift, seed=seed)
+    recipe = JointRecipe(lr=0.05, nesterov=True, batch_size=64, milestones=())
+    train_backbone(model, train, num_classes=10, epochs=25, recipe=recipe, augment=shift, seed=seed)
     sdn = attach(model, plan(model, train[0][:2], classifier=classifier))
     sdn.class_names, sdn.preprocessing = data.class_names, preprocessing.to_json()
     trained = train_exits(sdn, train, augment=shift, seed=seed)
@@ -90,22 +90,6 @@ def digits_demo(out: Path, *, classifier: Kind = "strong", seed: int = 0) -> dic
         "seconds": time.perf_counter() - start,
     }
     return finish(out, sdn, policy, reported, result, {"seed": seed, "data_fingerprint": data.fingerprint})
-
-
-def train_classifier(model: nn.Module, rows: Rows, *, epochs: int, augment: FlipCrop, seed: int) -> None:
-    """Train a plain classifier, as its owner would have done before ever hearing of exits."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    model.train()
-    for epoch in steps(range(epochs), "train the classifier", epochs):
-        generator = seeded(seed, epoch)
-        for batch in torch.split(torch.randperm(len(rows[0]), generator=generator), 64):
-            loss = F.cross_entropy(model(augment(rows[0][batch], generator)), rows[1][batch])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        schedule.step()
-    model.eval()
 
 
 def cifar10_demo(

@@ -17,9 +17,23 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from shallowdeep.augment import Augment
 from shallowdeep.checkpoints import Checkpoint
-from shallowdeep.features import Augment, Data, Share, check_passes, seeded, seeded_batches
-from shallowdeep.inputs import Inputs, as_inputs, batches, check_labels, each, num_rows, row_hashes, take
+from shallowdeep.features import Data, Share, check_passes, seeded, seeded_batches
+from shallowdeep.inputs import (
+    Inputs,
+    as_inputs,
+    as_pair,
+    batches,
+    call,
+    check_labels,
+    each,
+    logits_of,
+    num_rows,
+    placed,
+    row_hashes,
+    take,
+)
 from shallowdeep.network import ShallowDeepNetwork, fingerprint
 from shallowdeep.progress import steps
 from shallowdeep.rates import one_cycle, stepped
@@ -71,34 +85,56 @@ def train_jointly(
     is a launched ``lightning_fabric.Fabric`` (devices, processes, precision). Raises ``DataError`` for labels outside
     the classes, empty data or an iterator that can be read only once.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, found {epochs}.")
-    check_passes(data, epochs)
-    recipe = recipe or JointRecipe()
-    fabric = fabric or one_process(sdn)
-    first = next(batches(data, 64), None)
-    if first is None or num_rows(as_inputs(first[0])) == 0:
-        raise DataError("The data is empty: no rows to train on.")
+    _check(data, epochs)
+    recipe, fabric = recipe or JointRecipe(), fabric or one_process(sdn)
     trained = sdn if in_place else copy.deepcopy(sdn)
-    choices = {
-        "start": fingerprint(sdn),
-        "recipe": dataclasses.asdict(recipe),
-        "epochs": epochs,
-        "seed": seed,
-    }
-    modes = [(module, module.training) for module in trained.modules()]
-    try:
-        hash_N = _JointRun(trained, data, recipe, augment, epochs, seed, fabric).run(
-            Checkpoint(checkpoint_dir, choices)
-        )
-    finally:
-        for module, training in modes:
-            module.training = training
+    run = _Run(
+        _Answers(trained, recipe.rescale_gradients),
+        trained.plan.cost_E[:-1],
+        trained.plan.num_classes,
+        data,
+        recipe,
+        augment,
+        epochs,
+        seed,
+        fabric,
+    )
+    hash_N = run(checkpoint_dir, trained)
     with torch.no_grad():
         trained.confusion_mean_EE.fill_(float("nan"))  # the reference spoke of other weights
         trained.confusion_covariance_EEE.fill_(float("nan"))
     trained.trained_hashes = torch.unique(torch.cat([sdn.trained_hashes, hash_N]))
     return trained
+
+
+def train_backbone(
+    model: nn.Module,
+    data: Data,
+    *,
+    num_classes: int,
+    epochs: int = 100,
+    recipe: JointRecipe | None = None,
+    augment: Augment | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    fabric: Fabric | None = None,
+) -> Tensor:
+    """Train a plain classifier in place, as its owner would before ever hearing of exits; hashes [N] of its rows.
+
+    Everything is as in ``train_jointly``, which with no IC is this.
+    """
+    _check(data, epochs)
+    recipe, fabric = recipe or JointRecipe(), fabric or one_process(model)
+    return _Run(_Alone(model), (), num_classes, data, recipe, augment, epochs, seed, fabric)(checkpoint_dir, model)
+
+
+def _check(data: Data, epochs: int) -> None:
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, found {epochs}.")
+    check_passes(data, epochs)
+    first = next(batches(data, 64), None)
+    if first is None or num_rows(as_inputs(first[0])) == 0:
+        raise DataError("The data is empty: no rows to train on.")
 
 
 class Taus:
@@ -124,12 +160,25 @@ class _Answers(nn.Module):
         return answers
 
 
-class _JointRun:
-    """One run of ``train_jointly``: its epochs, steps and state."""
+class _Alone(nn.Module):
+    """A plain classifier as a network of one exit."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        return logits_of(call(self.backbone, inputs)).unsqueeze(0)
+
+
+class _Run:
+    """One training of a module that answers [E, B, C]: its epochs, steps and state."""
 
     def __init__(
         self,
-        sdn: ShallowDeepNetwork,
+        answers: nn.Module,
+        cost_E: Sequence[float],
+        num_classes: int,
         data: Data,
         recipe: JointRecipe,
         augment: Augment | None,
@@ -137,61 +186,65 @@ class _JointRun:
         seed: int,
         fabric: Fabric,
     ) -> None:
-        self.sdn, self.data, self.recipe, self.augment = sdn, data, recipe, augment
+        self.num_classes, self.data, self.recipe, self.augment = num_classes, data, recipe, augment
         self.epochs, self.seed, self.fabric = epochs, seed, fabric
         self.share = Share(fabric.global_rank, fabric.world_size)
-        self.taus = Taus(sdn.plan.cost_E[:-1], epochs, recipe.tau_start)
+        self.taus = Taus(cost_E, epochs, recipe.tau_start)
         sgd = torch.optim.SGD(
-            sdn.parameters(),
+            answers.parameters(),
             lr=recipe.lr,
             momentum=recipe.momentum,
             nesterov=recipe.nesterov,
             weight_decay=recipe.weight_decay,
         )
-        self.model, self.optimizer = fabric.setup(_Answers(sdn, recipe.rescale_gradients), sgd)
-        self.rows = 0
+        self.model, self.optimizer = fabric.setup(answers, sgd)
+        pair = as_pair(data)
+        self.hash_N = torch.zeros(0, dtype=torch.int64) if pair is None else torch.unique(row_hashes(pair[0]))
+        self.rows = 0 if pair is None else num_rows(pair[0])
 
-    def run(self, checkpoint: Checkpoint) -> Tensor:
-        """Train to the end from the last checkpoint; returns the hashes of the rows seen."""
-        state = checkpoint.load()
-        first, hash_N = 0, torch.zeros(0, dtype=torch.int64)
+    def __call__(self, checkpoint_dir: str | os.PathLike[str] | None, trained: nn.Module) -> Tensor:
+        """Train ``trained`` to the end from the last checkpoint; returns the hashes of the rows seen."""
+        about = {"recipe": dataclasses.asdict(self.recipe), "epochs": self.epochs, "seed": self.seed}
+        checkpoint = Checkpoint(checkpoint_dir, {"start": fingerprint(trained), **about})
+        state, first = checkpoint.load(), 0
         if state is not None:
-            self.sdn.load_state_dict(state["sdn"])
+            trained.load_state_dict(state["weights"])
             self.optimizer.load_state_dict(state["optimizer"])
-            first, hash_N, self.rows = state["epoch"], state["hash_N"], state["rows"]
-        for epoch in steps(range(first, self.epochs), "train jointly", self.epochs - first):
-            self.sdn.train()
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seeded(self.seed, epoch, 2, self.share.rank).initial_seed())
-                hash_N = self._epoch(epoch)
-            if self.fabric.is_global_zero:
-                checkpoint.save(
-                    {
-                        "sdn": self.sdn.state_dict(),
-                        "optimizer": self.optimizer.state_dict(),
-                        "epoch": epoch + 1,
-                        "hash_N": hash_N,
-                        "rows": self.rows,
-                    }
-                )
-        return hash_N
+            first, self.hash_N, self.rows = state["epoch"], state["hash_N"], state["rows"]
+        modes = [(module, module.training) for module in trained.modules()]
+        try:
+            for epoch in steps(range(first, self.epochs), "train", self.epochs - first):
+                trained.train()
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seeded(self.seed, epoch, 2, self.share.rank).initial_seed())
+                    self._epoch(epoch)
+                if self.fabric.is_global_zero:
+                    optimizer = self.optimizer.state_dict()
+                    state = {"weights": trained.state_dict(), "optimizer": optimizer, "epoch": epoch + 1}
+                    checkpoint.save({**state, "hash_N": self.hash_N, "rows": self.rows})
+        finally:
+            for module, training in modes:
+                module.training = training
+        return self.hash_N
 
-    def _epoch(self, epoch: int) -> Tensor:
+    def _epoch(self, epoch: int) -> None:
         generator, hashes, seen = seeded(self.seed, epoch, 1), [], 0
+        streamed = as_pair(self.data) is None
         for inputs, labels in seeded_batches(self.data, self.recipe.batch_size, self.seed, epoch, shuffle=True):
             size = num_rows(inputs)
             if size < self.share.world:
                 continue  # a process without rows would keep the others waiting
-            labels_B = check_labels(labels, size, self.sdn.plan.num_classes)
-            hashes.append(row_hashes(inputs))
+            labels_B = check_labels(labels, size, self.num_classes)
+            if streamed:
+                hashes.append(row_hashes(inputs))
             view = inputs if self.augment is None else self.augment(inputs, generator)
             own = self.share.of_batch(0)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.lr * self._rate(epoch, seen)
             self._step(take(view, own), labels_B[own], size, self.taus.at(epoch))
             seen += size
-        self.rows = seen
-        return torch.unique(torch.cat(hashes)) if hashes else torch.zeros(0, dtype=torch.int64)
+        if hashes:
+            self.hash_N, self.rows = torch.unique(torch.cat(hashes)), seen
 
     def _rate(self, epoch: int, seen: int) -> float:
         if self.recipe.milestones:
@@ -200,7 +253,7 @@ class _JointRun:
 
     def _step(self, inputs: Inputs, labels_B: Tensor, size: int, taus: tuple[float, ...]) -> None:
         device = self.fabric.device
-        answers_EBC = self.model(each(inputs, lambda tensor: tensor.to(device))).float()
+        answers_EBC = self.model(each(inputs, lambda tensor: placed(tensor, device))).float()
         labels_B = labels_B.to(device)
         loss = _cross_entropy(answers_EBC[-1], labels_B, self.recipe)
         for answer_BC, tau in zip(answers_EBC[:-1], taus, strict=True):

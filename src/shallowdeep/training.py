@@ -19,13 +19,13 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from shallowdeep.augment import Augment
 from shallowdeep.checkpoints import Checkpoint
 from shallowdeep.features import (
     CACHE_BYTES,
-    Augment,
     Cache,
     Data,
     Extractor,
@@ -173,9 +173,9 @@ def _only_exits_train(sdn: ShallowDeepNetwork) -> Iterator[None]:
             module.training = training
 
 
-def one_process(sdn: ShallowDeepNetwork) -> Fabric:
-    """Fabric on the device where ``sdn`` is, without other processes."""
-    device = next(sdn.parameters()).device
+def one_process(model: nn.Module) -> Fabric:
+    """Fabric on the device where ``model`` is, without other processes."""
+    device = next(model.parameters()).device
     return Fabric(accelerator=device.type, devices=[device.index or 0] if device.type == "cuda" else 1)
 
 

@@ -1,0 +1,145 @@
+"""The study's data sets from their authors: what is here, what is missing, and fetching it, resumably and checked.
+
+It refuses to know what is in them. Archives are unpacked into a folder of their own, which takes its final name when
+it is whole; nothing an archive says can lead out of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from shallowdeep.files import FormatError
+from shallowdeep.paper.datasets import DATASETS, study_set
+from shallowdeep.progress import steps
+from shallowdeep.types import DataError
+
+PIECE_BYTES = 1 << 20
+UNPACKED_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Whether the data set ``name`` is in a folder, and where it comes from."""
+
+    name: str
+    folder: str
+    here: bool
+    address: str
+    md5: str
+
+
+def look(data_dir: Path) -> list[Found]:
+    """What is there of each data set of the study; contents are checked when they are read."""
+    return [
+        Found(
+            name=chosen.name,
+            folder=chosen.folder,
+            here=(data_dir / chosen.folder).is_dir(),
+            address=chosen.address,
+            md5=chosen.md5,
+        )
+        for chosen in DATASETS.values()
+    ]
+
+
+def fetch(name: str, data_dir: Path, *, address: str | None = None, md5: str | None = None) -> Path:
+    """Download and unpack the data set ``name`` into ``data_dir`` unless it is there; returns its folder.
+
+    An interrupted download goes on where it was. ``address`` and ``md5`` replace the official ones (a mirror). Raises
+    ``DataError`` when the address does not answer, the sum is another, or the archive leads out of its folder.
+    """
+    chosen = study_set(name)
+    target = data_dir / chosen.folder
+    if target.is_dir():
+        return target
+    address, md5 = address or chosen.address, md5 or chosen.md5
+    data_dir.mkdir(parents=True, exist_ok=True)
+    archive = data_dir / address.rsplit("/", 1)[-1]
+    if not archive.is_file():
+        _download(address, archive)
+    found = _md5(archive)
+    if found != md5:
+        archive.unlink()
+        raise DataError(f"{archive.name} from {address} has the md5 {found}, expected {md5}; it was deleted.")
+    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpack-") as room:
+        _unpack(archive, Path(room))
+        if not (Path(room) / chosen.folder).is_dir():
+            raise DataError(f"{archive} holds no folder {chosen.folder}.")
+        (Path(room) / chosen.folder).rename(target)
+    return target
+
+
+def _download(address: str, archive: Path) -> None:
+    """Fetch into ``archive.partial``, from where an earlier try stopped, and rename when the length is whole."""
+    partial = archive.with_name(archive.name + ".partial")
+    have = partial.stat().st_size if partial.is_file() else 0
+    request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            resumed = answer.status == 206
+            have = have if resumed else 0
+            left = answer.headers.get("Content-Length")
+            total = None if left is None else have + int(left)
+            with partial.open("ab" if resumed else "wb") as file:
+                pieces = None if left is None else -(-int(left) // PIECE_BYTES)
+                for piece in steps(_pieces(answer), f"fetch {archive.name} (MiB)", pieces):
+                    file.write(piece)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # nothing left to send: the last try ended just before the rename
+            partial.rename(archive)
+            return
+        raise DataError(f"{address} answers {error.code} {error.reason}; fetch it yourself to {archive}.") from None
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error
+        raise DataError(
+            f"{address} cannot be reached ({reason}); run it again to go on, or fetch it yourself."
+        ) from None
+    size = partial.stat().st_size
+    if total is not None and size != total:
+        raise DataError(f"{address} stopped after {size:,} of {total:,} bytes; run it again to go on.")
+    partial.rename(archive)
+
+
+def _pieces(answer: BinaryIO) -> Iterator[bytes]:
+    while piece := answer.read(PIECE_BYTES):
+        yield piece
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _unpack(archive: Path, room: Path) -> None:
+    try:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as opened:
+                _check_size(archive, sum(member.file_size for member in opened.infolist()))
+                for member in steps(opened.infolist(), f"unpack {archive.name}"):
+                    place = PurePosixPath(member.filename)
+                    if place.is_absolute() or ".." in place.parts or "\\" in member.filename:
+                        raise DataError(f"{archive} names {member.filename!r}, which leads out of its folder.")
+                    opened.extract(member, room)
+        else:
+            with tarfile.open(archive) as opened_tar:
+                members = opened_tar.getmembers()
+                _check_size(archive, sum(member.size for member in members))
+                opened_tar.extractall(room, members, filter="data")
+    except (tarfile.FilterError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        raise FormatError(f"{archive} cannot be unpacked: {error}.") from None
+
+
+def _check_size(archive: Path, size_bytes: int) -> None:
+    free = shutil.disk_usage(archive.parent).free
+    if size_bytes > UNPACKED_BYTES or size_bytes > free:
+        raise DataError(f"{archive} unpacks to {size_bytes:,} bytes; the limit is {min(UNPACKED_BYTES, free):,}.")

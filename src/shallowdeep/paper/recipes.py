@@ -1,0 +1,150 @@
+"""How the study trains: the authors' recipe as their code really runs, and a faster one, for all four regimes.
+
+It refuses to know files and results; every step of training is the library's own. Source: arXiv 1810.07052, section 5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from shallowdeep.augment import Augment, Chain, ColorJitter, FlipCrop
+from shallowdeep.cuts import plan
+from shallowdeep.joint import JointRecipe, train_backbone, train_jointly
+from shallowdeep.network import ShallowDeepNetwork, attach
+from shallowdeep.paper.datasets import StudySet
+from shallowdeep.paper.networks import EXITS, Normalised, make_network
+from shallowdeep.training import PAPER_EXITS, ExitRecipe, train_exits
+
+Regime: TypeAlias = Literal["cnn", "ic-only", "sdn-training", "mixed"]
+REGIMES: tuple[Regime, ...] = ("cnn", "ic-only", "sdn-training", "mixed")
+WEIGHT_DECAY = {"vgg16": 5e-4, "wrn32-4": 5e-4, "resnet56": 1e-4, "mobilenet": 1e-4}
+Rows: TypeAlias = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one network is trained: alone or jointly (``whole``), its ICs alone (``exits``), and jointly from a trained
+    network (``after``). ``holds_out`` says whether 5,000 training rows are kept for choosing.
+    """
+
+    name: str
+    epochs: int
+    whole: JointRecipe
+    exits: ExitRecipe
+    after: JointRecipe
+    after_epochs: int
+    holds_out: bool
+    bf16: bool
+
+
+def make_recipe(name: str, network: str) -> Recipe:
+    """The recipe ``name``, "paper" or "fast", for ``network``. Raises ``ValueError``."""
+    exits = dataclasses.replace(PAPER_EXITS, weight_decay=WEIGHT_DECAY[network])
+    if name == "paper":
+        whole = JointRecipe(weight_decay=WEIGHT_DECAY[network])
+        after = dataclasses.replace(whole, lr=0.01, milestones=(0.5,))
+        return Recipe(
+            name=name,
+            epochs=100,
+            whole=whole,
+            exits=exits,
+            after=after,
+            after_epochs=50,
+            holds_out=False,
+            bf16=False,
+        )
+    if name == "fast":
+        whole = JointRecipe(lr=0.1, nesterov=True, weight_decay=5e-4, milestones=())
+        after = dataclasses.replace(whole, lr=0.02)
+        return Recipe(
+            name=name, epochs=30, whole=whole, exits=exits, after=after, after_epochs=15, holds_out=True, bf16=True
+        )
+    raise ValueError(f"No recipe {name!r}. Recipes: paper, fast.")
+
+
+def fresh_network(network: str, chosen: StudySet, seed: int) -> Normalised:
+    """The untrained network for ``chosen``, taking bytes."""
+    torch.manual_seed(seed)
+    return Normalised(make_network(network, chosen.num_classes, chosen.side), chosen.mean, chosen.std)
+
+
+def with_exits(model: Normalised, network: str, chosen: StudySet, seed: int) -> ShallowDeepNetwork:
+    """``model`` with the paper's ICs, untrained, at the paper's places."""
+    example = torch.zeros(2, 3, chosen.side, chosen.side, dtype=torch.uint8)
+    device = next(model.parameters()).device
+    planned = plan(model, example.to(device), at=[f"network.{name}" for name in EXITS[network]], classifier="paper")
+    torch.manual_seed(seed)
+    sdn = attach(model, planned)
+    for exit in range(len(planned.cuts)):
+        linear = sdn.classifier(exit).get_submodule("linear")
+        assert isinstance(linear, nn.Linear)
+        if network == "vgg16":
+            nn.init.normal_(linear.weight, 0, 0.01)
+        if network in ("vgg16", "wrn32-4"):
+            nn.init.zeros_(linear.bias)
+    return sdn
+
+
+def train(
+    regime: Regime,
+    recipe: Recipe,
+    network: str,
+    chosen: StudySet,
+    rows: Rows,
+    *,
+    start: Normalised,
+    folder: Path,
+    seed: int,
+) -> nn.Module:
+    """Train under ``regime`` from ``start`` (untrained for "cnn" and "sdn-training", trained for the others).
+
+    Returns the plain network for "cnn", else the SDN. A killed run goes on from ``folder``.
+    """
+    device = next(start.parameters()).device
+    fabric = Fabric(accelerator=device.type, devices=1, precision="bf16-mixed" if recipe.bf16 else "32-true")
+    shift = FlipCrop(padding=chosen.padding)
+    augment: Augment = Chain((ColorJitter(), shift)) if chosen.name == "tinyimagenet" else shift
+    if regime == "cnn":
+        train_backbone(
+            start,
+            rows,
+            num_classes=chosen.num_classes,
+            epochs=recipe.epochs,
+            recipe=recipe.whole,
+            augment=augment,
+            checkpoint_dir=folder,
+            seed=seed,
+            fabric=fabric,
+        )
+        return start
+    sdn = with_exits(start, network, chosen, seed)
+    if regime == "ic-only":
+        train_exits(
+            sdn,
+            rows,
+            augment=augment,
+            recipe=recipe.exits,
+            checkpoint_dir=folder,
+            seed=seed,
+            precision="auto" if recipe.bf16 else "fp32",
+        )
+        return sdn
+    whole, epochs = (recipe.whole, recipe.epochs) if regime == "sdn-training" else (recipe.after, recipe.after_epochs)
+    return train_jointly(
+        sdn,
+        rows,
+        epochs=epochs,
+        recipe=whole,
+        augment=augment,
+        in_place=True,
+        checkpoint_dir=folder,
+        seed=seed,
+        fabric=fabric,
+    )
