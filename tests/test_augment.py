@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shallowdeep.augment import FlipCrop
+from shallowdeep.augment import Chain, ColorJitter, FlipCrop
 from shallowdeep.types import DataError
 
 
@@ -67,3 +67,31 @@ def test_what_cannot_be_shifted() -> None:
             FlipCrop()(inputs, torch.Generator())
     with pytest.raises(DataError, match="2 fill values for images with 3 channels"):
         FlipCrop(fill=(0.0, 1.0))(torch.zeros(2, 3, 8, 8), torch.Generator())
+
+
+def test_colours_are_jittered_image_by_image() -> None:
+    """Each step against the formula for one pixel, with the same draws."""
+    images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    jitter = ColorJitter(brightness=0.4, contrast=0.3, saturation=0.2)
+    found = jitter(images, torch.Generator().manual_seed(1))
+    drawn = torch.rand(3, 5, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    for b in range(5):
+        bright, contrast, vivid = (1 + s * float(d) for s, d in zip((0.4, 0.3, 0.2), drawn[:, b], strict=True))
+        pixels = [[float(v) for v in images[b, :, i // 4, i % 4]] for i in range(16)]
+        pixels = [[min(255.0, v * bright) for v in p] for p in pixels]
+        grey = sum(0.299 * p[0] + 0.587 * p[1] + 0.114 * p[2] for p in pixels) / 16
+        pixels = [[min(255.0, max(0.0, grey + (v - grey) * contrast)) for v in p] for p in pixels]
+        for i, p in enumerate(pixels):
+            own = 0.299 * p[0] + 0.587 * p[1] + 0.114 * p[2]
+            expected = [min(255.0, max(0.0, own + (v - own) * vivid)) for v in p]
+            assert found[b, :, i // 4, i % 4].tolist() == pytest.approx(expected, abs=0.51)
+    assert torch.equal(ColorJitter(brightness=0, contrast=0, saturation=0)(images, torch.Generator()), images)
+    with pytest.raises(DataError, match="uint8"):
+        jitter(images.float(), torch.Generator())
+
+
+def test_a_chain_goes_step_by_step() -> None:
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    expected = FlipCrop()(ColorJitter()(images, generator), generator)
+    assert torch.equal(Chain((ColorJitter(), FlipCrop()))(images, torch.Generator().manual_seed(0)), expected)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shallowdeep.checkpoints import Checkpoint
+from shallowdeep.checkpoints import Checkpoint, OutOfTime, seconds_of, time_limit
 from shallowdeep.files import FormatError
 
 STATE = {"weights": {"a": torch.ones(3)}, "epoch": 2, "losses": [[0.5, 0.25]]}
@@ -60,3 +60,26 @@ def test_nothing_that_runs_code_is_read(tmp_path: Path) -> None:
     torch.save({"choices": "{}", "state": {"path": Path("x")}}, tmp_path / "checkpoint.pt")
     with pytest.raises(FormatError, match="UnpicklingError"):
         Checkpoint(tmp_path, {}).load()
+
+
+def test_time_runs_out_only_after_a_whole_epoch_is_saved(tmp_path: Path) -> None:
+    with time_limit(1000):
+        Checkpoint(tmp_path, {}).save({"epoch": 1})
+    checkpoint = Checkpoint(tmp_path, {})
+    with time_limit(1000):
+        checkpoint.saved -= 1100  # a long epoch: another one would end too late
+        with pytest.raises(OutOfTime, match="run it again"):
+            checkpoint.save({"epoch": 2})
+    assert checkpoint.load() == {"epoch": 2}
+    checkpoint.save({"epoch": 3})  # outside there is no limit
+    assert checkpoint.load() == {"epoch": 3}
+
+
+def test_seconds_add_up_over_slices(tmp_path: Path) -> None:
+    assert seconds_of(tmp_path) == 0
+    for slice in (1, 2):
+        checkpoint = Checkpoint(tmp_path, {})
+        checkpoint.load()
+        checkpoint.saved -= 10
+        checkpoint.save({"epoch": slice})
+    assert seconds_of(tmp_path) == pytest.approx(20, abs=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import shallowdeep as sd
 from nets import CLASSES, ZOO, images
-from shallowdeep.joint import JointRecipe, Taus
+from shallowdeep.joint import JointRecipe, Taus, train_backbone
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.types import DataError
 from test_training import DROPLESS, equal, kill_in_the_middle, planned, rows
@@ -147,6 +148,23 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     together = torch.load(tmp_path / "weights.pt", weights_only=True)
     for a, b in zip(together, exits_and_jointly(Fabric(accelerator="cpu", devices=1)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_plain_network_learns_as_an_sdn_without_ics(tmp_path: Path) -> None:
+    """Where ICs weigh nothing, the backbone of joint training takes the very same steps."""
+    plain, sdn = ZOO["shared"].make().double(), made().double()
+    x, y = rows()
+    recipe = dataclasses.replace(GENTLE, tau_start=0.0)
+    plan = dataclasses.replace(sdn.plan, cuts=tuple(dataclasses.replace(c, macs_before=0) for c in sdn.plan.cuts))
+    free = [dataclasses.replace(spec, macs=0) for spec in plan.classifiers]
+    sdn.plan = dataclasses.replace(plan, classifiers=tuple(free))
+    hashes = train_backbone(plain, (x.double(), y), num_classes=CLASSES, epochs=2, recipe=recipe)
+    trained = sd.train_jointly(sdn, (x.double(), y), epochs=2, recipe=recipe)
+    assert equal(list(plain.state_dict().values()), list(trained.backbone.state_dict().values()))
+    assert not equal(list(plain.state_dict().values()), list(sdn.backbone.state_dict().values()))
+    assert torch.equal(hashes, trained.trained_hashes)
+    with pytest.raises(DataError, match=r"0\.\.4"):
+        train_backbone(plain, (x.double(), y + 40), num_classes=CLASSES, epochs=1)
 
 
 def test_bad_data_is_refused_before_anything_changes() -> None:

@@ -94,3 +94,22 @@ def costs() -> dict[str, Any]:
     rows = made.cost_rows()
     print(made.cost_table(rows))
     return {"rows": rows}
+
+
+@app.command
+def tables(*, results: Path = RESULTS, out: Path = Path("runs/paper-tables"), figures: bool = True) -> dict[str, Any]:
+    """Rebuild every table and figure from the records alone, beside the paper's known figures.
+
+    Parameters
+    ----------
+    results
+        Folder with the records of the runs.
+    out
+        Folder to write: tables.md and SVG figures.
+    figures
+        Draw figures too (needs the extra report).
+    """
+    from shallowdeep.paper import tables as made
+
+    print(made.make_tables(results, out, figures=figures))
+    return {"tables": str(out / "tables.md"), "runs": len(made.read_records(results))}

@@ -64,7 +64,7 @@ def make_recipe(name: str, network: str) -> Recipe:
         whole = JointRecipe(lr=0.1, nesterov=True, weight_decay=5e-4, milestones=())
         after = dataclasses.replace(whole, lr=0.02)
         return Recipe(
-            name=name, epochs=30, whole=whole, exits=exits, after=after, after_epochs=15, holds_out=True, bf16=True
+            name=name, epochs=20, whole=whole, exits=exits, after=after, after_epochs=10, holds_out=True, bf16=True
         )
     raise ValueError(f"No recipe {name!r}. Recipes: paper, fast.")
 

@@ -1,0 +1,86 @@
+"""The study's figures, drawn from what the experiments say; needs the extra ``report`` (Altair and vl-convert).
+
+It refuses to compute anything. One style: readable in greyscale, by dash and by place, not by colour alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shallowdeep.files import write_text
+from shallowdeep.types import MissingExtra
+
+WIDTH, HEIGHT = 340, 220
+INKS = ["#0b4f6c", "#c0392b", "#7f8c8d", "#d68910", "#6c3483"]
+
+
+def overthinking_figure(found: Mapping[str, Any], title: str) -> Any:
+    """Accuracy, cumulative accuracy and destructive share of every exit (``experiments.overthinking_by_exit``)."""
+    rows = [
+        {"exit": exit + 1, "share": value, "what": what}
+        for what, name in (
+            ("right at some exit so far", "cumulative_accuracy"),
+            ("right at this exit", "accuracy"),
+            ("right here, wrong at the end", "destructive"),
+        )
+        for exit, value in enumerate(found[name])
+    ]
+    return _lines(rows, "exit:O", "exit", "share:Q", "share of test rows", title)
+
+
+def early_exits_figure(found: Mapping[str, Any], title: str) -> Any:
+    """Accuracy against mean cost of one threshold (``experiments.early_exits``), and the plain network's."""
+    curve = found["curve"]
+    rows = [
+        {"cost": cost, "accuracy": right, "what": "early exits"}
+        for cost, right in zip(curve["cost"], curve["accuracy"], strict=True)
+    ]
+    plain = [{"cost": cost, "accuracy": found["accuracy_cnn"], "what": "full network"} for cost in (0.0, 1.0)]
+    return _lines([*rows, *plain], "cost:Q", "mean cost (full network = 1)", "accuracy:Q", "accuracy", title)
+
+
+def confusion_figure(found: Mapping[str, Any], title: str) -> Any:
+    """How confusion is spread over right and over wrong answers (``experiments.error_alarms``)."""
+    bins = found["histogram"]["confusion"]
+    middles = [(a + b) / 2 for a, b in zip(bins["edges"], bins["edges"][1:], strict=False)]
+    rows = [
+        {"confusion": middle, "share": value, "what": what}
+        for what in ("right", "wrong")
+        for middle, value in zip(middles, bins[what], strict=True)
+    ]
+    return _lines(rows, "confusion:Q", "confusion", "share:Q", "share of the answers", title)
+
+
+def _lines(rows: list[dict[str, Any]], x: str, x_title: str, y: str, y_title: str, title: str) -> Any:
+    altair = _altair()
+    kinds = list(dict.fromkeys(row["what"] for row in rows))
+    legend = altair.Legend(title=None, orient="bottom", columns=1, symbolStrokeWidth=2, labelLimit=300)
+    return (
+        altair.Chart(altair.Data(values=rows), title=title, width=WIDTH, height=HEIGHT)
+        .mark_line(point=altair.OverlayMarkDef(size=12) if len(rows) < 60 else False)
+        .encode(
+            x=altair.X(x, title=x_title),
+            y=altair.Y(y, title=y_title, scale=altair.Scale(zero=False)),
+            color=altair.Color("what:N", scale=altair.Scale(domain=kinds, range=INKS[: len(kinds)]), legend=legend),
+            strokeDash=altair.StrokeDash("what:N", scale=altair.Scale(domain=kinds), legend=legend),
+        )
+    )
+
+
+def save_figure(chart: Any, path: Path) -> None:
+    """Write the chart as SVG."""
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise MissingExtra("Figures need the extra report: pip install 'shallowdeep[report]'.") from error
+    write_text(path, vl_convert.vegalite_to_svg(chart.to_dict()))
+
+
+def _altair() -> Any:
+    try:
+        import altair
+    except ImportError as error:
+        raise MissingExtra("Figures need the extra report: pip install 'shallowdeep[report]'.") from error
+    return altair

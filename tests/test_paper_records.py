@@ -1,0 +1,185 @@
+"""Reduced traces and experiments: what is kept gives the figures of the whole trace, and those of slow loops."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+import shallowdeep as sd
+from shallowdeep.disagreement import error_auroc
+from shallowdeep.files import FormatError, write_tensors
+from shallowdeep.paper import tables
+from shallowdeep.paper.experiments import early_exits, error_alarms, galleries, overthinking_by_exit
+from shallowdeep.paper.records import GRID, ReducedTrace, figures, reduce_traces
+from shallowdeep.policies import Confidence
+from shallowdeep.types import Trace
+
+COSTS = (0.2, 0.5, 0.8, 1.01)
+
+
+def made(rows: int, seed: int, classes: int = 10) -> Trace:
+    """Exits that grow better and surer, with errors of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (rows,), generator=generator)
+    noise = torch.randn(4, rows, classes, generator=generator)
+    strength = torch.tensor([1.5, 2.5, 3.5, 4.0])[:, None, None]
+    logits = noise + strength * torch.nn.functional.one_hot(labels, classes)
+    return Trace(logits_ENC=2 * logits, labels_N=labels, cost_E=torch.tensor(COSTS, dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def traces() -> tuple[Trace, Trace]:
+    return made(600, 0), made(900, 1)
+
+
+def test_the_surrogate_trace_acts_like_the_real_one(traces: tuple[Trace, Trace]) -> None:
+    held, test = traces
+    found = reduce_traces(held, test).part("test").trace()
+    for q in GRID:
+        for fallback in ("last", "most_confident"):
+            policy = Confidence(threshold=q, fallback=fallback)  # type: ignore[arg-type]
+            a, b = sd.simulate(policy, found), sd.simulate(policy, test)
+            # half precision moves the confidence of a row by less than a part in a thousand
+            assert (a.exit_N != b.exit_N).double().mean() < 0.005
+            assert (a.labels_N != b.labels_N).double().mean() < 0.005
+    a, b = sd.overthinking(found), sd.overthinking(test)
+    assert torch.equal(a.first_correct_N, b.first_correct_N)
+    assert a.destructive_of_errors == b.destructive_of_errors
+
+
+def test_what_is_kept_is_what_the_softmax_says(traces: tuple[Trace, Trace]) -> None:
+    _, test = traces
+    reduced = reduce_traces(None, test)
+    p = test.logits_ENC[1, 7].double().softmax(0)
+    top = float(p.max())
+    assert float(reduced.log_odds_EN[1, 7]) == pytest.approx(math.log(top / (1 - top)), rel=1e-3)
+    assert float(reduced.entropy_EN[1, 7]) == pytest.approx(-float((p * p.log()).sum()), rel=2e-3)
+    last = test.logits_ENC[3, 7].double()
+    two = last.softmax(0).sort(descending=True).values[:2]
+    assert float(reduced.margin_N[7]) == pytest.approx(float(two[0] - two[1]), rel=1e-3)
+    assert float(reduced.energy_N[7]) == pytest.approx(-math.log(float(last.exp().sum())), rel=1e-3)
+    raw = sum(float((e.double().softmax(0) - last.softmax(0)).abs().sum()) for e in test.logits_ENC[:, 7])
+    assert float(reduced.confusion_N[7]) == pytest.approx(raw, rel=1e-3)
+
+
+def test_certainty_beyond_single_precision_is_kept() -> None:
+    logits = torch.tensor([[[40.0, 0.0], [0.0, 60.0]]])
+    reduced = reduce_traces(None, Trace(logits_ENC=logits, labels_N=torch.tensor([0, 1]), cost_E=torch.ones(1)))
+    assert reduced.log_odds_EN.tolist() == [[40.0, 60.0]]
+
+
+def test_files_come_back_and_are_small(traces: tuple[Trace, Trace], tmp_path: Path) -> None:
+    reduced = reduce_traces(*traces)
+    reduced.save(tmp_path / "run.safetensors")
+    again = ReducedTrace.load(tmp_path / "run.safetensors")
+    assert figures(again) == figures(reduced)
+    assert again.held_out == 600
+    assert (tmp_path / "run.safetensors").stat().st_size < 1500 * (4 * 5 + 8) + 2000
+    write_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)}, {})
+    with pytest.raises(FormatError, match="not a reduced trace"):
+        ReducedTrace.load(tmp_path / "other.safetensors")
+
+
+def test_clean_figures_choose_on_held_out_rows_alone(traces: tuple[Trace, Trace]) -> None:
+    held, test = traces
+    reduced = reduce_traces(held, test)
+    found = figures(reduced)
+    # The slow way: every threshold between two confidences of held-out rows, the cheapest at least as accurate there.
+    selection, reported = reduced.part("held_out").trace(), reduced.part("test").trace()
+    seen = torch.unique(selection.logits_ENC[:-1].softmax(2).amax(2))
+    tried = torch.cat([torch.zeros(1), (seen[1:] + seen[:-1]) / 2, torch.tensor([math.inf])]).tolist()
+    full = float((selection.logits_ENC[-1].argmax(1) == selection.labels_N).double().mean())
+    best = (math.inf, 0.0)
+    for q in tried[:: max(1, len(tried) // 300)]:
+        here = sd.evaluate(Confidence(threshold=q), selection)
+        if here.accuracy_early_exit >= full and here.mean_cost < best[0]:
+            best = (here.mean_cost, q)
+    slow = sd.evaluate(Confidence(threshold=best[1]), reported)
+    assert found["cost_at_equal_accuracy"] == pytest.approx(slow.mean_cost, abs=0.02)
+    assert set(found["accuracy_at_cost"]) == {"0.25", "0.5", "0.75"}
+    # Other test rows do not move the choice: doubling them changes no clean figure.
+    twice = torch.arange(900).repeat(2)
+    doubled = figures(reduce_traces(held, test.rows(twice)))
+    assert doubled["cost_at_equal_accuracy"] == pytest.approx(found["cost_at_equal_accuracy"], abs=1e-12)
+
+
+def test_paper_figures_are_the_eleven_thresholds_on_the_test_rows(traces: tuple[Trace, Trace]) -> None:
+    reduced = reduce_traces(*traces)
+    found, test = figures(reduced)["paper"], reduced.part("test").trace()
+    tried = [sd.evaluate(Confidence(threshold=q, fallback="most_confident"), test) for q in GRID]
+    assert found["best"]["accuracy"] == max(t.accuracy_early_exit for t in tried)
+    assert found["accuracy_at_cost"]["0.5"] == max(t.accuracy_early_exit for t in tried if t.mean_cost <= 0.5)
+    assert len(GRID) == 11
+
+
+def test_without_held_out_rows_nothing_clean_is_chosen(traces: tuple[Trace, Trace]) -> None:
+    found = figures(reduce_traces(None, traces[1]))
+    assert found["accuracy_at_cost"] == found["cost_at_equal_accuracy"] == "not available"
+    assert found["paper"]["best"]["accuracy"] > 0.5
+
+
+def test_experiments_against_slow_loops(traces: tuple[Trace, Trace]) -> None:
+    held, test = traces
+    reduced = reduce_traces(held, test)
+    right = (test.logits_ENC.argmax(2) == test.labels_N).tolist()
+    rows = range(test.num_samples)
+    found = overthinking_by_exit(reduced)
+    for exit in range(4):
+        spoiled = sum(right[exit][n] and not right[3][n] for n in rows) / len(rows)
+        assert found["destructive"][exit] == pytest.approx(spoiled)
+        so_far = sum(any(right[e][n] for e in range(exit + 1)) for n in rows) / len(rows)
+        assert found["cumulative_accuracy"][exit] == pytest.approx(so_far)
+    shown = galleries(reduced, limit=10_000)
+    assert sorted(shown["simple"]) == [n for n in rows if all(right[e][n] for e in range(4))]
+    assert sorted(shown["complex"]) == [n for n in rows if [right[e][n] for e in range(4)] == [False] * 3 + [True]]
+    assert sorted(shown["only_first"]) == [n for n in rows if [right[e][n] for e in range(4)] == [True] + [False] * 3]
+    sure = reduced.part("test").log_odds_EN[0]
+    assert shown["simple"] == sorted(shown["simple"], key=lambda n: -float(sure[n])), "the surest first"
+    alarms = error_alarms(reduced)
+    wrong = torch.tensor([not r for r in right[3]])
+    confusion = reduced.part("test").confusion_N.double()
+    assert alarms["scores"]["confusion"]["auroc"] == pytest.approx(roc_auc_score(wrong, confusion))
+    assert alarms["scores"]["confusion"]["auroc"] == error_auroc(confusion, wrong)
+    above = (confusion[~wrong] > confusion[wrong].mean()).double().mean()
+    assert alarms["shares"]["confusion"]["right_above_mean_wrong"] == pytest.approx(float(above))
+    assert sum(alarms["histogram"]["confusion"]["wrong"]) == pytest.approx(1)
+    curve = early_exits(reduced)["curve"]
+    assert min(curve["cost"]) == pytest.approx(0.2)
+
+
+def test_tables_and_figures_from_the_folder_alone(traces: tuple[Trace, Trace], tmp_path: Path) -> None:
+    for regime, (held, test) in {"cnn": traces, "ic-only": traces}.items():
+        if regime == "cnn":
+            held, test = (Trace(logits_ENC=t.logits_ENC[3:], labels_N=t.labels_N, cost_E=torch.ones(1)) for t in traces)
+        reduced = reduce_traces(held, test)
+        reduced.save(tmp_path / f"cifar10-resnet56-{regime}-fast.safetensors")
+        about = figures(reduced) | {
+            "dataset": "cifar10",
+            "network": "resnet56",
+            "regime": regime,
+            "recipe": "fast",
+            "epochs": 3,
+            "training_rows": 45000,
+            "seconds": 120.0,
+            "device": "a test",
+        }
+        (tmp_path / f"cifar10-resnet56-{regime}-fast.json").write_text(json.dumps(about))
+    text = tables.make_tables(tmp_path, tmp_path / "out")
+    assert "fast, 3 epochs, 45,000 rows, a test" in text
+    full = float((traces[1].logits_ENC[-1].argmax(1) == traces[1].labels_N).double().mean())
+    assert f"| CNN accuracy | 92.0 | {100 * full:.1f} | {100 * (full - 0.92):+.1f}" in text
+    assert ("(below)" in text) is (full < 0.92)
+    figures_made = sorted(path.name for path in (tmp_path / "out").glob("*.svg"))
+    kinds = ("confusion", "early-exits", "overthinking")
+    assert figures_made == [f"cifar10-resnet56-ic-only-fast-{kind}.svg" for kind in kinds], "none for a plain network"
+    assert "right at some exit so far" in (tmp_path / "out" / figures_made[2]).read_text()
+
+
+def test_an_empty_folder_says_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sdn paper run"):
+        tables.make_tables(tmp_path, tmp_path)

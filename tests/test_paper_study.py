@@ -1,0 +1,146 @@
+"""The study's runs on a miniature: recipes as the authors' code really runs, slices, records, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shallowdeep as sd
+from shallowdeep.files import read_tensors
+from shallowdeep.joint import Taus
+from shallowdeep.paper import recipes, study
+from shallowdeep.paper.networks import EXITS, ResNet
+from shallowdeep.paper.recipes import make_recipe
+from shallowdeep.paper.records import ReducedTrace
+from shallowdeep.paper.study import StudyRun, all_runs, make, work_off
+from shallowdeep.rates import stepped
+from shallowdeep.types import DataError
+
+RUN = StudyRun(dataset="cifar10", network="resnet56", regime="cnn", recipe="fast")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of eight layers, 300 + 60 random images, two epochs, 100 rows held out."""
+
+    def rows(_name: str, _folder: Path, split: str) -> tuple[Tensor, Tensor]:
+        count, seed = (300, 0) if split == "train" else (60, 1)
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(count) % 10
+        images = torch.randint(0, 60, (count, 3, 32, 32), generator=generator)
+        return (images + 15 * labels[:, None, None, None]).to(torch.uint8), labels
+
+    def short(name: str, network: str) -> Any:
+        found = make_recipe(name, network)
+        exits = dataclasses.replace(found.exits, epochs=2)
+        return dataclasses.replace(found, epochs=2, after_epochs=2, exits=exits, bf16=False)
+
+    monkeypatch.setattr(study, "read_rows", rows)
+    monkeypatch.setattr(study, "split_rows", lambda labels: (torch.arange(200), torch.arange(200, 300)))
+    monkeypatch.setattr(study, "make_recipe", short)
+    monkeypatch.setattr(recipes, "make_network", lambda *_: ResNet(8, 10, projected=True))
+    monkeypatch.setitem(EXITS, "resnet56", ("layer1.0:out", "layer2.0:out"))
+
+
+def test_the_paper_recipe_is_what_the_authors_code_runs() -> None:
+    recipe = make_recipe("paper", "vgg16")
+    milestones = [round(share * recipe.epochs) for share in recipe.whole.milestones]
+    rates = [round(recipe.whole.lr * stepped(epoch, milestones), 6) for epoch in range(recipe.epochs)]
+    assert [rates.count(rate) for rate in (0.1, 0.01, 0.001, 0.0001)] == [34, 25, 25, 16]
+    assert (recipe.whole.momentum, recipe.whole.nesterov, recipe.whole.batch_size) == (0.9, False, 128)
+    exits = [round(recipe.exits.lr * stepped(e, recipe.exits.milestones), 6) for e in range(recipe.exits.epochs)]
+    assert [exits.count(rate) for rate in (0.001, 0.0001)] == [14, 11]
+    decays = {name: make_recipe("paper", name).whole.weight_decay for name in EXITS}
+    assert decays == {"vgg16": 5e-4, "wrn32-4": 5e-4, "resnet56": 1e-4, "mobilenet": 1e-4}
+    assert (recipe.holds_out, make_recipe("fast", "vgg16").holds_out) == (False, True)
+    # The authors' taus rise to nominal shares, ours in the same way to the real costs.
+    taus = Taus((0.15, 0.9), 100, recipe.whole.tau_start)
+    assert [taus.at(e)[0] for e in (0, 93)] == pytest.approx([0.01 + 0.0015, 0.15])
+
+
+def test_every_regime_leaves_its_record(small: None, tmp_path: Path) -> None:
+    runs = all_runs(("cifar10",), ("resnet56",))
+    report = work_off(runs, tmp_path, results=tmp_path / "results", work=tmp_path / "work")
+    assert report["done"] == [run.name for run in runs]
+    fields = "dataset network regime recipe epochs seed device versions seconds accuracy_cnn accuracy_exits wasteful"
+    fields += " destructive destructive_of_errors accuracy_at_cost cost_at_equal_accuracy test_drop_at_equal_accuracy"
+    for run in runs:
+        about = json.loads((tmp_path / "results" / f"{run.name}.json").read_text())
+        assert set(f"{fields} confusion_auroc msp_auroc paper".split()) <= set(about), run.name
+        assert len(about["accuracy_exits"]) == (1 if run.regime == "cnn" else 3)
+        assert about["training_rows"] == 200
+        assert about["seconds"] > 0
+        reduced = ReducedTrace.load(tmp_path / "results" / f"{run.name}.safetensors")
+        assert (reduced.held_out, reduced.said_EN.shape[1]) == (100, 160)
+    # IC-only training leaves the network as it was; the others move it.
+    networks = {run.regime: read_tensors(tmp_path / "work" / run.name / "network.safetensors")[0] for run in runs}
+    same = {
+        regime: all(torch.equal(weights[name], networks["cnn"][name]) for name in weights)
+        for regime, weights in networks.items()
+    }
+    assert same == {"cnn": True, "ic-only": True, "sdn-training": False, "mixed": False}
+    # The saved SDN answers on bytes as the record says.
+    model = recipes.fresh_network("resnet56", study.study_set("cifar10"), 0)
+    model.network.load_state_dict(networks["ic-only"])
+    sdn = sd.load(tmp_path / "work" / "cifar10-resnet56-ic-only-fast" / "sdn", model)
+    trace = sd.collect(sdn, study.read_rows("cifar10", tmp_path, "test"))
+    said = ReducedTrace.load(tmp_path / "results" / "cifar10-resnet56-ic-only-fast.safetensors").part("test").said_EN
+    assert torch.equal(trace.logits_ENC.argmax(2), said.long())
+    assert not bool(trace.trained_N.any()) if trace.trained_N is not None else False
+    # A second call does nothing.
+    again = work_off(runs, tmp_path, results=tmp_path / "results", work=tmp_path / "work")
+    assert again == {"done": [], "before": [run.name for run in runs], "open": []}
+
+
+def test_slices_make_the_same_network_as_one_go(small: None, tmp_path: Path) -> None:
+    make(RUN, tmp_path, results=tmp_path / "a", work=tmp_path / "whole")
+    calls = 0
+    while not (tmp_path / "b" / f"{RUN.name}.json").exists():
+        report = work_off([RUN], tmp_path, results=tmp_path / "b", work=tmp_path / "sliced", minutes=0.001)
+        calls += 1
+        assert report["open" if calls < 3 else "done"] == [RUN.name]
+    assert calls == 3, "an epoch a slice, then the record"
+    whole, sliced = (read_tensors(tmp_path / w / RUN.name / "network.safetensors")[0] for w in ("whole", "sliced"))
+    assert all(torch.equal(whole[name], sliced[name]) for name in whole)
+    seconds = [json.loads((tmp_path / f / f"{RUN.name}.json").read_text())["seconds"] for f in ("a", "b")]
+    assert 0.2 < seconds[0] / seconds[1] < 5, "the seconds of all slices count"
+
+
+def test_ics_need_their_network_first(small: None, tmp_path: Path) -> None:
+    run = dataclasses.replace(RUN, regime="ic-only")
+    with pytest.raises(DataError, match="cifar10-resnet56-cnn-fast must be trained first"):
+        make(run, tmp_path, results=tmp_path, work=tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_unknown_names_say_which_there_are() -> None:
+    for wrong, offered in (
+        ({"dataset": "svhn"}, "cifar100"),
+        ({"network": "resnet50"}, "resnet56"),
+        ({"regime": "joint"}, "sdn-training"),
+        ({"recipe": "slow"}, "paper, fast"),
+    ):
+        with pytest.raises(ValueError, match=offered):
+            dataclasses.replace(RUN, **wrong)  # type: ignore[arg-type]
+    assert RUN.name == "cifar10-resnet56-cnn-fast"
+    assert dataclasses.replace(RUN, seed=3).name == "cifar10-resnet56-cnn-fast-seed3"
+    order = [run.name for run in all_runs()]
+    assert len(order) == 32
+    for run in all_runs():
+        assert run.needs is None or order.index(run.needs.name) < order.index(run.name)
+
+
+def test_the_authors_starting_weights() -> None:
+    chosen = study.study_set("cifar10")
+    a, b = (recipes.fresh_network("vgg16", chosen, 0).state_dict() for _ in range(2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    convolution = a["network.blocks.5.0.weight"]
+    assert float(convolution.std()) == pytest.approx((2 / (9 * convolution.shape[0])) ** 0.5, rel=0.02)
+    assert float(a["network.last.weight"].std()) == pytest.approx(0.01, rel=0.05)
+    assert isinstance(recipes.fresh_network("mobilenet", chosen, 0), nn.Module)
