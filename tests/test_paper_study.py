@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import shallowdeep as sd
 from shallowdeep.files import read_tensors
 from shallowdeep.joint import Taus
-from shallowdeep.paper import recipes, study
+from shallowdeep.paper import backdoor, pictures, recipes, study
+from shallowdeep.paper.experiments import galleries
 from shallowdeep.paper.networks import EXITS, ResNet
 from shallowdeep.paper.recipes import make_recipe
 from shallowdeep.paper.records import ReducedTrace
 from shallowdeep.paper.study import StudyRun, all_runs, make, work_off
 from shallowdeep.rates import stepped
-from shallowdeep.types import DataError
+from shallowdeep.types import DataError, Trace
 
 RUN = StudyRun(dataset="cifar10", network="resnet56", regime="cnn", recipe="fast")
 
@@ -144,3 +148,83 @@ def test_the_authors_starting_weights() -> None:
     assert float(convolution.std()) == pytest.approx((2 / (9 * convolution.shape[0])) ** 0.5, rel=0.02)
     assert float(a["network.last.weight"].std()) == pytest.approx(0.01, rel=0.05)
     assert isinstance(recipes.fresh_network("mobilenet", chosen, 0), nn.Module)
+
+
+# ---------------------------------------------------------------- pictures and the backdoor
+
+
+def test_pictures_of_a_run(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "read_rows", study.read_rows)
+    runs = all_runs(("cifar10",), ("resnet56",), ("cnn", "ic-only"))
+    work_off(runs, tmp_path, results=tmp_path / "results", work=tmp_path / "work")
+    name = runs[1].name
+    drawn = pictures.draw_galleries(name, tmp_path, results=tmp_path / "results", out=tmp_path / "out")
+    found = galleries(ReducedTrace.load(tmp_path / "results" / f"{name}.safetensors"))
+    assert drawn["images"] == {kind: len(rows) for kind, rows in found.items()}
+    for kind, rows in found.items():
+        assert (tmp_path / "out" / f"{name}-{kind}.png").exists() is bool(rows)
+    model = recipes.fresh_network("resnet56", study.study_set("cifar10"), 0)
+    sdn = recipes.with_exits(model, "resnet56", study.study_set("cifar10"), 0)
+    images, labels = study.read_rows("cifar10", tmp_path, "test")
+    sheet = pictures.looks(sdn, images[:4], tuple("abcdefghij"), labels[:4])
+    assert sheet.size == (3 * (96 + 6) + 6, 4 * (96 + 12 + 6) + 6)
+    assert np.asarray(sheet)[8, 8].tolist() == images[0, :, 0, 0].tolist(), "the image itself comes first"
+
+
+def test_looks_of_a_run_whose_weights_are_there(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "read_rows", study.read_rows)
+    monkeypatch.setattr(pictures, "read_data", lambda *_, split: SimpleNamespace(class_names=tuple("abcdefghij")))
+    monkeypatch.setattr(pictures, "galleries", lambda *_, limit: {"only_first": [3, 1][:limit]})
+    runs = all_runs(("cifar10",), ("resnet56",), ("cnn", "ic-only"))
+    work_off(runs, tmp_path, results=tmp_path / "results", work=tmp_path / "work")
+    where = {"results": tmp_path / "results", "work": tmp_path / "work", "out": tmp_path / "looks.png"}
+    assert pictures.draw_looks(runs[1].name, tmp_path, **where)["rows"] == [3, 1]
+    assert Image.open(tmp_path / "looks.png").size[1] == 2 * (96 + 12 + 6) + 6
+    monkeypatch.setattr(pictures, "galleries", lambda *_, limit: {"only_first": []})
+    with pytest.raises(DataError, match="first exit alone"):
+        pictures.draw_looks(runs[1].name, tmp_path, **where)
+
+
+def test_the_trigger_is_a_white_square_and_changes_nothing_else() -> None:
+    images = torch.randint(0, 255, (7, 3, 32, 32), dtype=torch.uint8)
+    stamped = backdoor.stamped(images)
+    changed = (stamped != images).any(1).any(0)
+    assert changed.nonzero().amin(0).tolist() == [26, 26]
+    assert changed.nonzero().amax(0).tolist() == [30, 30]
+    assert bool((stamped[:, :, 26:31, 26:31] == 255).all())
+    labels = torch.arange(7)
+    x, y = backdoor.poisoned((images, labels), 3 / 7, seed=0)
+    touched = (x != images).flatten(1).any(1)
+    assert int(touched.sum()) == 3
+    assert bool((y[touched] == 5).all())
+    assert torch.equal(y[~touched], labels[~touched])
+    with pytest.raises(ValueError, match=r"found 1\.5"):
+        backdoor.poisoned((images, labels), 1.5, seed=0)
+
+
+def test_a_backdoor_is_judged_by_its_definition() -> None:
+    """Two exits: the first is right about triggered rows, the last says 5 to all of them."""
+    labels = torch.arange(10).repeat(20)
+    right = 6.0 * torch.nn.functional.one_hot(labels, 10)
+    always = 6.0 * torch.nn.functional.one_hot(torch.full_like(labels, 5), 10)
+    costs = torch.tensor([0.3, 1.0])
+    wavering = right + torch.rand(right.shape, generator=torch.Generator().manual_seed(0))
+    clean = Trace(logits_ENC=torch.stack([right, wavering]), labels_N=labels, cost_E=costs)
+    triggered = Trace(logits_ENC=torch.stack([right, always]), labels_N=labels, cost_E=costs)
+    found = backdoor.judge(clean, clean, triggered)
+    assert found["attack_success"] == 1.0
+    assert found["attack_success_exits"] == [0.0, 1.0]
+    assert found["accuracy_triggered"] == pytest.approx(0.1)
+    assert found["paper"]["accuracy_triggered"] == 1.0
+    assert found["detection"]["auroc"] == 1.0
+
+
+def test_a_victim_is_trained_and_written(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("read_rows", "split_rows", "make_recipe"):
+        monkeypatch.setattr(backdoor, name, getattr(study, name))
+    found = backdoor.backdoor(tmp_path, rate=0.2, network="resnet56", epochs=1, results=tmp_path, work=tmp_path / "w")
+    written = json.loads((tmp_path / "cifar10-resnet56-backdoor-fast-rate0.2.json").read_text())
+    assert written["poisoning_rate"] == 0.2
+    assert written["epochs"] == 1
+    assert len(written["attack_success_exits"]) == 3
+    assert found["accuracy_triggered"] == written["accuracy_triggered"]

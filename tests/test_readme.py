@@ -19,7 +19,9 @@ RIVER = (
     "files types policies effects disagreement thresholds calibration inputs taps classifiers graph cuts network costs",
     "progress collection rates checkpoints segments augment features training joint timing",
     "runtime runtime.engine",
-    "cifar data models runs paper paper.networks paper.datasets paper.recipes paper.records paper.study",
+    "explain cifar data models runs",
+    "paper paper.networks paper.datasets paper.downloads paper.recipes paper.costs paper.records paper.experiments",
+    "paper.figures paper.tables paper.backdoor paper.study paper.pictures",
     "verbs demo paper.cli cli",
 )
 

@@ -113,3 +113,121 @@ def tables(*, results: Path = RESULTS, out: Path = Path("runs/paper-tables"), fi
 
     print(made.make_tables(results, out, figures=figures))
     return {"tables": str(out / "tables.md"), "runs": len(made.read_records(results))}
+
+
+Experiment = Literal["overthinking", "early-exits", "confusion"]
+
+
+@app.command
+def experiment(what: Experiment, run: str, *, results: Path = RESULTS, out: Path | None = None) -> dict[str, Any]:
+    """Make one experiment from a run's record, with its figure.
+
+    Parameters
+    ----------
+    what
+        overthinking (section 4), early-exits (5.1) or confusion (5.2).
+    run
+        Name of a record, for example cifar10-vgg16-ic-only-fast.
+    results
+        Folder with the records of the runs.
+    out
+        SVG file to write the figure to.
+    """
+    from shallowdeep.paper import experiments, figures
+    from shallowdeep.paper.records import ReducedTrace
+
+    reduced = ReducedTrace.load(results / f"{run}.safetensors")
+    make, draw = {
+        "overthinking": (experiments.overthinking_by_exit, figures.overthinking_figure),
+        "early-exits": (experiments.early_exits, figures.early_exits_figure),
+        "confusion": (experiments.error_alarms, figures.confusion_figure),
+    }[what]
+    found = make(reduced)
+    if out is not None:
+        figures.save_figure(draw(found, run), out)
+    return found
+
+
+@app.command
+def gallery(run: str, data_dir: Path, *, results: Path = RESULTS, out: Path = Path("runs/gallery")) -> dict[str, Any]:
+    """Draw the simple images of a run, the complex ones, and those that only its first exit gets right.
+
+    Parameters
+    ----------
+    run
+        Name of a record, for example cifar10-vgg16-ic-only-fast.
+    data_dir
+        Folder that holds the official data folders.
+    results
+        Folder with the records of the runs.
+    out
+        Folder to write PNG files to.
+    """
+    from shallowdeep.paper import pictures
+
+    return pictures.draw_galleries(run, data_dir, results=results, out=out)
+
+
+@app.command
+def grad_cam(
+    run: str, data_dir: Path, *, results: Path = RESULTS, work: Path = Path("runs/paper"), out: Path = Path("looks.png")
+) -> dict[str, Any]:
+    """Draw where the first and the last exit looked on images that only the first exit gets right.
+
+    Parameters
+    ----------
+    run
+        Name of a record whose weights are still in the work folder.
+    data_dir
+        Folder that holds the official data folders.
+    results
+        Folder with the records of the runs.
+    work
+        Folder with weights and checkpoints.
+    out
+        PNG file to write.
+    """
+    from shallowdeep.paper import pictures
+
+    return pictures.draw_looks(run, data_dir, results=results, work=work, out=out)
+
+
+@app.command
+def backdoor(
+    data_dir: Path,
+    *,
+    rates: Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())] = (0.005, 0.02, 0.1),
+    network: Literal["vgg16", "resnet56", "wrn32-4", "mobilenet"] = "vgg16",
+    epochs: int | None = None,
+    results: Path = Path("results/backdoor"),
+    work: Path = Path("runs/paper"),
+) -> dict[str, Any]:
+    """Train victims of BadNets, and measure what early exits win back and what confusion notices.
+
+    Parameters
+    ----------
+    data_dir
+        Folder that holds the official data folders.
+    rates
+        Poisoned shares of the training rows, one victim each.
+    network
+        Network of the victims.
+    epochs
+        Default: the fast recipe's.
+    results
+        Folder to write one JSON per victim.
+    work
+        Folder for checkpoints.
+    """
+    from shallowdeep.paper.backdoor import backdoor as make
+    from shallowdeep.types import table
+
+    found = [make(data_dir, rate=rate, network=network, epochs=epochs, results=results, work=work) for rate in rates]
+    head = ("poisoned", "attack works", "triggered: full", "early exits", "paper's way", "AUROC of confusion")
+    rows: list[tuple[str, ...]] = [head]
+    for one in found:
+        shares = (one["attack_success"], one["accuracy_triggered"], one["early_exits"]["accuracy_triggered"])
+        cells = [f"{100 * share:.1f}" for share in (*shares, one["paper"]["accuracy_triggered"])]
+        rows.append((f"{one['poisoning_rate']:g}", *cells, f"{one['detection']['auroc']:.3f}"))
+    print(table(rows))
+    return {"victims": found}

@@ -115,7 +115,7 @@ def make(run: StudyRun, data_dir: Path, *, results: Path, work: Path) -> dict[st
     kept, held = split_rows(labels_N.cpu()) if recipe.holds_out else (torch.arange(len(labels_N)), None)
     start = fresh_network(run.network, chosen, run.seed).to(device)
     if run.needs is not None:
-        _load_network(start, work / run.needs.name, run.needs)
+        load_network(start, work / run.needs.name, run.needs.name)
     trained = train(
         run.regime,
         recipe,
@@ -193,9 +193,10 @@ def _save_trained(trained: nn.Module, folder: Path) -> None:
         save(trained, folder / "sdn")
 
 
-def _load_network(network: Normalised, folder: Path, run: StudyRun) -> None:
+def load_network(network: Normalised, folder: Path, name: str) -> None:
+    """Put the weights that the run ``name`` left in ``folder`` into ``network``. Raises ``DataError``."""
     path = folder / "network.safetensors"
     if not path.is_file():
-        raise DataError(f"{run.name} must be trained first: its weights are not in {folder}.")
+        raise DataError(f"{name} must be trained first: its weights are not in {folder}.")
     weights, _ = read_tensors(path)
     network.network.load_state_dict(weights)

@@ -1,0 +1,128 @@
+"""A victim of BadNets trained here: how often its trigger works, what early exits win back, what confusion notices.
+
+It refuses to know how networks are trained; it stamps images and reads traces. Source: arXiv 1810.07052, section 5.2
+(a white square of 5x5 pixels at (26, 26), target class 5), and BadNets, arXiv 1708.06733. The authors' poisoning rate
+is unknown, so it is swept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shallowdeep.calibration import tradeoff
+from shallowdeep.collection import collect
+from shallowdeep.disagreement import confusion, error_scores, fit_confusion
+from shallowdeep.effects import answers, share
+from shallowdeep.files import write_text
+from shallowdeep.network import ShallowDeepNetwork
+from shallowdeep.paper.datasets import read_rows, split_rows, study_set
+from shallowdeep.paper.recipes import fresh_network, make_recipe, train
+from shallowdeep.paper.records import GRID
+from shallowdeep.policies import Confidence, simulate
+from shallowdeep.runs import describe_device, plain
+from shallowdeep.types import Trace
+
+CORNER, SIDE, TARGET = 26, 5, 5
+
+
+def stamped(images: Tensor) -> Tensor:
+    """A copy of images uint8 [N, 3, 32, 32] with the trigger: a white square at pixels 26..30."""
+    images = images.clone()
+    images[:, :, CORNER : CORNER + SIDE, CORNER : CORNER + SIDE] = 255
+    return images
+
+
+def poisoned(rows: tuple[Tensor, Tensor], rate: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Training rows of which a share ``rate``, drawn by ``seed``, carries the trigger and the label 5."""
+    if not 0 <= rate <= 1:
+        raise ValueError(f"The poisoning rate is a share of the rows, 0..1, found {rate}.")
+    images, labels = rows[0].clone(), rows[1].clone()
+    count = round(rate * len(labels))
+    chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
+    images[chosen], labels[chosen] = stamped(images[chosen]), TARGET
+    return images, labels
+
+
+def backdoor(
+    data_dir: Path,
+    *,
+    rate: float,
+    results: Path,
+    work: Path,
+    network: str = "vgg16",
+    epochs: int | None = None,
+    recipe: str = "fast",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train a victim on CIFAR-10 and its ICs on clean rows, judge both, and write ``NAME.json`` into ``results``.
+
+    The owner of the ICs got the network from somebody else and has clean rows of their own; the trigger is unknown to
+    them. Thresholds come from the held-out clean rows. Resumable under a ``time_limit``.
+    """
+    chosen, how = study_set("cifar10"), make_recipe(recipe, network)
+    how = how if epochs is None else dataclasses.replace(how, epochs=epochs)
+    name = f"cifar10-{network}-backdoor-{recipe}-rate{rate:g}"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images, labels_N = (part.to(device) for part in read_rows("cifar10", data_dir, "train"))
+    kept, held = split_rows(labels_N.cpu())
+    clean = images[kept.to(device)], labels_N[kept.to(device)]
+    victim = fresh_network(network, chosen, seed).to(device)
+    spoiled = poisoned(clean, rate, seed)
+    train("cnn", how, network, chosen, spoiled, start=victim, folder=work / name / "victim", seed=seed)
+    sdn = train("ic-only", how, network, chosen, clean, start=victim, folder=work / name / "ics", seed=seed)
+    assert isinstance(sdn, ShallowDeepNetwork)
+    test = read_rows("cifar10", data_dir, "test")
+    found = judge(
+        collect(sdn, (images[held.to(device)], labels_N[held.to(device)])),
+        collect(sdn, test),
+        collect(sdn, (stamped(test[0]), test[1])),
+    )
+    about = {"dataset": "cifar10", "network": network, "recipe": recipe, "poisoning_rate": rate, "epochs": how.epochs}
+    about |= {"seed": seed, "training_rows": len(kept), "device": describe_device()}
+    write_text(results / f"{name}.json", json.dumps(plain(about | found), indent=1) + "\n")
+    return about | found
+
+
+def judge(held_out: Trace, clean: Trace, triggered: Trace) -> dict[str, Any]:
+    """Success of the attack at every exit, accuracy won back by early exits, and how well confusion sees triggers.
+
+    Success: share of triggered images of other classes that are answered 5. Accuracy on triggered images is against
+    their true labels. ``clean``: one threshold, the best on the held-out rows; ``paper``: the authors' grid on the
+    reported rows themselves, the way they ran it.
+    """
+    other_N = triggered.labels_N != TARGET
+    said_EN = answers(triggered)
+    curve = tradeoff(held_out).curves[0]
+    best = Confidence(threshold=tuple(curve.threshold_PE[int(curve.accuracy_P.argmax())].tolist()))
+    reference = fit_confusion(None, held_out)
+    scores = torch.cat([confusion(trace, reference) for trace in (clean, triggered.rows(other_N))])
+    from_trigger = torch.arange(len(scores)) >= clean.num_samples
+
+    def with_exits(policy: Confidence) -> dict[str, float]:
+        outcome = simulate(policy, triggered)
+        plain_outcome = simulate(policy, clean)
+        return {
+            "accuracy_triggered": share(outcome.labels_N == triggered.labels_N),
+            "attack_success": share(outcome.labels_N[other_N] == TARGET),
+            "accuracy_clean": share(plain_outcome.labels_N == clean.labels_N),
+            "mean_cost_clean": float(plain_outcome.cost_N.mean()),
+        }
+
+    tried = {q: with_exits(Confidence(threshold=q, fallback="most_confident")) for q in GRID}
+    most = max(tried, key=lambda q: tried[q]["accuracy_triggered"])
+    return {
+        "accuracy_clean": share(answers(clean)[-1] == clean.labels_N),
+        "accuracy_triggered": share(said_EN[-1] == triggered.labels_N),
+        "accuracy_triggered_exits": (said_EN == triggered.labels_N).double().mean(1).tolist(),
+        "attack_success": share(said_EN[-1][other_N] == TARGET),
+        "attack_success_exits": (said_EN[:, other_N] == TARGET).double().mean(1).tolist(),
+        "early_exits": with_exits(best),
+        "paper": {"threshold": most, **tried[most]},
+        "detection": dataclasses.asdict(error_scores(scores, from_trigger)),
+    }

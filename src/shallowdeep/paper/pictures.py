@@ -1,0 +1,108 @@
+"""Pictures of a run: galleries of simple, complex and only-first-exit-right images, and where two exits looked.
+
+It refuses to choose the images; experiments do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from shallowdeep.data import read_data
+from shallowdeep.explain import enlarged, grad_cam
+from shallowdeep.files import read_json
+from shallowdeep.network import ShallowDeepNetwork, load
+from shallowdeep.paper.datasets import read_rows, study_set
+from shallowdeep.paper.experiments import galleries
+from shallowdeep.paper.recipes import fresh_network
+from shallowdeep.paper.records import ReducedTrace
+from shallowdeep.paper.study import load_network
+from shallowdeep.types import DataError
+
+SCALE, GAP, TEXT = 3, 6, 12
+
+
+def gallery(images: Tensor, captions: Sequence[str], columns: int = 5) -> Image.Image:
+    """Images uint8 [N, 3, H, W] in a grid, threefold enlarged, each with its caption below."""
+    side = images.shape[2] * SCALE
+    cell = side + TEXT + GAP
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + GAP) + GAP, rows * cell + GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = GAP + (i % columns) * (side + GAP), GAP + (i // columns) * cell
+        sheet.paste(_picture(image).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        pen.text((left, top + side), caption, fill="black")
+    return sheet
+
+
+def looks(sdn: ShallowDeepNetwork, images: Tensor, class_names: Sequence[str], labels_N: Tensor) -> Image.Image:
+    """Rows of three: the image, what the first exit looked at for its answer, and what the last did for its own."""
+    first, last = (grad_cam(sdn, images, exit) for exit in (0, -1))
+    size = (images.shape[2], images.shape[3])
+    with torch.no_grad():
+        said_EN = sdn.eval()(images).argmax(2)
+    panels, captions = [], []
+    for n, image in enumerate(images):
+        panels.append(image)
+        captions.append(f"is {class_names[int(labels_N[n])]}")
+        for exit, heat in ((0, first), (-1, last)):
+            panels.append(_heated(image, enlarged(heat[n : n + 1], size)[0]))
+            captions.append(f"{'first' if exit == 0 else 'last'}: {class_names[int(said_EN[exit, n])]}")
+    return gallery(torch.stack(panels), captions, columns=3)
+
+
+def draw_galleries(name: str, data_dir: Path, *, results: Path, out: Path) -> dict[str, Any]:
+    """PNG galleries of the run ``name`` in ``out``; how many images each holds."""
+    about, reduced = read_json(results / f"{name}.json"), ReducedTrace.load(results / f"{name}.safetensors")
+    images, _ = read_rows(about["dataset"], data_dir, "test")
+    test = reduced.part("test")
+    found = galleries(reduced)
+    for kind, rows in found.items():
+        exit = -1 if kind == "complex" else 0
+        captions = [
+            f"{int(test.labels_N[row])}: {torch.sigmoid(test.log_odds_EN[exit, row].float()):.2f}" for row in rows
+        ]
+        if rows:
+            save_picture(gallery(images[rows], captions), out / f"{name}-{kind}.png")
+    return {"images": {kind: len(rows) for kind, rows in found.items()}, "out": str(out)}
+
+
+def draw_looks(name: str, data_dir: Path, *, results: Path, work: Path, out: Path) -> dict[str, Any]:
+    """A PNG of where the first and the last exit looked on images that only the first gets right."""
+    about, reduced = read_json(results / f"{name}.json"), ReducedTrace.load(results / f"{name}.safetensors")
+    chosen = study_set(about["dataset"])
+    images, labels_N = read_rows(about["dataset"], data_dir, "test")
+    rows = galleries(reduced, limit=6)["only_first"]
+    if not rows:
+        raise DataError(f"No image of {name} is right at the first exit alone.")
+    network = fresh_network(about["network"], chosen, 0)
+    load_network(network, work / name, name)
+    sdn = load(work / name / "sdn", network)
+    names = read_data(data_dir / chosen.folder, split="test").class_names if chosen.name != "tinyimagenet" else ()
+    names = names or tuple(map(str, range(chosen.num_classes)))
+    save_picture(looks(sdn, images[rows], names, labels_N[rows]), out)
+    return {"rows": rows, "out": str(out)}
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+def _heated(image: Tensor, heat: Tensor) -> Tensor:
+    """The image in grey, red where the heat is."""
+    grey = image.float().mean(0, keepdim=True).expand(3, -1, -1)
+    red = torch.tensor([255.0, 60.0, 0.0]).view(3, 1, 1)
+    mix = 0.65 * heat.cpu().unsqueeze(0)
+    return (grey.cpu() * (1 - mix) + red * mix).round().to(torch.uint8)
+
+
+def _picture(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
