@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format gpu-paper clean
 
 demo: .venv/core
 	$(BIN)/sdn demo
@@ -20,6 +20,16 @@ check: .venv/dev
 format: .venv/dev
 	$(BIN)/ruff format src tests
 	$(BIN)/ruff check --fix src tests
+
+# The study's missing runs, several networks at once on one GPU, stopping in time; the next call goes on.
+SDN ?= $(BIN)/sdn
+MINUTES ?= 8
+JOBS ?= 8
+PAIRS := $(foreach data,cifar10 cifar100,$(foreach net,vgg16 resnet56 wrn32-4 mobilenet,$(data):$(net):fast)) cifar10:vgg16:paper
+gpu-paper:
+	@test -n "$(DATA)" || { echo "Say where the official data folders are: make gpu-paper DATA=folder"; exit 2; }
+	printf '%s\n' $(PAIRS) | xargs -P $(JOBS) -I RUN sh -c 'run=RUN; rest=$${run#*:}; \
+	  $(SDN) paper run $(DATA) --datasets $${run%%:*} --networks $${rest%%:*} --recipe $${rest#*:} --minutes $(MINUTES)'
 
 clean:
 	rm -rf .venv runs demo-run build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -179,7 +179,8 @@ def test_looks_of_a_run_whose_weights_are_there(small: None, tmp_path: Path, mon
     work_off(runs, tmp_path, results=tmp_path / "results", work=tmp_path / "work")
     where = {"results": tmp_path / "results", "work": tmp_path / "work", "out": tmp_path / "looks.png"}
     assert pictures.draw_looks(runs[1].name, tmp_path, **where)["rows"] == [3, 1]
-    assert Image.open(tmp_path / "looks.png").size[1] == 2 * (96 + 12 + 6) + 6
+    with Image.open(tmp_path / "looks.png") as picture:
+        assert picture.size[1] == 2 * (96 + 12 + 6) + 6
     monkeypatch.setattr(pictures, "galleries", lambda *_, limit: {"only_first": []})
     with pytest.raises(DataError, match="first exit alone"):
         pictures.draw_looks(runs[1].name, tmp_path, **where)

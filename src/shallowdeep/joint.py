@@ -117,15 +117,20 @@ def train_backbone(
     augment: Augment | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    compiled: bool = False,
     fabric: Fabric | None = None,
 ) -> Tensor:
     """Train a plain classifier in place, as its owner would before ever hearing of exits; hashes [N] of its rows.
 
-    Everything is as in ``train_jointly``, which with no IC is this.
+    Everything is as in ``train_jointly``, which with no IC is this. ``compiled`` runs the network through
+    ``torch.compile``, which pays on a GPU.
     """
     _check(data, epochs)
     recipe, fabric = recipe or JointRecipe(), fabric or one_process(model)
-    return _Run(_Alone(model), (), num_classes, data, recipe, augment, epochs, seed, fabric)(checkpoint_dir, model)
+    alone = _Alone(model)
+    if compiled:
+        alone.compile()
+    return _Run(alone, (), num_classes, data, recipe, augment, epochs, seed, fabric)(checkpoint_dir, model)
 
 
 def _check(data: Data, epochs: int) -> None:

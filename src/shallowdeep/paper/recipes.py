@@ -121,6 +121,7 @@ def train(
             augment=augment,
             checkpoint_dir=folder,
             seed=seed,
+            compiled=recipe.bf16 and device.type == "cuda",
             fabric=fabric,
         )
         return start
