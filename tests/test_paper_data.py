@@ -233,9 +233,19 @@ def test_offline_is_one_sentence(tmp_path: Path) -> None:
         fetch(tmp_path, address="http://127.0.0.1:9/x.tar.gz", md5="")
 
 
-def test_what_is_there_and_what_is_missing(tmp_path: Path) -> None:
+def test_what_is_there_and_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cifar-100-python").mkdir()
     found = {f.name: f for f in downloads.look(tmp_path)}
-    assert {name: f.here for name, f in found.items()} == {"cifar10": False, "cifar100": True, "tinyimagenet": False}
+    assert found["cifar10"].state == found["tinyimagenet"].state == "missing"
+    assert found["cifar100"].state.startswith("No file")
     assert all(f.address.endswith((".tar.gz", ".zip")) and len(f.md5) == 32 for f in found.values())
     assert set(found) == set(DATASETS)
+    miniature(tmp_path)
+    (tiny,) = downloads.look(tmp_path, ["tinyimagenet"])
+    assert tiny.state == "train has 9 of 100,000 images; val has 2 of 10,000 images"
+    monkeypatch.setattr(downloads, "TINY_IMAGES", {"train": 9, "val": 2})
+    assert downloads.look(tmp_path, ["tinyimagenet"])[0].state == "whole"
+
+
+def test_official_files_are_whole(cifar10: Path) -> None:
+    assert downloads.look(cifar10.parent, ["cifar10"])[0].state == "whole"

@@ -17,6 +17,7 @@ from shallowdeep.paper import tables
 from shallowdeep.paper.experiments import early_exits, error_alarms, galleries, overthinking_by_exit
 from shallowdeep.paper.records import GRID, ReducedTrace, figures, reduce_traces
 from shallowdeep.policies import Confidence
+from shallowdeep.runs import plain
 from shallowdeep.types import Trace
 
 COSTS = (0.2, 0.5, 0.8, 1.01)
@@ -183,3 +184,27 @@ def test_tables_and_figures_from_the_folder_alone(traces: tuple[Trace, Trace], t
 def test_an_empty_folder_says_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sdn paper run"):
         tables.make_tables(tmp_path, tmp_path)
+
+
+# ---------------------------------------------------------------- what is committed
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "paper"
+COMMITTED = sorted(path.stem for path in RESULTS.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_figures_follow_from_their_trace(name: str) -> None:
+    about = json.loads((RESULTS / f"{name}.json").read_text())
+    reduced = ReducedTrace.load(RESULTS / f"{name}.safetensors")
+    again = json.loads(json.dumps(plain(figures(reduced))))
+    assert {field: about[field] for field in again} == again
+    assert (RESULTS / f"{name}.safetensors").stat().st_size <= 650_000
+    assert name == "-".join(about[part] for part in ("dataset", "network", "regime", "recipe"))
+    costs = about["cost_exits"]
+    assert costs[-1] == 1 or costs[-1] > 1, "the full network pays for every IC passed"
+
+
+@pytest.mark.skipif(not COMMITTED, reason="no run is committed yet")
+def test_the_committed_tables_are_fresh(tmp_path: Path) -> None:
+    text = tables.make_tables(RESULTS, tmp_path, figures=False)
+    assert (RESULTS / "tables.md").read_text() == text + "\n"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import shallowdeep as sd
 from shallowdeep.files import read_tensors
 from shallowdeep.joint import Taus
-from shallowdeep.paper import backdoor, pictures, recipes, study
+from shallowdeep.paper import backdoor, figures, pictures, recipes, study
 from shallowdeep.paper.experiments import galleries
 from shallowdeep.paper.networks import EXITS, ResNet
 from shallowdeep.paper.recipes import make_recipe
@@ -229,3 +229,7 @@ def test_a_victim_is_trained_and_written(small: None, tmp_path: Path, monkeypatc
     assert written["epochs"] == 1
     assert len(written["attack_success_exits"]) == 3
     assert found["accuracy_triggered"] == written["accuracy_triggered"]
+    figures.save_figure(
+        figures.backdoor_figure([written, {**written, "poisoning_rate": 0.01}], "a test"), tmp_path / "b.svg"
+    )
+    assert "trigger works" in (tmp_path / "b.svg").read_text()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -46,7 +47,7 @@ class Said(NamedTuple):
         return Said(change(self.log_probs_BC), None if self.hidden_BH is None else change(self.hidden_BH))
 
 
-class InternalClassifier(nn.Module):
+class InternalClassifier(nn.Module, ABC):
     """A head at a cut point: ``classify(reduce(x))`` gives logits [B, C], and its hidden layer for the next IC."""
 
     def __init__(self, spec: ClassifierSpec) -> None:
@@ -66,11 +67,11 @@ class InternalClassifier(nn.Module):
             return _reduce_tokens(x, mask, spec.views)
         return _reduce_map(x.movedim(-1, 1) if spec.channel_dim == -1 else x, spec)
 
+    @abstractmethod
     def classify(self, reduced_BVD: Tensor, previous: Said | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits [B, C] and the hidden layer [B, H] or None; ``previous`` is the exit before, None when it is
         absent.
         """
-        raise NotImplementedError
 
     def matrices(self) -> list[Tensor]:
         """Weights of hidden layers: what an optimiser for matrices may take."""

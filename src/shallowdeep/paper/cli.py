@@ -76,14 +76,16 @@ def data(data_dir: Path, *, download: bool = False, datasets: Names = ()) -> dic
     from shallowdeep.paper import downloads
     from shallowdeep.types import table
 
-    wanted = datasets or tuple(found.name for found in downloads.look(data_dir))
+    wanted = datasets or ("cifar10", "cifar100", "tinyimagenet")
     for name in wanted if download else ():
         downloads.fetch(name, data_dir)
-    looked = [found for found in downloads.look(data_dir) if found.name in wanted]
-    rows = [("data set", "folder", "here", "address", "md5")]
-    rows += [(f.name, f.folder, "yes" if f.here else "missing", f.address, f.md5) for f in looked]
+    looked = downloads.look(data_dir, wanted)
+    rows = [("data set", "folder", "state"), *((f.name, f.folder, f.state) for f in looked)]
     print(table(rows))
-    return {"here": [f.name for f in looked if f.here], "missing": [f.name for f in looked if not f.here]}
+    for found in looked:
+        if found.state != "whole":
+            print(f"{found.name}: {found.address} (md5 {found.md5}); fetch it with --download")
+    return {"state": {found.name: found.state for found in looked}}
 
 
 @app.command
@@ -201,6 +203,7 @@ def backdoor(
     epochs: int | None = None,
     results: Path = Path("results/backdoor"),
     work: Path = Path("runs/paper"),
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """Train victims of BadNets, and measure what early exits win back and what confusion notices.
 
@@ -218,7 +221,10 @@ def backdoor(
         Folder to write one JSON per victim.
     work
         Folder for checkpoints.
+    out
+        SVG file to write the figure to.
     """
+    from shallowdeep.paper import figures
     from shallowdeep.paper.backdoor import backdoor as make
     from shallowdeep.types import table
 
@@ -230,4 +236,6 @@ def backdoor(
         cells = [f"{100 * share:.1f}" for share in (*shares, one["paper"]["accuracy_triggered"])]
         rows.append((f"{one['poisoning_rate']:g}", *cells, f"{one['detection']['auroc']:.3f}"))
     print(table(rows))
+    if out is not None:
+        figures.save_figure(figures.backdoor_figure(found, f"BadNets against {network}"), out)
     return {"victims": found}

@@ -13,43 +13,56 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from shallowdeep.cifar import read_files
 from shallowdeep.files import FormatError
-from shallowdeep.paper.datasets import DATASETS, study_set
+from shallowdeep.paper.datasets import DATASETS, StudySet, study_set
 from shallowdeep.progress import steps
 from shallowdeep.types import DataError
 
+TINY_IMAGES = {"train": 100_000, "val": 10_000}
 PIECE_BYTES = 1 << 20
 UNPACKED_BYTES = 2 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Whether the data set ``name`` is in a folder, and where it comes from."""
+    """One data set of the study in a folder: ``state`` is "whole", "missing", or what is wrong with it."""
 
     name: str
     folder: str
-    here: bool
+    state: str
     address: str
     md5: str
 
 
-def look(data_dir: Path) -> list[Found]:
-    """What is there of each data set of the study; contents are checked when they are read."""
+def look(data_dir: Path, names: Sequence[str] = tuple(DATASETS)) -> list[Found]:
+    """What is there of the data sets ``names``: CIFAR is judged by its files' sums, Tiny ImageNet by counting images."""
+    chosen = [study_set(name) for name in names]
     return [
-        Found(
-            name=chosen.name,
-            folder=chosen.folder,
-            here=(data_dir / chosen.folder).is_dir(),
-            address=chosen.address,
-            md5=chosen.md5,
-        )
-        for chosen in DATASETS.values()
+        Found(name=one.name, folder=one.folder, state=_state(one, data_dir), address=one.address, md5=one.md5)
+        for one in chosen
     ]
+
+
+def _state(chosen: StudySet, data_dir: Path) -> str:
+    folder = data_dir / chosen.folder
+    if not folder.is_dir():
+        return "missing"
+    if chosen.name == "tinyimagenet":
+        found = {part: sum(1 for _ in (folder / part).rglob("*.JPEG")) for part in ("train", "val")}
+        odd = {part: count for part, count in found.items() if count != TINY_IMAGES[part]}
+        return "; ".join(f"{part} has {n:,} of {TINY_IMAGES[part]:,} images" for part, n in odd.items()) or "whole"
+    try:
+        for split in ("train", "test"):
+            read_files(folder, split)
+    except (DataError, FormatError) as error:
+        return str(error)
+    return "whole"
 
 
 def fetch(name: str, data_dir: Path, *, address: str | None = None, md5: str | None = None) -> Path:

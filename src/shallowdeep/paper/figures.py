@@ -5,7 +5,7 @@ It refuses to compute anything. One style: readable in greyscale, by dash and by
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,22 @@ def confusion_figure(found: Mapping[str, Any], title: str) -> Any:
         for middle, value in zip(middles, bins[what], strict=True)
     ]
     return _lines(rows, "confusion:Q", "confusion", "share:Q", "share of the answers", title)
+
+
+def backdoor_figure(victims: Sequence[Mapping[str, Any]], title: str) -> Any:
+    """What the trigger does and what early exits win back, by poisoning rate (``backdoor.backdoor``)."""
+    lines: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
+        "trigger works (full network)": lambda one: one["attack_success"],
+        "triggered images right, full network": lambda one: one["accuracy_triggered"],
+        "triggered images right, early exits": lambda one: one["early_exits"]["accuracy_triggered"],
+        "clean images right, early exits": lambda one: one["early_exits"]["accuracy_clean"],
+    }
+    rows = [
+        {"rate": f"{one['poisoning_rate']:g}", "share": value(one), "what": what}
+        for what, value in lines.items()
+        for one in sorted(victims, key=lambda one: float(one["poisoning_rate"]))
+    ]
+    return _lines(rows, "rate:O", "poisoned share of the training rows", "share:Q", "share of test rows", title)
 
 
 def _lines(rows: list[dict[str, Any]], x: str, x_title: str, y: str, y_title: str, title: str) -> Any:
