@@ -206,6 +206,8 @@ class _Run:
         pair = as_pair(data)
         self.hash_N = torch.zeros(0, dtype=torch.int64) if pair is None else torch.unique(row_hashes(pair[0]))
         self.rows = 0 if pair is None else num_rows(pair[0])
+        if pair is not None:  # once, not in every step: looking at a label makes a GPU wait
+            self.data = (pair[0], check_labels(pair[1], self.rows, num_classes))
 
     def __call__(self, checkpoint_dir: str | os.PathLike[str] | None, trained: nn.Module) -> Tensor:
         """Train ``trained`` to the end from the last checkpoint; returns the hashes of the rows seen."""
@@ -239,14 +241,14 @@ class _Run:
             size = num_rows(inputs)
             if size < self.share.world:
                 continue  # a process without rows would keep the others waiting
-            labels_B = check_labels(labels, size, self.num_classes)
             if streamed:
+                labels = check_labels(labels, size, self.num_classes)
                 hashes.append(row_hashes(inputs))
             view = inputs if self.augment is None else self.augment(inputs, generator)
             own = self.share.of_batch(0)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.lr * self._rate(epoch, seen)
-            self._step(take(view, own), labels_B[own], size, self.taus.at(epoch))
+            self._step(take(view, own), labels[own], size, self.taus.at(epoch))
             seen += size
         if hashes:
             self.hash_N, self.rows = torch.unique(torch.cat(hashes)), seen

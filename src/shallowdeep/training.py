@@ -308,7 +308,7 @@ class _ExitRun:
                 optimizer.load_state_dict(saved)
             first, losses, self.hash_N = state["epoch"], [tuple(loss) for loss in state["losses"]], state["hash_N"]
         for epoch in steps(range(first, self.epochs), "train exits", self.epochs - first):
-            sums, seen = torch.zeros(len(classifiers), dtype=torch.float64), 0
+            sums, seen = torch.zeros(len(classifiers), dtype=torch.float64, device=self.extractor.device), 0
             # Dropout draws from (seed, epoch), so that a resumed run repeats it; the user's generator is not touched.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seeded(self.seed, epoch, 2, self.share.rank).initial_seed())
@@ -345,7 +345,7 @@ class _ExitRun:
         Returns the summed loss per exit.
         """
         device, classifiers = self.extractor.device, self.sdn.classifiers
-        sums = torch.zeros(len(classifiers), dtype=torch.float64)
+        sums = torch.zeros(len(classifiers), dtype=torch.float64, device=device)
         classifiers.zero_grad()
         if len(labels_B):
             labels_B = labels_B.to(device)
@@ -361,7 +361,7 @@ class _ExitRun:
                 [F.cross_entropy(a.float(), labels_B, reduction="sum", label_smoothing=smoothing) for a in answers]
             )
             (loss_E.sum() / size).backward()  # type: ignore[no-untyped-call]
-            sums = loss_E.detach().double().cpu()
+            sums = loss_E.detach().double()
         if self.share.world > 1:
             for parameter in classifiers.parameters():
                 grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)

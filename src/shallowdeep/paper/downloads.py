@@ -41,7 +41,7 @@ class Found:
 
 
 def look(data_dir: Path, names: Sequence[str] = tuple(DATASETS)) -> list[Found]:
-    """What is there of the data sets ``names``: CIFAR is judged by its files' sums, Tiny ImageNet by counting images."""
+    """What is there of the data sets ``names``: CIFAR by its sums, Tiny ImageNet by counting images."""
     chosen = [study_set(name) for name in names]
     return [
         Found(name=one.name, folder=one.folder, state=_state(one, data_dir), address=one.address, md5=one.md5)
