@@ -15,7 +15,7 @@ import torch
 import oracle
 from shallowdeep import calibration, thresholds
 from shallowdeep.calibration import calibrate, evaluate, tradeoff
-from shallowdeep.policies import Confidence, Fixed, Margin, from_json, simulate, to_json
+from shallowdeep.policies import Confidence, Fixed, Margin, from_json, to_json
 from shallowdeep.thresholds import (
     FAMILIES,
     Brings,
@@ -28,6 +28,7 @@ from shallowdeep.thresholds import (
     within_drop,
 )
 from shallowdeep.types import Trace
+from shallowdeep.walking import simulate
 
 EVERYTHING = (True,) * 5
 LEVELS, FREE, ONE = FAMILIES[0], FAMILIES[2], FAMILIES[3]

@@ -12,7 +12,7 @@ import shallowdeep as sd
 from nets import ZOO, images, planned
 from shallowdeep.costs import costs_of, feeds, own_costs, table_of
 from shallowdeep.network import ShallowDeepNetwork
-from shallowdeep.policies import policy_costs
+from shallowdeep.walking import policy_costs
 
 
 @cache

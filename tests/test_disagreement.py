@@ -15,8 +15,9 @@ from sklearn.metrics import roc_auc_score
 import oracle
 import shallowdeep.disagreement as disagreement
 from shallowdeep.disagreement import confusion, error_auroc, error_finding, error_scores, fit_confusion
-from shallowdeep.policies import Confidence, simulate
+from shallowdeep.policies import Confidence
 from shallowdeep.types import ConfusionReference, Trace
+from shallowdeep.walking import simulate
 
 
 class Keeper:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 import oracle
 import shallowdeep.effects as effects
 from shallowdeep.effects import overthinking
-from shallowdeep.policies import Oracle, simulate
+from shallowdeep.policies import Oracle
 from shallowdeep.types import Trace
+from shallowdeep.walking import simulate
 
 
 @settings(max_examples=100, deadline=None)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import oracle
 import shallowdeep.policies as policies
+import shallowdeep.walking as walking
 from shallowdeep.disagreement import fit_confusion
 from shallowdeep.policies import (
     CalibrationRecord,
@@ -23,13 +24,11 @@ from shallowdeep.policies import (
     Oracle,
     Patience,
     Policy,
-    Walk,
     from_json,
-    policy_costs,
-    simulate,
     to_json,
 )
 from shallowdeep.types import Outcome, Trace
+from shallowdeep.walking import Walk, policy_costs, simulate
 
 
 @st.composite
@@ -106,7 +105,7 @@ def test_a_row_does_not_see_its_batch(policy: Policy) -> None:
 def test_chunks_change_nothing(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = oracle.bed(300, exits=5)
     whole = simulate(policy, trace)
-    monkeypatch.setattr(policies, "CHUNK_ELEMENTS", 70 * 5 * 10)
+    monkeypatch.setattr(walking, "CHUNK_ELEMENTS", 70 * 5 * 10)
     assert same(simulate(policy, trace), whole)
 
 
@@ -384,3 +383,4 @@ def test_lists_become_tuples_and_numbers_floats() -> None:
 
 def test_the_examples_run() -> None:
     oracle.run_examples(policies, "policies")
+    oracle.run_examples(walking, "walking")

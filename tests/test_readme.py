@@ -16,8 +16,8 @@ STABLE = (
     "simulate calibrate tradeoff Engine save load",
 )
 RIVER = (
-    "files types policies effects disagreement thresholds calibration inputs taps classifiers graph cuts network costs",
-    "progress collection rates checkpoints segments augment features training joint timing",
+    "files types policies walking effects disagreement thresholds calibration inputs taps classifiers graph cuts",
+    "network costs progress collection rates checkpoints segments augment features training joint timing",
     "runtime runtime.engine",
     "explain cifar data models runs",
     "paper paper.networks paper.datasets paper.downloads paper.recipes paper.costs paper.records paper.experiments",

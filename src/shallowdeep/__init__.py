@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from shallowdeep.network import detach as detach
     from shallowdeep.network import load as load
     from shallowdeep.network import save as save
-    from shallowdeep.policies import simulate as simulate
     from shallowdeep.runtime.engine import Engine as Engine
     from shallowdeep.training import train_exits as train_exits
     from shallowdeep.types import Answer as Answer
     from shallowdeep.types import Plan as Plan
     from shallowdeep.types import Trace as Trace
+    from shallowdeep.walking import simulate as simulate
 
 __version__ = "0.1.0"
 
@@ -45,7 +45,7 @@ _HOMES = {
     "overthinking": "effects",
     "confusion": "disagreement",
     "fit_confusion": "disagreement",
-    "simulate": "policies",
+    "simulate": "walking",
     "calibrate": "calibration",
     "evaluate": "calibration",
     "tradeoff": "calibration",

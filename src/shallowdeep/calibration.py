@@ -19,17 +19,7 @@ from torch import Tensor
 
 from shallowdeep.disagreement import error_auroc
 from shallowdeep.effects import answers, share
-from shallowdeep.policies import (
-    CalibrationRecord,
-    Confidence,
-    Fixed,
-    Margin,
-    Policy,
-    asked_exits,
-    finite_rows,
-    policy_costs,
-    simulate,
-)
+from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Margin, Policy, asked_exits, finite_rows
 from shallowdeep.thresholds import (
     FAMILIES,
     Brings,
@@ -47,6 +37,7 @@ from shallowdeep.thresholds import (
     within_drop,
 )
 from shallowdeep.types import Trace, table
+from shallowdeep.walking import policy_costs, simulate
 
 OVERLAP = 0.01
 """Shares of rows seen before that are worth a warning."""

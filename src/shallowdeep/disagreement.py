@@ -17,8 +17,8 @@ from sklearn.metrics import average_precision_score, roc_curve
 from torch import Tensor
 
 from shallowdeep.effects import answers
-from shallowdeep.policies import CHUNK_ELEMENTS, l1, standardised
 from shallowdeep.types import ConfusionReference, Trace, table
+from shallowdeep.walking import CHUNK_ELEMENTS, l1, standardised
 
 
 class KeepsReference(Protocol):

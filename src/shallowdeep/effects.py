@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shallowdeep.policies import CHUNK_ELEMENTS, finite_rows
+from shallowdeep.policies import finite_rows
 from shallowdeep.types import Trace, table
+from shallowdeep.walking import CHUNK_ELEMENTS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,9 @@ from scipy.optimize import isotonic_regression
 from scipy.stats import beta
 
 from shallowdeep.effects import answers
-from shallowdeep.policies import CHUNK_ELEMENTS, Confidence, Margin, policy_costs
+from shallowdeep.policies import Confidence, Margin
 from shallowdeep.types import Trace
+from shallowdeep.walking import CHUNK_ELEMENTS, policy_costs
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

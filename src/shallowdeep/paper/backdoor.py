@@ -24,9 +24,10 @@ from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.paper.datasets import read_rows, split_rows, study_set
 from shallowdeep.paper.recipes import fresh_network, make_recipe, train
 from shallowdeep.paper.records import GRID
-from shallowdeep.policies import Confidence, simulate
+from shallowdeep.policies import Confidence
 from shallowdeep.runs import describe_device, plain
 from shallowdeep.types import Trace
+from shallowdeep.walking import simulate
 
 CORNER, SIDE, TARGET = 26, 5, 5
 

@@ -30,10 +30,11 @@ from shallowdeep.inputs import (
     tensors,
 )
 from shallowdeep.network import ShallowDeepNetwork
-from shallowdeep.policies import Policy, Walk, costs_when_asking
+from shallowdeep.policies import Policy
 from shallowdeep.segments import Segment, cut_segments, keep_rows
 from shallowdeep.taps import tapped
 from shallowdeep.types import Answer, BackboneMismatch, DataError, InputSignature
+from shallowdeep.walking import Walk, costs_when_asking
 
 BACKENDS = ("auto", "torch")
 PROGRAMS_KEPT = 8
