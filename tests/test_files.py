@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from shallowdeep import files
 from shallowdeep.files import FormatError, read_json, read_tensors, write_tensors, write_text
@@ -64,3 +65,17 @@ def test_absent_files_name_themselves(tmp_path: Path) -> None:
             read(tmp_path / "gone")
         with pytest.raises(FormatError, match="No file"):
             read(tmp_path)
+
+
+def test_a_full_disk_is_an_oserror_and_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"a": torch.ones(1)}, {})
+
+    def full(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match="could not be written: No space left"):
+        write_tensors(path, {"a": torch.zeros(1)}, {})
+    assert float(read_tensors(path)[0]["a"]) == 1.0
+    assert [found.name for found in tmp_path.iterdir()] == ["x.safetensors"]

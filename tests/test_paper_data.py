@@ -169,7 +169,7 @@ GOOD = {"cifar-10-batches-py/data_batch_1": bytes(range(256)) * 4000, "cifar-10-
 fetch = partial(downloads.fetch, "cifar10")
 
 
-def test_a_broken_download_goes_on_where_it_was(server: str, tmp_path: Path) -> None:
+def test_a_broken_download_goes_on_where_it_was(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = tarred(GOOD)
     Server.content, Server.cut, Server.cuts = content, len(content) // 2, 1
     with pytest.raises(DataError, match="run it again"):
@@ -178,6 +178,9 @@ def test_a_broken_download_goes_on_where_it_was(server: str, tmp_path: Path) -> 
     folder = fetch(tmp_path, address=server, md5=md5(content))
     assert (folder / "data_batch_1").read_bytes() == GOOD["cifar-10-batches-py/data_batch_1"]
     assert Server.asked == [None, f"bytes={len(content) // 2}-"]
+    with pytest.raises(DataError, match=r"is damaged .* move it away"):
+        fetch(tmp_path, address=server, md5="nobody looks")
+    monkeypatch.setattr(downloads, "_state", lambda *_: "whole")
     assert fetch(tmp_path, address=server, md5="nobody looks") == folder, "what is there is not fetched again"
     assert len(Server.asked) == 2
     assert not list(tmp_path.glob(".unpack-*"))
@@ -226,6 +229,17 @@ def test_a_bomb_is_refused(server: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(downloads, "UNPACKED_BYTES", 1000)
     with pytest.raises(DataError, match="the limit is 1,000"):
         fetch(tmp_path, address=server, md5=md5(Server.content))
+
+
+def test_a_full_disk_while_fetching_is_said(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        name = "x.partial"
+
+        def write(self, _: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(DataError, match=r"No space left on device.*make room"):
+        downloads._write(Full(), b"1")  # type: ignore[arg-type]
 
 
 def test_offline_is_one_sentence(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from shallowdeep.files import FormatError
 _deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 
 
-class OutOfTime(Exception):
+class OutOfTime(ValueError):
     """The time given by ``time_limit`` is over; what was done is in the checkpoint."""
 
 
@@ -74,6 +74,8 @@ class Checkpoint:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, self.path)
+        except RuntimeError as error:  # the zip writer's way to say that the disk is full
+            raise OSError(f"{self.path} could not be written: {error}.") from None
         finally:
             partial.unlink(missing_ok=True)
         if deadline is not None and self.saved + (self.saved - before) > deadline:

@@ -119,7 +119,7 @@ def train(
     epochs: int | None = None,
     jointly: bool = False,
     augment: Literal["none", "crop", "flip-crop"] = "none",
-    views: int = 3,
+    views: int | None = None,
     lr: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def train(
     augment
         Random views of images: shifts (crop), also mirrored (flip-crop).
     views
-        How many random views are made once and used in turn.
+        How many random views are made once and used in turn; default: the recipe's.
     lr
         Learning rate of joint training.
     seed

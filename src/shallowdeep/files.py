@@ -27,6 +27,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, dict(metadata))
         os.replace(partial, path)
+    except SafetensorError as error:  # its way to say that the disk is full
+        raise OSError(f"{path} could not be written: {error}.") from None
     finally:
         partial.unlink(missing_ok=True)
 

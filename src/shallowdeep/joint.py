@@ -219,10 +219,11 @@ class _Run:
             self.optimizer.load_state_dict(state["optimizer"])
             first, self.hash_N, self.rows = state["epoch"], state["hash_N"], state["rows"]
         modes = [(module, module.training) for module in trained.modules()]
+        gpus = [self.fabric.device] if self.fabric.device.type == "cuda" else []
         try:
             for epoch in steps(range(first, self.epochs), "train", self.epochs - first):
                 trained.train()
-                with torch.random.fork_rng(devices=[]):
+                with torch.random.fork_rng(devices=gpus):
                     torch.manual_seed(seeded(self.seed, epoch, 2, self.share.rank).initial_seed())
                     self._epoch(epoch)
                 if self.fabric.is_global_zero:

@@ -78,7 +78,7 @@ def _fold_batch_norms(piece: fx.GraphModule) -> None:
         values = [_constant(piece, node) for node in given]
         kernel, offset, weight, bias, mean, var = values
         unknown = any(value is None and node is not None for node, value in zip(given, values, strict=True))
-        if unknown or kernel is None or mean is None or var is None:
+        if unknown or kernel is None or mean is None or var is None or norm.args[5]:
             continue
         scale = torch.rsqrt(var + norm.args[7]) * (1 if weight is None else weight)
         shift = (0 if bias is None else bias) + ((0 if offset is None else offset) - mean) * scale

@@ -60,7 +60,8 @@ class ExitRecipe:
     ``milestones`` the rate falls tenfold after those epochs; without, it follows one cycle. ``decoupled`` is AdamW's
     weight decay, else L2 inside Adam. ``absent`` is the share of rows whose previous exit is silent in training, so
     that an IC can also answer without it. Where rows are few, batches shrink so that an epoch has ``least_steps``.
-    With ``bf16`` ICs compute in it where the backbone does; small ones are slower so.
+    With ``bf16`` ICs compute in it where the backbone does; small ones are slower so. ``views`` random views of the
+    data are made once and used in turn: the more, the less deep ICs learn rows by heart.
     """
 
     lr: float
@@ -74,6 +75,7 @@ class ExitRecipe:
     label_smoothing: float = 0.0
     absent: float = 0.0
     bf16: bool = True
+    views: int = 3
 
 
 MUON_DECAY = 0.05
@@ -82,7 +84,7 @@ GATHERED_ROWS = 4096
 PAPER_EXITS = ExitRecipe(lr=1e-3, weight_decay=5e-4, decoupled=False, batch_size=128, milestones=(14,), bf16=False)
 """Adam with L2, 1e-3 for 14 epochs, then 1e-4: what the original code really runs (arXiv 1810.07052)."""
 STRONG_EXITS = ExitRecipe(
-    epochs=12, lr=3e-3, weight_decay=2e-2, muon_lr=2e-2, batch_size=1024, least_steps=40, absent=0.1
+    epochs=12, lr=3e-3, weight_decay=2e-2, muon_lr=2e-2, batch_size=1024, least_steps=40, absent=0.1, views=5
 )
 
 
@@ -111,7 +113,7 @@ def train_exits(
     *,
     epochs: int | None = None,
     augment: Augment | None = None,
-    views: int = 3,
+    views: int | None = None,
     recipe: ExitRecipe | None = None,
     cache: Cache = "auto",
     cache_bytes: int = CACHE_BYTES,
@@ -125,16 +127,17 @@ def train_exits(
 
     ``data`` is a DataLoader, an iterable of ``(inputs, labels)`` or one such pair. ``epochs`` defaults to the
     recipe's: 25 for the paper's ICs, 12 for strong ones, which then begin to learn rows by heart. ``augment(inputs,
-    generator)`` draws random views, of which ``views`` are made once and used in turn; without it there is one clean
-    view. ``cache``: ``"auto"`` keeps features in memory, or on disk where memory is short, while all views fit into
-    ``cache_bytes``, and else streams (``"off"``: the backbone runs in every epoch). Features under ``cache_dir`` are
-    found again by a later run, if complete. With ``checkpoint_dir`` a killed run goes on after its last whole epoch.
+    generator)`` draws random views, of which ``views`` (default: the recipe's) are made once and used in turn; without
+    it there is one clean view. ``cache``: ``"auto"`` keeps features in memory, or on disk where memory is short, while
+    all views fit into ``cache_bytes``, and else streams (``"off"``: the backbone runs in every epoch). Features under
+    ``cache_dir`` are found again by a later run, if complete. With ``checkpoint_dir`` a killed run goes on after its last whole epoch.
     ``precision`` is the backbone's; ``"auto"`` takes bf16 where a timed batch is faster. ``fabric`` is a launched
     ``lightning_fabric.Fabric``; each of its processes takes its share of every batch. Raises ``DataError`` for labels
     outside the classes, empty data, or an iterator that can be read only once where more passes are needed.
     """
     recipe = recipe or default_recipe(sdn.plan)
     epochs = recipe.epochs if epochs is None else epochs
+    views = recipe.views if views is None else views
     if epochs < 1 or views < 1 or precision not in ("auto", "fp32", "bf16"):
         raise ValueError(
             f"Need epochs >= 1, views >= 1, precision auto, fp32 or bf16; found {epochs}, {views}, {precision!r}."
@@ -302,6 +305,7 @@ class _ExitRun:
         classifiers, recipe = self.sdn.classifiers, self.recipe
         optimizers = make_optimizers(self.sdn, recipe)
         first, losses = 0, []
+        gpus = [self.extractor.device] if self.extractor.device.type == "cuda" else []
         if state is not None:
             classifiers.load_state_dict(state["classifiers"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -310,7 +314,7 @@ class _ExitRun:
         for epoch in steps(range(first, self.epochs), "train exits", self.epochs - first):
             sums, seen = torch.zeros(len(classifiers), dtype=torch.float64, device=self.extractor.device), 0
             # Dropout draws from (seed, epoch), so that a resumed run repeats it; the user's generator is not touched.
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=gpus):
                 torch.manual_seed(seeded(self.seed, epoch, 2, self.share.rank).initial_seed())
                 for features, labels, size in parts_of(epoch):
                     for optimizer in optimizers:

@@ -108,7 +108,7 @@ def train_verb(
     epochs: int | None = None,
     jointly: bool = False,
     augment: Literal["none", "flip-crop", "crop"] = "none",
-    views: int = 3,
+    views: int | None = None,
     lr: float | None = None,
     seed: int = 0,
 ) -> Result:

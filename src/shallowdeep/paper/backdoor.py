@@ -19,7 +19,7 @@ from shallowdeep.calibration import tradeoff
 from shallowdeep.collection import collect
 from shallowdeep.disagreement import confusion, error_scores, fit_confusion
 from shallowdeep.effects import answers, share
-from shallowdeep.files import write_text
+from shallowdeep.files import read_json, write_text
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.paper.datasets import read_rows, split_rows, study_set
 from shallowdeep.paper.recipes import fresh_network, make_recipe, train
@@ -64,11 +64,16 @@ def backdoor(
     """Train a victim on CIFAR-10 and its ICs on clean rows, judge both, and write ``NAME.json`` into ``results``.
 
     The owner of the ICs got the network from somebody else and has clean rows of their own; the trigger is unknown to
-    them. Thresholds come from the held-out clean rows. Resumable under a ``time_limit``.
+    them. Thresholds come from the held-out clean rows. What is recorded already is read; the rest goes on after every
+    epoch, and inside a ``time_limit`` stops there with ``OutOfTime``.
     """
     chosen, how = study_set("cifar10"), make_recipe(recipe, network)
     how = how if epochs is None else dataclasses.replace(how, epochs=epochs)
     name = f"cifar10-{network}-backdoor-{recipe}-rate{rate:g}"
+    name += f"-epochs{epochs}" if epochs else ""
+    name += f"-seed{seed}" if seed else ""
+    if (results / f"{name}.json").is_file():
+        return dict(read_json(results / f"{name}.json"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, labels_N = (part.to(device) for part in read_rows("cifar10", data_dir, "train"))
     kept, held = split_rows(labels_N.cpu())
@@ -76,7 +81,7 @@ def backdoor(
     victim = fresh_network(network, chosen, seed).to(device)
     spoiled = poisoned(clean, rate, seed)
     train("cnn", how, network, chosen, spoiled, start=victim, folder=work / name / "victim", seed=seed)
-    sdn = train("ic-only", how, network, chosen, clean, start=victim, folder=work / name / "ics", seed=seed)
+    sdn, _ = train("ic-only", how, network, chosen, clean, start=victim, folder=work / name / "ics", seed=seed)
     assert isinstance(sdn, ShallowDeepNetwork)
     test = read_rows("cifar10", data_dir, "test")
     found = judge(
@@ -84,7 +89,14 @@ def backdoor(
         collect(sdn, test),
         collect(sdn, (stamped(test[0]), test[1])),
     )
-    about = {"dataset": "cifar10", "network": network, "recipe": recipe, "poisoning_rate": rate, "epochs": how.epochs}
+    about = {
+        "dataset": "cifar10",
+        "network": network,
+        "regime": "backdoor",
+        "recipe": recipe,
+        "poisoning_rate": rate,
+        "epochs": how.epochs,
+    }
     about |= {"seed": seed, "training_rows": len(kept), "device": describe_device()}
     write_text(results / f"{name}.json", json.dumps(plain(about | found), indent=1) + "\n")
     return about | found

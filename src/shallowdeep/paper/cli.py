@@ -201,7 +201,8 @@ def backdoor(
     rates: Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())] = (0.005, 0.02, 0.1),
     network: Literal["vgg16", "resnet56", "wrn32-4", "mobilenet"] = "vgg16",
     epochs: int | None = None,
-    results: Path = Path("results/backdoor"),
+    minutes: float = 1e6,
+    results: Path = RESULTS,
     work: Path = Path("runs/paper"),
     out: Path | None = None,
 ) -> dict[str, Any]:
@@ -217,6 +218,8 @@ def backdoor(
         Network of the victims.
     epochs
         Default: the fast recipe's.
+    minutes
+        Stop between two epochs when the time is over; the next call goes on.
     results
         Folder to write one JSON per victim.
     work
@@ -224,11 +227,15 @@ def backdoor(
     out
         SVG file to write the figure to.
     """
+    from shallowdeep.checkpoints import time_limit
     from shallowdeep.paper import figures
     from shallowdeep.paper.backdoor import backdoor as make
     from shallowdeep.types import table
 
-    found = [make(data_dir, rate=rate, network=network, epochs=epochs, results=results, work=work) for rate in rates]
+    with time_limit(60 * minutes):
+        found = [
+            make(data_dir, rate=rate, network=network, epochs=epochs, results=results, work=work) for rate in rates
+        ]
     head = ("poisoned", "attack works", "triggered: full", "early exits", "paper's way", "AUROC of confusion")
     rows: list[tuple[str, ...]] = [head]
     for one in found:

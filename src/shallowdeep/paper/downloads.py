@@ -74,6 +74,9 @@ def fetch(name: str, data_dir: Path, *, address: str | None = None, md5: str | N
     chosen = study_set(name)
     target = data_dir / chosen.folder
     if target.is_dir():
+        state = _state(chosen, data_dir)
+        if state != "whole":
+            raise DataError(f"{target} is damaged ({state}); move it away and run this again.")
         return target
     address, md5 = address or chosen.address, md5 or chosen.md5
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -103,10 +106,10 @@ def _download(address: str, archive: Path) -> None:
             have = have if resumed else 0
             left = answer.headers.get("Content-Length")
             total = None if left is None else have + int(left)
+            pieces = None if left is None else -(-int(left) // PIECE_BYTES)
             with partial.open("ab" if resumed else "wb") as file:
-                pieces = None if left is None else -(-int(left) // PIECE_BYTES)
                 for piece in steps(_pieces(answer), f"fetch {archive.name} (MiB)", pieces):
-                    file.write(piece)
+                    _write(file, piece)
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:  # nothing left to send: the last try ended just before the rename
             partial.rename(archive)
@@ -121,6 +124,13 @@ def _download(address: str, archive: Path) -> None:
     if total is not None and size != total:
         raise DataError(f"{address} stopped after {size:,} of {total:,} bytes; run it again to go on.")
     partial.rename(archive)
+
+
+def _write(file: BinaryIO, piece: bytes) -> None:
+    try:
+        file.write(piece)
+    except OSError as error:
+        raise DataError(f"{file.name} could not be written ({error.strerror}); make room and run it again.") from None
 
 
 def _pieces(answer: BinaryIO) -> Iterator[bytes]:

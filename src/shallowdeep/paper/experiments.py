@@ -65,21 +65,25 @@ def galleries(reduced: ReducedTrace, limit: int = 25) -> dict[str, list[int]]:
     }
 
 
-def early_exits(reduced: ReducedTrace) -> dict[str, Any]:
+def early_exits(reduced: ReducedTrace, cnn: ReducedTrace | None = None) -> dict[str, Any]:
     """Section 5.1 under both protocols, and the whole curve of one threshold on the test rows, for the figure."""
-    found = figures(reduced)
-    curves = tradeoff(reduced.part("test").trace()).curves
+    found = figures(reduced, cnn)
     names = ("accuracy_at_cost", "cost_at_equal_accuracy", "test_drop_at_equal_accuracy", "best")
-    curve: dict[str, Any] = {"cost": [], "accuracy": []}
-    if curves:
-        thin = torch.linspace(0, len(curves[0].cost_P) - 1, min(200, len(curves[0].cost_P))).long()
-        curve = {"cost": curves[0].cost_P[thin].tolist(), "accuracy": curves[0].accuracy_P[thin].tolist()}
     return {
-        "accuracy_cnn": found["accuracy_exits"][-1],
+        "accuracy_cnn": found["paper"]["accuracy_cnn"],
         "clean": {name: found[name] for name in names},
         "paper": {name: found["paper"][name] for name in names},
-        "curve": curve,
+        "curve": accuracy_cost_curve(reduced),
     }
+
+
+def accuracy_cost_curve(reduced: ReducedTrace, points: int = 200) -> dict[str, list[float]]:
+    """Mean cost and accuracy of one threshold on the test rows, from nobody leaving early to everybody."""
+    curves = tradeoff(reduced.part("test").trace()).curves
+    if not curves:
+        return {"cost": [], "accuracy": []}
+    thin = torch.linspace(0, len(curves[0].cost_P) - 1, min(points, len(curves[0].cost_P))).long()
+    return {"cost": curves[0].cost_P[thin].tolist(), "accuracy": curves[0].accuracy_P[thin].tolist()}
 
 
 def error_alarms(reduced: ReducedTrace) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def error_alarms(reduced: ReducedTrace) -> dict[str, Any]:
     test = reduced.part("test")
     wrong_N = test.said_EN[-1] != test.labels_N
     suspicion: Mapping[str, Tensor] = {
-        "confusion": test.confusion_N.double(),
+        "confusion": test.confusion_N,
         "max-softmax": torch.sigmoid(-test.log_odds_EN[-1].double()),
         "entropy": test.entropy_EN[-1].double(),
         "margin": -test.margin_N.double(),

@@ -6,6 +6,7 @@ It refuses to know files and results; every step of training is the library's ow
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -31,7 +32,8 @@ Rows: TypeAlias = tuple[Tensor, Tensor]
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How one network is trained: alone or jointly (``whole``), its ICs alone (``exits``), and jointly from a trained
-    network (``after``). ``holds_out`` says whether 5,000 training rows are kept for choosing.
+    network (``after``). ``holds_out`` says whether 5,000 training rows are kept for choosing; ``cached`` whether ICs
+    learn from three views made once, or the network runs in every epoch, as the authors' does.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Recipe:
     after_epochs: int
     holds_out: bool
     bf16: bool
+    cached: bool
 
 
 def make_recipe(name: str, network: str) -> Recipe:
@@ -59,12 +62,21 @@ def make_recipe(name: str, network: str) -> Recipe:
             after_epochs=50,
             holds_out=False,
             bf16=False,
+            cached=False,
         )
     if name == "fast":
         whole = JointRecipe(lr=0.1, nesterov=True, weight_decay=5e-4, milestones=())
         after = dataclasses.replace(whole, lr=0.02)
         return Recipe(
-            name=name, epochs=20, whole=whole, exits=exits, after=after, after_epochs=10, holds_out=True, bf16=True
+            name=name,
+            epochs=20,
+            whole=whole,
+            exits=exits,
+            after=after,
+            after_epochs=10,
+            holds_out=True,
+            bf16=True,
+            cached=True,
         )
     raise ValueError(f"No recipe {name!r}. Recipes: paper, fast.")
 
@@ -85,8 +97,8 @@ def with_exits(model: Normalised, network: str, chosen: StudySet, seed: int) -> 
     for exit in range(len(planned.cuts)):
         linear = sdn.classifier(exit).get_submodule("linear")
         assert isinstance(linear, nn.Linear)
-        if network == "vgg16":
-            nn.init.normal_(linear.weight, 0, 0.01)
+        if network == "vgg16":  # drawn on the CPU: the same start on every device
+            linear.weight.data.copy_(0.01 * torch.randn(linear.weight.shape))
         if network in ("vgg16", "wrn32-4"):
             nn.init.zeros_(linear.bias)
     return sdn
@@ -102,13 +114,15 @@ def train(
     start: Normalised,
     folder: Path,
     seed: int,
-) -> nn.Module:
+) -> tuple[nn.Module, str]:
     """Train under ``regime`` from ``start`` (untrained for "cnn" and "sdn-training", trained for the others).
 
-    Returns the plain network for "cnn", else the SDN. A killed run goes on from ``folder``.
+    Returns the plain network for "cnn", else the SDN, and the precision of the network's passes. A killed run goes on
+    from ``folder``.
     """
     device = next(start.parameters()).device
-    fabric = Fabric(accelerator=device.type, devices=1, precision="bf16-mixed" if recipe.bf16 else "32-true")
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed" if recipe.bf16 else "32-true"
+    fabric = Fabric(accelerator=device.type, devices=1, precision=precision)
     shift = FlipCrop(padding=chosen.padding)
     augment: Augment = Chain((ColorJitter(), shift)) if chosen.name == "tinyimagenet" else shift
     if regime == "cnn":
@@ -124,21 +138,26 @@ def train(
             compiled=recipe.bf16 and device.type == "cuda",
             fabric=fabric,
         )
-        return start
+        return start, precision
     sdn = with_exits(start, network, chosen, seed)
     if regime == "ic-only":
-        train_exits(
+        # A GPU runs the network again faster than a disk brings its features back.
+        on_disk = recipe.cached and device.type == "cpu"
+        done = train_exits(
             sdn,
             rows,
             augment=augment,
             recipe=recipe.exits,
+            cache="disk" if on_disk else "auto" if recipe.cached else "off",
+            cache_dir=folder / "features" if on_disk else None,
             checkpoint_dir=folder,
             seed=seed,
             precision="auto" if recipe.bf16 else "fp32",
         )
-        return sdn
+        shutil.rmtree(folder / "features", ignore_errors=True)
+        return sdn, done.precision
     whole, epochs = (recipe.whole, recipe.epochs) if regime == "sdn-training" else (recipe.after, recipe.after_epochs)
-    return train_jointly(
+    trained = train_jointly(
         sdn,
         rows,
         epochs=epochs,
@@ -149,3 +168,4 @@ def train(
         seed=seed,
         fabric=fabric,
     )
+    return trained, precision

@@ -16,14 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shallowdeep.calibration import evaluate, tradeoff
+from shallowdeep.calibration import Evaluation, evaluate, tradeoff
 from shallowdeep.disagreement import confusion, error_auroc, fit_confusion
 from shallowdeep.effects import answers, overthinking, share
 from shallowdeep.files import FormatError, read_tensors, write_tensors
 from shallowdeep.policies import Confidence
 from shallowdeep.types import Trace
+from shallowdeep.walking import standardised
 
+NOT_AVAILABLE = "not available"
 FORMAT = 1
+ABOUT = ("cost_E", "exit_names", "num_classes", "held_out", "confusion_moments")
 BUDGETS = (0.25, 0.5, 0.75)
 GRID = (0.1, 0.15, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 """The thresholds that the authors tried, each on the very rows they reported."""
@@ -33,8 +36,10 @@ GRID = (0.1, 0.15, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 class ReducedTrace:
     """Answers of E exits about N rows, of which the first ``held_out`` may choose and the others are the test set.
 
-    ``log_odds_EN`` is that of the greatest softmax p, log(p / (1 - p)); ``entropy_EN`` is in nats. ``margin_N``,
-    ``energy_N`` (minus the log-sum-exp of the logits) and ``confusion_N`` belong to the full exit's answer.
+    ``log_odds_EN`` is that of the greatest softmax p, log(p / (1 - p)); ``entropy_EN`` is in nats. Of the full exit:
+    ``margin_N`` is log((1 + m) / (1 - m)) of the margin m (m itself would round to 1), ``energy_N`` minus the
+    log-sum-exp of the logits, and ``log_confusion_N`` the log of the raw confusion, whose mean and deviation over the
+    held-out rows are ``confusion_moments`` (0 and 1 without such rows).
     """
 
     said_EN: Tensor
@@ -42,21 +47,32 @@ class ReducedTrace:
     entropy_EN: Tensor
     margin_N: Tensor
     energy_N: Tensor
-    confusion_N: Tensor
+    log_confusion_N: Tensor
     labels_N: Tensor
     cost_E: tuple[float, ...]
     exit_names: tuple[str, ...]
     num_classes: int
     held_out: int
+    confusion_moments: tuple[float, float]
+
+    @property
+    def confusion_N(self) -> Tensor:
+        """The standardised confusion of the full exit's answers, float64 [N]."""
+        return standardised(self.log_confusion_N.double().exp(), *self.confusion_moments)
+
+    def accuracy(self, part: str) -> float:
+        """Share of the "held_out" or "test" rows about which the full exit is right."""
+        rows = self.part(part)
+        return share(rows.said_EN[-1] == rows.labels_N)
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file of 5 bytes per row and exit, and 8 per row."""
+        """Write one safetensors file of 5 bytes per row and exit, and 7 per row."""
         tensors = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
             if isinstance(getattr(self, field.name), Tensor)
         }
-        about = {name: getattr(self, name) for name in ("cost_E", "exit_names", "num_classes", "held_out")}
+        about = {name: getattr(self, name) for name in ABOUT}
         write_tensors(path, tensors, {"shallowdeep_study": json.dumps({"format": FORMAT, **about})})
 
     @classmethod
@@ -73,6 +89,7 @@ class ReducedTrace:
                 exit_names=tuple(about["exit_names"]),
                 num_classes=about["num_classes"],
                 held_out=about["held_out"],
+                confusion_moments=tuple(about["confusion_moments"]),
             )
         except (KeyError, TypeError) as error:
             raise FormatError(f"{path} is not a reduced trace of the study ({error}).") from None
@@ -104,20 +121,21 @@ class ReducedTrace:
 
 
 def reduce_traces(held_out: Trace | None, test: Trace) -> ReducedTrace:
-    """The reduced trace of held-out rows (if any) and test rows.
-
-    Confusion is standardised by the held-out rows, or raw without them.
-    """
-    reference = None if held_out is None else fit_confusion(None, held_out)
+    """The reduced trace of held-out rows (if any) and test rows."""
     parts = [trace for trace in (held_out, test) if trace is not None]
-    columns = [_columns(trace) | {"confusion_N": confusion(trace, reference).half()} for trace in parts]
+    columns = [_columns(trace) for trace in parts]
     whole: dict[str, Tensor] = {name: torch.cat([column[name] for column in columns], -1) for name in columns[0]}
+    moments = (0.0, 1.0)
+    if held_out is not None:
+        asked = torch.ones(held_out.num_exits, dtype=torch.bool)
+        moments = fit_confusion(None, held_out).moments(held_out.full_exit, asked)
     return ReducedTrace(
         **whole,
         cost_E=tuple(test.cost_E.tolist()),
         exit_names=test.exit_names,
         num_classes=test.num_classes,
         held_out=0 if held_out is None else held_out.num_samples,
+        confusion_moments=moments,
     )
 
 
@@ -125,46 +143,54 @@ def _columns(trace: Trace) -> dict[str, Tensor]:
     log_odds, entropies = [], []
     for logits_NC in trace.logits_ENC:
         log_softmax_NC = logits_NC.double().log_softmax(1)
-        top_N = log_softmax_NC.amax(1)
-        rest_N = log_softmax_NC.scatter(1, log_softmax_NC.argmax(1, keepdim=True), -math.inf).logsumexp(1)
-        log_odds.append((top_N - rest_N).half())  # the confidence itself would round to 1
+        log_odds.append(_log_odds(log_softmax_NC).half())
         entropies.append(torch.special.entr(log_softmax_NC.exp()).sum(1).half())
     full_NC = trace.logits_ENC[trace.full_exit].double()
-    two_N2 = full_NC.softmax(1).topk(2, 1).values
+    first, second = full_NC.softmax(1).topk(2, 1).values.unbind(1)
+    rest = torch.sigmoid(-_log_odds(full_NC.log_softmax(1)))  # 1 - p, exact where p rounds to 1
+    raw = dataclasses.replace(trace, confusion_reference=None)
     return {
         "said_EN": answers(trace).to(torch.uint8),
         "log_odds_EN": torch.stack(log_odds),
         "entropy_EN": torch.stack(entropies),
-        "margin_N": (two_N2[:, 0] - two_N2[:, 1]).half(),
+        "margin_N": ((1 + first - second) / (rest + second)).log().half(),
         "energy_N": -full_NC.logsumexp(1).half(),
+        "log_confusion_N": confusion(raw).log().half(),
         "labels_N": trace.labels_N.to(torch.uint8),
     }
+
+
+def _log_odds(log_softmax_NC: Tensor) -> Tensor:
+    top = log_softmax_NC.max(1)
+    rest_N = log_softmax_NC.scatter(1, top.indices.unsqueeze(1), -math.inf).logsumexp(1)
+    return top.values - rest_N
 
 
 # ---------------------------------------------------------------- figures
 
 
-def figures(reduced: ReducedTrace) -> dict[str, Any]:
+def figures(reduced: ReducedTrace, cnn: ReducedTrace | None = None) -> dict[str, Any]:
     """The figures of a run under both protocols; the top level is the clean one, ``paper`` the authors'.
 
-    Clean: thresholds chosen on the held-out rows, all figures of the test rows; without held-out rows every chosen
-    figure is "not available". Paper: thresholds chosen among the authors' eleven on the test rows themselves.
+    ``cnn`` is the plain network of the same pair, to whose accuracy "equal accuracy" refers; default: the full exit of
+    ``reduced`` (the plain network itself, and ICs on a frozen one). Clean: thresholds chosen on the held-out rows, all
+    figures of the test rows; without held-out rows every figure is "not available". Paper: thresholds chosen among the
+    authors' eleven on the test rows themselves.
     """
-    test = reduced.part("test")
-    trace = test.trace()
-    same = _plain_figures(test, trace)
+    cnn = cnn or reduced
+    trace = reduced.part("test").trace()
+    same = {"accuracy_cnn": cnn.accuracy("test"), **_unchosen(reduced.part("test"), trace)}
+    paper = {**same, **_chosen_by_grid(trace, cnn)}
     if not reduced.held_out:
-        clean: dict[str, Any] = dict.fromkeys(
-            ("accuracy_at_cost", "cost_at_equal_accuracy", "test_drop_at_equal_accuracy", "best"), "not available"
-        )
-    else:
-        clean = _chosen(reduced.part("held_out").trace(), trace)
-    return {**same, **clean, "paper": {**same, **_chosen_by_grid(trace)}}
+        return {**dict.fromkeys(paper, NOT_AVAILABLE), "paper": paper}
+    return {**same, **_chosen(reduced.part("held_out").trace(), trace, cnn), "paper": paper}
 
 
-def _plain_figures(test: ReducedTrace, trace: Trace) -> dict[str, Any]:
+def _unchosen(test: ReducedTrace, trace: Trace) -> dict[str, Any]:
+    """Figures that no threshold enters."""
     found = overthinking(trace)
     wrong_N = test.said_EN[-1] != test.labels_N
+    alone = trace.num_exits == 1  # nobody to disagree with
     return {
         "accuracy_exits": found.accuracy_E.tolist(),
         "cumulative_accuracy_exits": found.cumulative_accuracy_E.tolist(),
@@ -174,55 +200,72 @@ def _plain_figures(test: ReducedTrace, trace: Trace) -> dict[str, Any]:
         "destructive_of_errors": found.destructive_of_errors,
         "destructive_corrected": found.destructive_corrected,
         "oracle_cost": found.oracle_cost,
-        "confusion_auroc": error_auroc(test.confusion_N.double(), wrong_N),
+        "confusion_auroc": None if alone else error_auroc(test.confusion_N, wrong_N),
         "msp_auroc": error_auroc(-test.log_odds_EN[-1].double(), wrong_N),
     }
 
 
-def _chosen(selection: Trace, test: Trace) -> dict[str, Any]:
+def _chosen(selection: Trace, test: Trace, cnn: ReducedTrace) -> dict[str, Any]:
     """One threshold for all exits, chosen on ``selection`` for each budget, for equal and for best accuracy."""
     curves = tradeoff(selection).curves
-    if not curves:  # a plain network has nothing to choose
-        full = share(answers(test)[-1] == test.labels_N)
-        nothing = {"accuracy_at_cost": dict.fromkeys(map(str, BUDGETS)), "cost_at_equal_accuracy": None}
-        best = {"accuracy": full, "cost": float(test.cost_E[-1]), "drop": 0.0}
-        return {**nothing, "test_drop_at_equal_accuracy": None, "best": best}
+    if not curves:
+        return _nothing_to_choose()
     curve = curves[0]
     assert curve.family == "one confidence threshold"
-    full = share(answers(selection)[-1] == selection.labels_N)
 
     def at(point: int) -> dict[str, float]:
-        policy = Confidence(threshold=tuple(curve.threshold_PE[point].tolist()))
-        found = evaluate(policy, test)
-        return {"accuracy": found.accuracy_early_exit, "cost": found.mean_cost, "drop": found.drop}
+        found = evaluate(Confidence(threshold=tuple(curve.threshold_PE[point].tolist())), test)
+        return _at(found, cnn.accuracy("test"))
 
     within = {budget: (curve.cost_P <= budget).nonzero().flatten() for budget in BUDGETS}
-    equal = (curve.accuracy_P >= full - 1e-12).nonzero().flatten()
-    cheapest = at(int(equal[curve.cost_P[equal].argmin()])) if len(equal) else None
-    return {
-        "accuracy_at_cost": {
-            f"{budget}": at(int(points[curve.accuracy_P[points].argmax()]))["accuracy"] if len(points) else None
+    equal = (curve.accuracy_P >= cnn.accuracy("held_out") - 1e-12).nonzero().flatten()
+    return _choices(
+        {
+            budget: at(int(points[curve.accuracy_P[points].argmax()]))
             for budget, points in within.items()
+            if len(points)
         },
-        "cost_at_equal_accuracy": cheapest["cost"] if cheapest else None,
-        "test_drop_at_equal_accuracy": cheapest["drop"] if cheapest else None,
-        "best": at(int(curve.accuracy_P.argmax())),
-    }
+        at(int(equal[curve.cost_P[equal].argmin()])) if len(equal) else None,
+        at(int(curve.accuracy_P.argmax())),
+    )
 
 
-def _chosen_by_grid(test: Trace) -> dict[str, Any]:
+def _chosen_by_grid(test: Trace, cnn: ReducedTrace) -> dict[str, Any]:
     """As the authors did: eleven thresholds, the most confident exit where none is sure, judged where chosen."""
-    found = [evaluate(Confidence(threshold=q, fallback="most_confident"), test) for q in GRID]
-    full = found[0].accuracy_full
-    equal = [f for f in found if f.accuracy_early_exit >= full - 1e-12]
-    best = max(found, key=lambda f: f.accuracy_early_exit)
-    cheapest = min(equal, key=lambda f: f.mean_cost) if equal else None
+    if test.num_exits == 1:
+        return _nothing_to_choose()
+    full = cnn.accuracy("test")
+    found = [_at(evaluate(Confidence(threshold=q, fallback="most_confident"), test), full) for q in GRID]
+    within = {budget: [one for one in found if one["cost"] <= budget] for budget in BUDGETS}
+    equal = [one for one in found if one["accuracy"] >= full - 1e-12]
+    return _choices(
+        {budget: max(ones, key=_accuracy) for budget, ones in within.items() if ones},
+        min(equal, key=lambda one: one["cost"]) if equal else None,
+        max(found, key=_accuracy),
+    )
+
+
+def _at(found: Evaluation, accuracy_cnn: float) -> dict[str, float]:
+    """What one policy does on the test rows; ``drop`` is from the plain network's accuracy."""
+    accuracy = found.accuracy_early_exit
+    return {"accuracy": accuracy, "cost": found.mean_cost, "drop": accuracy_cnn - accuracy}
+
+
+def _accuracy(one: dict[str, float]) -> float:
+    return one["accuracy"]
+
+
+def _choices(
+    within: dict[float, dict[str, float]], equal: dict[str, float] | None, best: dict[str, float] | None
+) -> dict[str, Any]:
     return {
-        "accuracy_at_cost": {
-            f"{budget}": max((f.accuracy_early_exit for f in found if f.mean_cost <= budget), default=None)
-            for budget in BUDGETS
-        },
-        "cost_at_equal_accuracy": cheapest.mean_cost if cheapest else None,
-        "test_drop_at_equal_accuracy": cheapest.drop if cheapest else None,
-        "best": {"accuracy": best.accuracy_early_exit, "cost": best.mean_cost, "drop": best.drop},
+        "accuracy_at_cost": {f"{b}": within[b]["accuracy"] if b in within else None for b in BUDGETS},
+        "cost_at_equal_accuracy": equal["cost"] if equal else None,
+        "test_drop_at_equal_accuracy": equal["drop"] if equal else None,
+        "best": best,
     }
+
+
+def _nothing_to_choose() -> dict[str, Any]:
+    """A plain network has no exits to choose."""
+    return _choices({}, None, None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,14 +22,14 @@ from torch import nn
 
 from shallowdeep.checkpoints import OutOfTime, seconds_of, time_limit
 from shallowdeep.collection import collect
-from shallowdeep.files import read_json, read_tensors, write_tensors, write_text
+from shallowdeep.files import read_tensors, write_tensors, write_text
 from shallowdeep.graph import evaluating
 from shallowdeep.inputs import placed
 from shallowdeep.network import ShallowDeepNetwork, save
 from shallowdeep.paper.datasets import read_rows, split_rows, study_set
 from shallowdeep.paper.networks import NETWORKS, Normalised
 from shallowdeep.paper.recipes import REGIMES, Recipe, Regime, Rows, fresh_network, make_recipe, train
-from shallowdeep.paper.records import figures, reduce_traces
+from shallowdeep.paper.records import ReducedTrace, figures, reduce_traces
 from shallowdeep.runs import LIBRARIES, describe_device, plain
 from shallowdeep.types import DataError, Trace
 
@@ -58,10 +59,14 @@ class StudyRun:
         return f"{self.dataset}-{self.network}-{self.regime}-{self.recipe}{seed}"
 
     @property
-    def needs(self) -> StudyRun | None:
-        """The run whose network this one starts from, if any."""
-        starts = self.regime in ("ic-only", "mixed")
-        return dataclasses.replace(self, regime="cnn") if starts else None
+    def cnn(self) -> StudyRun | None:
+        """The run of the plain network, from which this one starts or with which it is compared; None for itself."""
+        return None if self.regime == "cnn" else dataclasses.replace(self, regime="cnn")
+
+    @property
+    def starts_trained(self) -> bool:
+        """Whether it starts from the weights of ``cnn``."""
+        return self.regime in ("ic-only", "mixed")
 
 
 def all_runs(
@@ -81,28 +86,34 @@ def all_runs(
 def work_off(
     runs: Iterable[StudyRun], data_dir: Path, *, results: Path, work: Path, minutes: float | None = None
 ) -> dict[str, list[str]]:
-    """Make every one of ``runs`` whose record is missing from ``results``, for at most ``minutes``.
+    """Make every one of ``runs``, and the plain networks they need, whose record is missing from ``results``.
 
-    Stops between two epochs when the time is over; the next call goes on there. Returns the names of the runs that
-    were ``done`` now, were there ``before``, and are still ``open``.
+    Stops between two epochs when ``minutes`` are over; the next call goes on there. A plain network whose record is
+    there but whose weights are not is trained again where an open run starts from it. Returns the names of the runs
+    that were ``done`` now, were there ``before``, and are still ``open``.
     """
     report: dict[str, list[str]] = {"done": [], "before": [], "open": []}
-    end = None if minutes is None else time.monotonic() + 60 * minutes
-    for run in runs:
-        if (results / f"{run.name}.json").is_file():
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    wanted = list(dict.fromkeys(one for run in runs for one in (run.cnn, run) if one is not None))
+
+    def recorded(run: StudyRun) -> bool:
+        return (results / f"{run.name}.json").is_file()
+
+    starting = {run.cnn for run in wanted if run.starts_trained and not recorded(run)}
+    for run in wanted:
+        weights = work / run.name / "network.safetensors"
+        if recorded(run) and (run not in starting or weights.is_file()):
             report["before"].append(run.name)
             continue
-        left = float("inf") if end is None else end - time.monotonic()
-        if left <= 0:
-            report["open"].append(run.name)
-            continue
         try:
-            with time_limit(left):
+            if time.monotonic() >= end:
+                raise OutOfTime
+            with time_limit(end - time.monotonic()):
                 make(run, data_dir, results=results, work=work)
-        except OutOfTime:
-            report["open"].append(run.name)
-        else:
             report["done"].append(run.name)
+        except OutOfTime:
+            end = 0.0  # what comes next may start from this one
+            report["open"].append(run.name)
     return report
 
 
@@ -114,9 +125,9 @@ def make(run: StudyRun, data_dir: Path, *, results: Path, work: Path) -> dict[st
     images, labels_N = (rows.to(device) for rows in read_rows(run.dataset, data_dir, "train"))
     kept, held = split_rows(labels_N.cpu()) if recipe.holds_out else (torch.arange(len(labels_N)), None)
     start = fresh_network(run.network, chosen, run.seed).to(device)
-    if run.needs is not None:
-        load_network(start, work / run.needs.name, run.needs.name)
-    trained = train(
+    if run.cnn is not None and run.starts_trained:
+        load_network(start, work / run.cnn.name, run.cnn.name)
+    trained, precision = train(
         run.regime,
         recipe,
         run.network,
@@ -131,44 +142,42 @@ def make(run: StudyRun, data_dir: Path, *, results: Path, work: Path) -> dict[st
     if held is not None:
         traces["held_out"] = _collect(trained, (images[held.to(device)], labels_N[held.to(device)]))
     _save_trained(trained, folder)
-    return _write_record(run, recipe, traces, len(kept), seconds_of(folder), folder, results)
+    return _write_record(run, recipe, traces, len(kept), precision, folder, results)
 
 
 def _write_record(
-    run: StudyRun, recipe: Recipe, traces: dict[str, Trace], rows: int, seconds: float, folder: Path, results: Path
+    run: StudyRun, recipe: Recipe, traces: dict[str, Trace], rows: int, precision: str, folder: Path, results: Path
 ) -> dict[str, Any]:
     reduced = reduce_traces(traces.get("held_out"), traces["test"])
-    about = figures(reduced)
-    joint_epochs = recipe.after_epochs if run.regime == "mixed" else recipe.epochs
+    epochs = {"ic-only": recipe.exits.epochs, "mixed": recipe.after_epochs}.get(run.regime, recipe.epochs)
     record = {
         "dataset": run.dataset,
         "network": run.network,
         "regime": run.regime,
         "recipe": run.recipe,
-        "epochs": recipe.exits.epochs if run.regime == "ic-only" else joint_epochs,
+        "epochs": epochs,
+        "epochs_before": recipe.epochs if run.starts_trained else 0,
         "training_rows": rows,
         "held_out_rows": reduced.held_out,
         "seed": run.seed,
         "device": describe_device(),
-        "precision": "bf16-mixed" if recipe.bf16 else "fp32",
+        "precision": precision,
         "versions": {name: version(name) for name in LIBRARIES},
-        "seconds": seconds,
-        "accuracy_cnn": _accuracy_cnn(run, about, results),
-        **about,
+        "seconds": seconds_of(folder),
+        **figures(reduced, plain_network(run, results)),
     }
-    reduced.save(results / f"{run.name}.safetensors")
-    write_text(results / f"{run.name}.json", json.dumps(plain(record), indent=1) + "\n")
     for name, trace in traces.items():
         trace.save(folder / f"{name}.safetensors")
+    reduced.save(results / f"{run.name}.safetensors")
+    write_text(results / f"{run.name}.json", json.dumps(plain(record), indent=1) + "\n")
     return record
 
 
-def _accuracy_cnn(run: StudyRun, about: dict[str, Any], results: Path) -> float | None:
-    """Test accuracy of the plain network of this pair and recipe, None while there is none."""
-    if run.regime in ("cnn", "ic-only"):
-        return float(about["accuracy_exits"][-1])
-    path = results / f"{dataclasses.replace(run, regime='cnn').name}.json"
-    return float(read_json(path)["accuracy_cnn"]) if path.is_file() else None
+def plain_network(run: StudyRun, results: Path) -> ReducedTrace | None:
+    """The reduced trace of the plain network with which ``run`` is compared; None where its own full exit is that."""
+    if run.cnn is None or run.regime == "ic-only":
+        return None
+    return ReducedTrace.load(results / f"{run.cnn.name}.safetensors")
 
 
 def _collect(trained: nn.Module, rows: Rows) -> Trace:

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from shallowdeep.files import read_json, write_text
-from shallowdeep.paper.experiments import early_exits, error_alarms, overthinking_by_exit
-from shallowdeep.paper.figures import confusion_figure, early_exits_figure, overthinking_figure, save_figure
-from shallowdeep.paper.records import ReducedTrace
+from shallowdeep.paper.experiments import accuracy_cost_curve, error_alarms, overthinking_by_exit
+from shallowdeep.paper.figures import (
+    backdoor_figure,
+    confusion_figure,
+    early_exits_figure,
+    overthinking_figure,
+    save_figure,
+)
+from shallowdeep.paper.records import NOT_AVAILABLE, ReducedTrace
 from shallowdeep.types import DataError
 
 # Table 3 of arXiv 1810.07052: the CNN's accuracy, and the best of early exits, IC-only and after SDN training. CIFAR-10
@@ -39,11 +46,13 @@ KNOWN_BEST = {
 }
 KNOWN_EXITS = {("cifar10", "vgg16", "ic-only"): (0.677, 0.825, 0.907, 0.922, 0.926, 0.925, 0.925)}
 KNOWN_WASTEFUL = {"cifar10": 0.95, "cifar100": 0.81, "tinyimagenet": 0.69}
+KNOWN_DESTRUCTIVE, KNOWN_COST, KNOWN_RECOVERY = 0.5, 0.5, 0.84
+Lines: TypeAlias = list[tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One run as it lies in the results folder."""
+    """One run as it lies in the results folder, with its experiments."""
 
     about: Mapping[str, Any]
     reduced: ReducedTrace
@@ -51,133 +60,192 @@ class Record:
 
     @property
     def pair(self) -> tuple[str, str]:
+        """Data set and network."""
         return self.about["dataset"], self.about["network"]
 
     @property
     def how(self) -> str:
         """Recipe, epochs, training rows and device in a few words."""
         a = self.about
-        return f"{a['recipe']}, {a['epochs']} epochs, {a['training_rows']:,} rows, {a['device']}"
+        before = f" after {a['epochs_before']}" if a["epochs_before"] else ""
+        return f"{a['recipe']}, {a['epochs']}{before} epochs, {a['training_rows']:,} rows, {a['device']}"
+
+    @property
+    def found(self) -> Mapping[str, Any]:
+        """Its figures that no threshold enters, which are the same under both protocols."""
+        figures: Mapping[str, Any] = self.about["paper"]
+        return figures
+
+    @cached_property
+    def overthinking(self) -> dict[str, Any]:
+        """Section 4."""
+        return overthinking_by_exit(self.reduced)
+
+    @cached_property
+    def alarms(self) -> dict[str, Any]:
+        """Section 5.2."""
+        return error_alarms(self.reduced)
 
 
 def read_records(folder: Path) -> list[Record]:
     """Every run in ``folder``, by name. Raises ``DataError`` when there is none, ``FormatError`` for a damaged one."""
-    paths = sorted(path for path in folder.glob("*.json"))
-    if not paths:
-        raise DataError(f"No runs in {folder}; make some: sdn paper run DATA_DIR --results {folder}")
-    return [
-        Record(about=read_json(path), reduced=ReducedTrace.load(path.with_suffix(".safetensors")), name=path.stem)
-        for path in paths
+    found = {path: read_json(path) for path in sorted(folder.glob("*.json"))}
+    records = [
+        Record(about=about, reduced=ReducedTrace.load(path.with_suffix(".safetensors")), name=path.stem)
+        for path, about in found.items()
+        if about["regime"] != "backdoor"
     ]
+    if not records:
+        raise DataError(f"No runs in {folder}; make some: sdn paper run DATA_DIR --results {folder}")
+    return records
+
+
+def read_victims(folder: Path) -> list[dict[str, Any]]:
+    """Every backdoor run in ``folder``, by poisoning rate."""
+    found = [read_json(path) for path in sorted(folder.glob("*-backdoor-*.json"))]
+    return sorted(found, key=lambda one: (one["network"], one["epochs"], one["poisoning_rate"]))
 
 
 def make_tables(results: Path, out: Path, *, figures: bool = True) -> str:
     """All tables as Markdown, also written to ``out/tables.md``; with ``figures`` three SVG per run beside it."""
-    records = read_records(results)
-    text = "\n\n".join(
-        f"## {title}\n\n{_markdown(rows)}"
-        for title, rows in (
-            ("Accuracy of every exit", accuracy_rows(records)),
-            ("Overthinking (section 4)", overthinking_rows(records)),
-            ("Early exits (section 5.1)", early_exit_rows(records)),
-            ("Finding errors (section 5.2)", alarm_rows(records)),
-            ("Beside the paper", paper_rows(records)),
-        )
-    )
+    records, victims = read_records(results), read_victims(results)
+    tables = {
+        "Accuracy of every exit": accuracy_rows(records),
+        "Overthinking (section 4)": overthinking_rows(records),
+        "Early exits (section 5.1)": early_exit_rows(records),
+        "Finding errors (section 5.2)": alarm_rows(records),
+        "Confusion of right and wrong answers (section 5.2)": share_rows(records),
+        "Backdoors (section 5.2)": backdoor_rows(victims),
+        "Beside the paper": paper_rows(records, victims),
+    }
+    text = "\n\n".join(f"## {title}\n\n{_markdown(rows)}" for title, rows in tables.items() if len(rows) > 1)
     write_text(out / "tables.md", text + "\n")
-    for record in records if figures else ():
-        if record.about["regime"] == "cnn":
-            continue
+    for record in _with_exits(records) if figures else ():
         title = f"{record.name} ({record.about['epochs']} epochs)"
-        charts = {
-            "overthinking": overthinking_figure(overthinking_by_exit(record.reduced), title),
-            "early-exits": early_exits_figure(early_exits(record.reduced), title),
-            "confusion": confusion_figure(error_alarms(record.reduced), title),
-        }
-        for what, chart in charts.items():
-            save_figure(chart, out / f"{record.name}-{what}.svg")
+        curve = {"curve": accuracy_cost_curve(record.reduced), "accuracy_cnn": record.found["accuracy_cnn"]}
+        save_figure(overthinking_figure(record.overthinking, title), out / f"{record.name}-overthinking.svg")
+        save_figure(early_exits_figure(curve, title), out / f"{record.name}-early-exits.svg")
+        save_figure(confusion_figure(record.alarms, title), out / f"{record.name}-confusion.svg")
+    if victims and figures:
+        save_figure(backdoor_figure(victims, "BadNets"), out / "backdoor.svg")
     return text
 
 
-def accuracy_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
+def accuracy_rows(records: Sequence[Record]) -> Lines:
     """One row per run: accuracy on the test set of every exit, the full network last."""
-    rows: list[tuple[str, ...]] = [("run", "exits, % right", "how", "minutes")]
+    rows: Lines = [("run", "exits, % right", "minutes", "how")]
     for record in records:
-        exits = " ".join(_percent(value) for value in record.about["accuracy_exits"])
-        rows.append((record.name, exits, record.how, f"{record.about['seconds'] / 60:.0f}"))
+        exits = " ".join(map(_percent, record.found["accuracy_exits"]))
+        rows.append((record.name, exits, f"{record.about['seconds'] / 60:.0f}", record.how))
     return rows
 
 
-def overthinking_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Wasteful and destructive overthinking of every run with exits, beside the paper's wasteful share."""
-    rows: list[tuple[str, ...]] = [
-        ("run", "wasteful", "paper (data set)", "destructive", "of the errors", "beyond luck", "oracle cost")
-    ]
+def overthinking_rows(records: Sequence[Record]) -> Lines:
+    """Wasteful and destructive overthinking of every run with exits."""
+    rows: Lines = [("run", "wasteful", "destructive", "of the errors", "beyond luck", "oracle cost", "how")]
+    shares = ("wasteful_in_all", "destructive_in_all", "destructive_of_errors", "destructive_corrected")
     for record in _with_exits(records):
-        found = overthinking_by_exit(record.reduced)
-        shares = ("destructive_in_all", "destructive_of_errors", "destructive_corrected")
-        known = KNOWN_WASTEFUL[record.about["dataset"]]
-        rows.append(
-            (
-                record.name,
-                _percent(found["wasteful_in_all"]),
-                f"about {100 * known:.0f}",
-                *(_percent(found[name]) for name in shares),
-                f"{found['oracle_cost']:.3f}",
-            )
-        )
+        found = record.overthinking
+        cells = [_percent(found[name]) for name in shares]
+        rows.append((record.name, *cells, f"{found['oracle_cost']:.3f}", record.how))
     return rows
 
 
-def early_exit_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
+def early_exit_rows(records: Sequence[Record]) -> Lines:
     """Accuracy within 25, 50 and 75 % of the cost, cost at equal accuracy, and the best, under both protocols."""
-    rows: list[tuple[str, ...]] = [
-        ("run", "protocol", "CNN", "<= 25 %", "<= 50 %", "<= 75 %", "cost at equal accuracy", "drop there", "best")
-    ]
+    budgets = ("<= 25 %", "<= 50 %", "<= 75 %")
+    rows: Lines = [("run", "protocol", "CNN", *budgets, "cost at equal accuracy", "drop there", "best", "how")]
     for record in _with_exits(records):
-        found = early_exits(record.reduced)
-        for protocol in ("clean", "paper"):
-            chosen = found[protocol]
-            if chosen["best"] == "not available":
-                rows.append((record.name, protocol, _percent(found["accuracy_cnn"]), *("not available",) * 6))
+        for protocol, found in (("clean", record.about), ("paper", record.about["paper"])):
+            cnn = _percent(record.found["accuracy_cnn"])
+            if found["best"] == NOT_AVAILABLE:
+                rows.append((record.name, protocol, cnn, *(NOT_AVAILABLE,) * 6, record.how))
                 continue
-            budgets = [_percent(value) for value in chosen["accuracy_at_cost"].values()]
-            cost, drop = chosen["cost_at_equal_accuracy"], chosen["test_drop_at_equal_accuracy"]
+            within = [_percent(value) for value in found["accuracy_at_cost"].values()]
+            cost, drop = found["cost_at_equal_accuracy"], found["test_drop_at_equal_accuracy"]
             equal = ("none", "") if cost is None else (f"{cost:.3f}", f"{100 * drop:.2f}")
-            best = f"{_percent(chosen['best']['accuracy'])} at {chosen['best']['cost']:.2f}"
-            rows.append((record.name, protocol, _percent(found["accuracy_cnn"]), *budgets, *equal, best))
+            best = f"{_percent(found['best']['accuracy'])} at {found['best']['cost']:.2f}"
+            rows.append((record.name, protocol, cnn, *within, *equal, best, record.how))
     return rows
 
 
-def alarm_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
+def alarm_rows(records: Sequence[Record]) -> Lines:
     """How five scores find the full network's errors in every run with exits."""
-    rows: list[tuple[str, ...]] = [("run", "score", "AUROC", "AUPR", "FPR at 95 % TPR", "AURC")]
+    rows: Lines = [("run", "score", "AUROC", "AUPR", "FPR at 95 % TPR", "AURC", "how")]
     for record in _with_exits(records):
-        for name, score in error_alarms(record.reduced)["scores"].items():
-            rows.append((record.name, name, *(f"{score[part]:.4f}" for part in score)))
+        for name, score in record.alarms["scores"].items():
+            rows.append((record.name, name, *(f"{score[part]:.4f}" for part in score), record.how))
     return rows
 
 
-def paper_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """What is known of the paper, what was measured, and the difference in points, shortfalls marked."""
-    rows: list[tuple[str, ...]] = [("run", "figure", "paper", "here", "difference")]
+def share_rows(records: Sequence[Record]) -> Lines:
+    """The paper's shares: right answers above the mean of wrong ones, wrong ones below the mean of right ones."""
+    rows: Lines = [("run", "score", "mean of right", "mean of wrong", "right above", "wrong below", "how")]
+    for record in _with_exits(records):
+        for name, found in record.alarms["shares"].items():
+            means = [f"{found[part]:.3f}" for part in ("mean_of_right", "mean_of_wrong")]
+            shares = [_percent(found[part]) for part in ("right_above_mean_wrong", "wrong_below_mean_right")]
+            rows.append((record.name, name, *means, *shares, record.how))
+    return rows
+
+
+def backdoor_rows(victims: Sequence[Mapping[str, Any]]) -> Lines:
+    """One row per victim: what its trigger does, what early exits win back, how confusion sees triggered images."""
+    rows: Lines = [
+        (
+            "network",
+            "poisoned",
+            "clean",
+            "attack works",
+            "triggered: full",
+            "early exits, clean protocol",
+            "early exits, paper's",
+            "AUROC of confusion",
+            "how",
+        )
+    ]
+    for one in victims:
+        how = f"{one['recipe']}, {one['epochs']} epochs, {one['training_rows']:,} rows, {one['device']}"
+        shares = [_percent(one[name]) for name in ("accuracy_clean", "attack_success", "accuracy_triggered")]
+        early = [_percent(one[name]["accuracy_triggered"]) for name in ("early_exits", "paper")]
+        auroc = f"{one['detection']['auroc']:.3f}"
+        rows.append((one["network"], f"{one['poisoning_rate']:g}", *shares, *early, auroc, how))
+    return rows
+
+
+def paper_rows(records: Sequence[Record], victims: Sequence[Mapping[str, Any]] = ()) -> Lines:
+    """What is known of the paper, what was measured, and the difference, shortfalls marked."""
+    rows: Lines = [("run", "figure", "paper", "here", "difference", "how")]
     for record in records:
-        exits = record.about["accuracy_exits"]
-        known = KNOWN_CNN.get(record.pair)
-        if record.about["regime"] == "cnn" and known is not None:
-            rows.append(_beside(record, "CNN accuracy", known, exits[-1]))
-        best = KNOWN_BEST.get(record.pair, {}).get(record.about["regime"])
-        chosen = record.about["best"]
-        if best is not None and chosen != "not available":
-            rows.append(_beside(record, "best early exits (clean)", best, chosen["accuracy"]))
-        for exit, value in enumerate(KNOWN_EXITS.get((*record.pair, record.about["regime"]), ())):
-            rows.append(_beside(record, f"exit {exit + 1}", value, exits[exit]))
+        regime, found, exits = record.about["regime"], record.about, record.found["accuracy_exits"]
+        if regime == "cnn" and record.pair in KNOWN_CNN:
+            rows.append(_beside(record.name, "CNN accuracy", KNOWN_CNN[record.pair], exits[-1], record.how))
+        best = KNOWN_BEST.get(record.pair, {}).get(regime)
+        if best is not None and found["best"] != NOT_AVAILABLE:
+            rows.append(_beside(record.name, "best early exits", best, found["best"]["accuracy"], record.how))
+        for exit, value in enumerate(KNOWN_EXITS.get((*record.pair, regime), ())):
+            rows.append(_beside(record.name, f"exit {exit + 1}", value, exits[exit], record.how))
+    for record in _with_exits(records):
+        about = record.overthinking
+        wasteful = KNOWN_WASTEFUL[record.about["dataset"]]
+        rows.append(_beside(record.name, "wasteful (about)", wasteful, about["wasteful_in_all"], record.how))
+        up_to = "destructive, of the errors (up to)"
+        rows.append(_beside(record.name, up_to, KNOWN_DESTRUCTIVE, about["destructive_of_errors"], record.how))
+        cost = record.about["cost_at_equal_accuracy"]
+        if isinstance(cost, float):
+            rows.append(_beside(record.name, "cost at equal accuracy", KNOWN_COST, cost, record.how, less=True))
+    for one in victims:
+        name, won = f"{one['network']}, {one['poisoning_rate']:g} poisoned", one["paper"]["accuracy_triggered"]
+        rows.append(_beside(name, "triggered, early exits", KNOWN_RECOVERY, won, f"{one['epochs']} epochs"))
     return rows
 
 
-def _beside(record: Record, what: str, known: float, here: float) -> tuple[str, ...]:
-    points = 100 * (here - known)
-    return record.name, what, _percent(known), _percent(here), f"{points:+.1f}" + (" (below)" if points < 0 else "")
+def _beside(name: str, what: str, known: float, here: float, how: str, *, less: bool = False) -> tuple[str, ...]:
+    """One line of the comparison; ``less`` where less is better."""
+    points = round(100 * (here - known), 1)
+    short = points > 0 if less else points < 0
+    mark = (" (above)" if less else " (below)") if short else ""
+    return name, what, _percent(known), _percent(here), f"{points:+.1f}{mark}", how
 
 
 def _with_exits(records: Sequence[Record]) -> list[Record]:
@@ -188,6 +256,6 @@ def _percent(value: float | None) -> str:
     return "none" if value is None else f"{100 * value:.1f}"
 
 
-def _markdown(rows: Sequence[tuple[str, ...]]) -> str:
+def _markdown(rows: Lines) -> str:
     head, *body = ("| " + " | ".join(row) + " |" for row in rows)
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
