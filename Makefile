@@ -25,11 +25,14 @@ format: .venv/dev
 SDN ?= $(BIN)/sdn
 MINUTES ?= 8
 JOBS ?= 8
+RESULTS ?= results/paper
+WORK ?= runs/paper
 PAIRS := $(foreach data,cifar10 cifar100,$(foreach net,vgg16 resnet56 wrn32-4 mobilenet,$(data):$(net):fast)) cifar10:vgg16:paper
 gpu-paper:
 	@test -n "$(DATA)" || { echo "Say where the official data folders are: make gpu-paper DATA=folder"; exit 2; }
 	printf '%s\n' $(PAIRS) | xargs -P $(JOBS) -I RUN sh -c 'run=RUN; rest=$${run#*:}; \
-	  $(SDN) paper run $(DATA) --datasets $${run%%:*} --networks $${rest%%:*} --recipe $${rest#*:} --minutes $(MINUTES)'
+	  $(SDN) paper run $(DATA) --datasets $${run%%:*} --networks $${rest%%:*} --recipe $${rest#*:} --minutes $(MINUTES) \
+  --results $(RESULTS) --work $(WORK)'
 
 clean:
 	rm -rf .venv runs demo-run build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

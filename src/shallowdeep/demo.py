@@ -38,7 +38,7 @@ from shallowdeep.verbs import IMAGENET_MEAN, IMAGENET_STD, halves, time_engine
 
 Kind = Literal["strong", "paper"]
 Rows = tuple[Tensor, Tensor]
-DIGITS_DROP, CIFAR_DROP, CIFAR_SPLITS = 0.0, 0.006, 20
+DIGITS_DROP, CIFAR_DROP, CIFAR_SPLITS, CIFAR_VIEWS = 0.0, 0.006, 20, 6
 
 
 class SmallNet(nn.Module):
@@ -119,7 +119,7 @@ def cifar10_demo(
     torch.manual_seed(seed)
     sdn = attach(model, plan(model, train[0][:2], at=at, classifier=classifier))
     sdn.class_names, sdn.preprocessing = sets["train"].class_names, preprocessing.to_json()
-    trained = train_exits(sdn, train, augment=FlipCrop(padding=4, fill=black), seed=seed)
+    trained = train_exits(sdn, train, augment=FlipCrop(padding=4, fill=black), views=CIFAR_VIEWS, seed=seed)
     trace = collect(sdn, test)
     fit_confusion(sdn, trace.rows(halves(len(test[0]))[0]))
     found, policy = judged(trace, CIFAR_DROP)
@@ -130,6 +130,7 @@ def cifar10_demo(
         "weights": weights.name,
         "classifier": classifier,
         "splits": CIFAR_SPLITS,
+        "views": CIFAR_VIEWS,
         "aimed_drop": CIFAR_DROP,
         "seconds_features": trained.feature_seconds,
         "seconds_exits": trained.seconds,

@@ -131,9 +131,10 @@ def train_exits(
     it there is one clean view. ``cache``: ``"auto"`` keeps features in memory, or on disk where memory is short, while
     all views fit into ``cache_bytes``, and else streams (``"off"``: the backbone runs in every epoch). Features under
     ``cache_dir`` are found again by a later run, if complete. With ``checkpoint_dir`` a killed run goes on after its
-    last whole epoch. ``precision`` is the backbone's; ``"auto"`` takes bf16 where a timed batch is faster. ``fabric`` is a launched
-    ``lightning_fabric.Fabric``; each of its processes takes its share of every batch. Raises ``DataError`` for labels
-    outside the classes, empty data, or an iterator that can be read only once where more passes are needed.
+    last whole epoch. ``precision`` is the backbone's; ``"auto"`` takes bf16 where a timed batch is faster. ``fabric``
+    is a launched ``lightning_fabric.Fabric``; each of its processes takes its share of every batch. Raises
+    ``DataError`` for labels outside the classes, empty data, or an iterator that can be read only once where more
+    passes are needed.
     """
     recipe = recipe or default_recipe(sdn.plan)
     epochs = recipe.epochs if epochs is None else epochs
