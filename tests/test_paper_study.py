@@ -131,6 +131,15 @@ def test_slices_of_many_runs_end_with_all_records(small: None, tmp_path: Path) -
     assert sorted(path.stem for path in (tmp_path / "r").glob("*.json")) == sorted(run.name for run in runs)
 
 
+def test_a_record_of_fewer_epochs_is_no_record(small: None, tmp_path: Path) -> None:
+    where = {"results": tmp_path / "r", "work": tmp_path / "w"}
+    assert work_off([RUN], tmp_path, **where)["done"] == [RUN.name]
+    path = tmp_path / "r" / f"{RUN.name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": 1}))
+    assert work_off([RUN], tmp_path, **where)["done"] == [RUN.name]
+    assert json.loads(path.read_text())["epochs"] == 2
+
+
 def test_a_network_whose_weights_are_lost_is_trained_again(small: None, tmp_path: Path) -> None:
     where = {"results": tmp_path / "r", "work": tmp_path / "w"}
     ics = dataclasses.replace(RUN, regime="ic-only")

@@ -25,6 +25,7 @@ from shallowdeep.training import PAPER_EXITS, ExitRecipe, train_exits
 
 Regime: TypeAlias = Literal["cnn", "ic-only", "sdn-training", "mixed"]
 REGIMES: tuple[Regime, ...] = ("cnn", "ic-only", "sdn-training", "mixed")
+FAST_EPOCHS = {"vgg16": 25, "wrn32-4": 30, "resnet56": 40, "mobilenet": 25}
 WEIGHT_DECAY = {"vgg16": 5e-4, "wrn32-4": 5e-4, "resnet56": 1e-4, "mobilenet": 1e-4}
 Rows: TypeAlias = tuple[Tensor, Tensor]
 
@@ -69,7 +70,7 @@ def make_recipe(name: str, network: str) -> Recipe:
         after = dataclasses.replace(whole, lr=0.02)
         return Recipe(
             name=name,
-            epochs=20,
+            epochs=FAST_EPOCHS[network],
             whole=whole,
             exits=exits,
             after=after,

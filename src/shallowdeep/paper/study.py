@@ -22,7 +22,7 @@ from torch import nn
 
 from shallowdeep.checkpoints import OutOfTime, seconds_of, time_limit
 from shallowdeep.collection import collect
-from shallowdeep.files import read_tensors, write_tensors, write_text
+from shallowdeep.files import read_json, read_tensors, write_tensors, write_text
 from shallowdeep.graph import evaluating
 from shallowdeep.inputs import placed
 from shallowdeep.network import ShallowDeepNetwork, save
@@ -86,7 +86,7 @@ def all_runs(
 def work_off(
     runs: Iterable[StudyRun], data_dir: Path, *, results: Path, work: Path, minutes: float | None = None
 ) -> dict[str, list[str]]:
-    """Make every one of ``runs``, and the plain networks they need, whose record is missing from ``results``.
+    """Make every one of ``runs``, and the plain networks they need, whose record is missing from ``results`` or short.
 
     Stops between two epochs when ``minutes`` are over; the next call goes on there. A plain network whose record is
     there but whose weights are not is trained again where an open run starts from it. Returns the names of the runs
@@ -97,7 +97,8 @@ def work_off(
     wanted = list(dict.fromkeys(one for run in runs for one in (run.cnn, run) if one is not None))
 
     def recorded(run: StudyRun) -> bool:
-        return (results / f"{run.name}.json").is_file()
+        path = results / f"{run.name}.json"
+        return path.is_file() and read_json(path)["epochs"] == epochs_of(run, make_recipe(run.recipe, run.network))
 
     starting = {run.cnn for run in wanted if run.starts_trained and not recorded(run)}
     for run in wanted:
@@ -149,13 +150,12 @@ def _write_record(
     run: StudyRun, recipe: Recipe, traces: dict[str, Trace], rows: int, precision: str, folder: Path, results: Path
 ) -> dict[str, Any]:
     reduced = reduce_traces(traces.get("held_out"), traces["test"])
-    epochs = {"ic-only": recipe.exits.epochs, "mixed": recipe.after_epochs}.get(run.regime, recipe.epochs)
     record = {
         "dataset": run.dataset,
         "network": run.network,
         "regime": run.regime,
         "recipe": run.recipe,
-        "epochs": epochs,
+        "epochs": epochs_of(run, recipe),
         "epochs_before": recipe.epochs if run.starts_trained else 0,
         "training_rows": rows,
         "held_out_rows": reduced.held_out,
@@ -171,6 +171,11 @@ def _write_record(
     reduced.save(results / f"{run.name}.safetensors")
     write_text(results / f"{run.name}.json", json.dumps(plain(record), indent=1) + "\n")
     return record
+
+
+def epochs_of(run: StudyRun, recipe: Recipe) -> int:
+    """How many epochs ``run`` trains, those of the plain network it starts from not counted."""
+    return {"ic-only": recipe.exits.epochs, "mixed": recipe.after_epochs}.get(run.regime, recipe.epochs)
 
 
 def plain_network(run: StudyRun, results: Path) -> ReducedTrace | None:
