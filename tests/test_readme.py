@@ -17,7 +17,7 @@ STABLE = (
 )
 RIVER = (
     "files types policies walking effects disagreement thresholds calibration inputs taps classifiers graph cuts",
-    "network costs progress collection rates checkpoints segments augment features training joint timing",
+    "network costs progress collection rates checkpoints segments augment features convolutions training joint timing",
     "runtime runtime.engine",
     "explain cifar data models runs",
     "paper paper.networks paper.datasets paper.downloads paper.recipes paper.costs paper.records paper.experiments",

@@ -18,6 +18,8 @@ from shallowdeep.types import DataError
 Augment: TypeAlias = Callable[[Inputs, torch.Generator], Inputs]
 """A function of a batch of inputs and a generator, answering a batch like it: one random view."""
 
+CACHED_IMAGES = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlipCrop:
@@ -38,15 +40,19 @@ class FlipCrop:
         border = torch.tensor(self.fill or (0.0,) * channels, dtype=inputs.dtype, device=inputs.device)
         if len(border) != channels:
             raise DataError(f"FlipCrop has {len(border)} fill values for images with {channels} channels.")
-        shift = torch.randint(0, 2 * self.padding + 1, (2, batch), generator=generator).to(inputs.device)
-        flip = (torch.rand(batch, generator=generator) < 0.5).to(inputs.device)
-        if self.mirror:
-            inputs = torch.where(flip[:, None, None, None], inputs.flip(3), inputs)
+        shift = torch.randint(0, 2 * self.padding + 1, (2, batch), generator=generator)
+        mirrored = (torch.rand(batch, generator=generator) < 0.5).nonzero()[:, 0].to(inputs.device)
         room = (batch, channels, height + 2 * self.padding, width + 2 * self.padding)
         padded = border[:, None, None].expand(room).contiguous()
-        padded[:, :, self.padding : self.padding + height, self.padding : self.padding + width] = inputs
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-        return windows[torch.arange(batch, device=inputs.device), :, shift[0], shift[1]]
+        inner = padded[:, :, self.padding : self.padding + height, self.padding : self.padding + width]
+        inner.copy_(inputs)
+        if self.mirror:
+            inner[mirrored] = inputs[mirrored].flip(3)
+        if batch and inputs.device.type == "cpu":  # elsewhere one gather is quicker than a copy per image
+            pairs = zip(padded, *shift.tolist(), strict=True)
+            return torch.stack([image[:, top : top + height, left : left + width] for image, top, left in pairs])
+        windows, (top_B, left_B) = padded.unfold(2, height, 1).unfold(3, width, 1), shift.to(inputs.device)
+        return windows[torch.arange(batch, device=inputs.device), :, top_B, left_B]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +71,24 @@ class ColorJitter:
         if not isinstance(inputs, Tensor) or inputs.ndim != 4 or inputs.shape[1] != 3 or inputs.dtype != torch.uint8:
             raise DataError("ColorJitter takes one tensor of RGB images, uint8 [B, 3, H, W].")
         spread = torch.tensor([self.brightness, self.contrast, self.saturation])[:, None]
-        drawn = 1 + spread * (2 * torch.rand(3, len(inputs), generator=generator) - 1)
-        bright, contrast, vivid = drawn.to(inputs.device)[:, :, None, None, None]
-        images = (inputs * bright).clamp_(0, 255)
-        images = torch.lerp(_grey(images).mean((2, 3), keepdim=True), images, contrast).clamp_(0, 255)
-        images = torch.lerp(_grey(images), images, vivid).clamp_(0, 255)
-        return images.round_().to(torch.uint8)
+        factors = (1 + spread * (2 * torch.rand(3, len(inputs), generator=generator) - 1)).to(inputs.device)
+        # On a CPU a few images at a time, which stay in its cache: four times as fast.
+        together = CACHED_IMAGES if inputs.device.type == "cpu" else max(1, len(inputs))
+        seen = torch.empty_like(inputs)
+        for start in range(0, len(inputs), together):
+            part = slice(start, start + together)
+            seen[part] = _jittered(inputs[part], *factors[:, part, None, None]).view_as(inputs[part])
+        return seen
 
 
-def _grey(images: Tensor) -> Tensor:
-    weights = images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    return (images * weights).sum(1, keepdim=True)
+def _jittered(images: Tensor, bright: Tensor, contrast: Tensor, vivid: Tensor) -> Tensor:
+    """Pixels [B, 3, H * W] as floats."""
+    grey = torch.tensor([0.299, 0.587, 0.114], device=images.device)
+    pixels = (images.flatten(2) * bright).clamp_(max=255)
+    mean = (pixels.mean(2) @ grey)[:, None, None]
+    pixels.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 255)
+    mixed = grey.expand(3, 3) * (1 - vivid) + torch.eye(3, device=images.device) * vivid
+    return (mixed @ pixels).clamp_(0, 255).round_()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from shallowdeep.augment import Augment
 from shallowdeep.checkpoints import Checkpoint
+from shallowdeep.convolutions import QuickConvolutions
 from shallowdeep.features import Data, Share, check_passes, seeded, seeded_batches
 from shallowdeep.inputs import (
     Inputs,
@@ -261,7 +263,8 @@ class _Run:
 
     def _step(self, inputs: Inputs, labels_B: Tensor, size: int, taus: tuple[float, ...]) -> None:
         device = self.fabric.device
-        answers_EBC = self.model(each(inputs, lambda tensor: placed(tensor, device))).float()
+        with QuickConvolutions() if device.type == "cpu" else nullcontext():
+            answers_EBC = self.model(each(inputs, lambda tensor: placed(tensor, device))).float()
         labels_B = labels_B.to(device)
         loss = _cross_entropy(answers_EBC[-1], labels_B, self.recipe)
         for answer_BC, tau in zip(answers_EBC[:-1], taus, strict=True):

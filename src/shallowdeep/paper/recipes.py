@@ -25,7 +25,7 @@ from shallowdeep.training import PAPER_EXITS, ExitRecipe, train_exits
 
 Regime: TypeAlias = Literal["cnn", "ic-only", "sdn-training", "mixed"]
 REGIMES: tuple[Regime, ...] = ("cnn", "ic-only", "sdn-training", "mixed")
-FAST_EPOCHS = {"vgg16": 25, "wrn32-4": 30, "resnet56": 40, "mobilenet": 25}
+FAST_EPOCHS = {"vgg16": 25, "wrn32-4": 30, "resnet56": 50, "mobilenet": 25}
 WEIGHT_DECAY = {"vgg16": 5e-4, "wrn32-4": 5e-4, "resnet56": 1e-4, "mobilenet": 1e-4}
 Rows: TypeAlias = tuple[Tensor, Tensor]
 
@@ -50,36 +50,34 @@ class Recipe:
 
 def make_recipe(name: str, network: str) -> Recipe:
     """The recipe ``name``, "paper" or "fast", for ``network``. Raises ``ValueError``."""
-    exits = dataclasses.replace(PAPER_EXITS, weight_decay=WEIGHT_DECAY[network])
+    decay = WEIGHT_DECAY[network]
+    authors = Recipe(
+        name="paper",
+        epochs=100,
+        whole=JointRecipe(weight_decay=decay),
+        exits=dataclasses.replace(PAPER_EXITS, weight_decay=decay),
+        after=JointRecipe(weight_decay=decay, lr=0.01, milestones=(0.5,)),
+        after_epochs=50,
+        holds_out=False,
+        bf16=False,
+        cached=False,
+    )
     if name == "paper":
-        whole = JointRecipe(weight_decay=WEIGHT_DECAY[network])
-        after = dataclasses.replace(whole, lr=0.01, milestones=(0.5,))
-        return Recipe(
-            name=name,
-            epochs=100,
-            whole=whole,
-            exits=exits,
-            after=after,
-            after_epochs=50,
-            holds_out=False,
-            bf16=False,
-            cached=False,
-        )
-    if name == "fast":
-        whole = JointRecipe(lr=0.1, nesterov=True, weight_decay=5e-4, milestones=())
-        after = dataclasses.replace(whole, lr=0.02)
-        return Recipe(
-            name=name,
-            epochs=FAST_EPOCHS[network],
-            whole=whole,
-            exits=exits,
-            after=after,
-            after_epochs=10,
-            holds_out=True,
-            bf16=True,
-            cached=True,
-        )
-    raise ValueError(f"No recipe {name!r}. Recipes: paper, fast.")
+        return authors
+    if name != "fast":
+        raise ValueError(f"No recipe {name!r}. Recipes: paper, fast.")
+    whole = JointRecipe(lr=0.1, nesterov=True, weight_decay=5e-4, milestones=())
+    return dataclasses.replace(
+        authors,
+        name=name,
+        epochs=FAST_EPOCHS[network],
+        whole=whole,
+        after=dataclasses.replace(whole, lr=0.02),
+        after_epochs=10,
+        holds_out=True,
+        bf16=True,
+        cached=True,
+    )
 
 
 def fresh_network(network: str, chosen: StudySet, seed: int) -> Normalised:
@@ -122,10 +120,12 @@ def train(
     from ``folder``.
     """
     device = next(start.parameters()).device
-    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed" if recipe.bf16 else "32-true"
-    fabric = Fabric(accelerator=device.type, devices=1, precision=precision)
     shift = FlipCrop(padding=chosen.padding)
     augment: Augment = Chain((ColorJitter(), shift)) if chosen.name == "tinyimagenet" else shift
+    if regime == "ic-only":
+        return _train_exits(with_exits(start, network, chosen, seed), recipe, rows, augment, folder, seed)
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed" if recipe.bf16 else "32-true"
+    fabric = Fabric(accelerator=device.type, devices=1, precision=precision)
     if regime == "cnn":
         train_backbone(
             start,
@@ -140,26 +140,9 @@ def train(
             fabric=fabric,
         )
         return start, precision
-    sdn = with_exits(start, network, chosen, seed)
-    if regime == "ic-only":
-        # A GPU runs the network again faster than a disk brings its features back.
-        on_disk = recipe.cached and device.type == "cpu"
-        done = train_exits(
-            sdn,
-            rows,
-            augment=augment,
-            recipe=recipe.exits,
-            cache="disk" if on_disk else "auto" if recipe.cached else "off",
-            cache_dir=folder / "features" if on_disk else None,
-            checkpoint_dir=folder,
-            seed=seed,
-            precision="auto" if recipe.bf16 else "fp32",
-        )
-        shutil.rmtree(folder / "features", ignore_errors=True)
-        return sdn, done.precision
     whole, epochs = (recipe.whole, recipe.epochs) if regime == "sdn-training" else (recipe.after, recipe.after_epochs)
     trained = train_jointly(
-        sdn,
+        with_exits(start, network, chosen, seed),
         rows,
         epochs=epochs,
         recipe=whole,
@@ -170,3 +153,23 @@ def train(
         fabric=fabric,
     )
     return trained, precision
+
+
+def _train_exits(
+    sdn: ShallowDeepNetwork, recipe: Recipe, rows: Rows, augment: Augment, folder: Path, seed: int
+) -> tuple[nn.Module, str]:
+    # A GPU runs the network again faster than a disk brings its features back.
+    on_disk = recipe.cached and next(sdn.parameters()).device.type == "cpu"
+    done = train_exits(
+        sdn,
+        rows,
+        augment=augment,
+        recipe=recipe.exits,
+        cache="disk" if on_disk else "auto" if recipe.cached else "off",
+        cache_dir=folder / "features" if on_disk else None,
+        checkpoint_dir=folder,
+        seed=seed,
+        precision="auto" if recipe.bf16 else "fp32",
+    )
+    shutil.rmtree(folder / "features", ignore_errors=True)
+    return sdn, done.precision
