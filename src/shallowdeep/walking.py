@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shallowdeep.policies import Policy, asked_exits, finite_rows
+from shallowdeep.policies import Policy, State, asked_exits, finite_rows
 from shallowdeep.types import ConfusionReference, Outcome, Trace
 
 CHUNK_ELEMENTS = 1 << 21  # logits held at once in float64 while walking a trace: 16 MB
@@ -25,37 +25,94 @@ def standardised(raw_N: Tensor, mean: float, std: float) -> Tensor:
     return (raw_N - mean) / std if std > 1e-12 else torch.zeros_like(raw_N)
 
 
-class _Route(NamedTuple):
-    asked: tuple[bool, ...]
-    last: int
-    moments: tuple[tuple[float, float], ...]
+class Memory(NamedTuple):
+    """What is remembered of rows that walk, each tensor with its rows first: the policy's state, what the exits asked
+    so far said (float64 softmax [B, C] each), and their logits where the most confident may have to answer.
+    """
+
+    state: State
+    softmax: tuple[Tensor, ...]
+    logits: tuple[Tensor, ...]
+
+    def select(self, row_S: Tensor) -> Memory:
+        """The rows ``row_S``."""
+        return Memory(*(tuple(tensor.index_select(0, row_S) for tensor in part) for part in self))
+
+
+class Answered(NamedTuple):
+    """Answers of rows [B] at the exit where they stop."""
+
+    logits_BC: Tensor
+    confidence_B: Tensor
+    confusion_B: Tensor
+
+
+class Rule:
+    """What a policy means on one network's exits, as functions of tensors alone: loops ask them, graphs hold them.
+
+    Rows whose logits are not finite do not stop before the full exit, and do not walk past it. ``reference``, where
+    there is one, standardises the confusion.
+    """
+
+    def __init__(
+        self, policy: Policy, *, num_exits: int, full_exit: int, reference: ConfusionReference | None = None
+    ) -> None:
+        self.policy, self.full_exit = policy, full_exit
+        self.asked = policy.asks(num_exits, full_exit)
+        if reference is not None and len(reference.mean_EE) != num_exits:
+            raise ValueError(f"The confusion reference speaks of {len(reference.mean_EE)} exits, not of {num_exits}.")
+        self.last = max(e for e in range(num_exits) if self.asked[e])
+        chosen = torch.tensor(self.asked)
+        self.moments = [reference.moments(e, chosen) if reference else (0.0, 1.0) for e in range(num_exits)]
+
+    def start(self, batch: int, labels_B: Tensor | None, device: torch.device) -> Memory:
+        """The memory of ``batch`` fresh rows."""
+        return Memory(self.policy.init(batch, labels_B, device), (), ())
+
+    def ask(self, exit: int, logits_BC: Tensor, memory: Memory) -> tuple[Memory, Tensor]:
+        """The memory with what ``exit`` says, and which rows stop there (bool [B])."""
+        softmax_BC = torch.softmax(logits_BC, 1, dtype=torch.float64)
+        logits = (*memory.logits, logits_BC) if self.policy.fallback == "most_confident" else ()
+        said = Memory(memory.state, (*memory.softmax, softmax_BC), logits)
+        if exit == self.last:
+            return said, torch.ones_like(logits_BC[:, 0], dtype=torch.bool)
+        state, stop_B = self.policy.step(memory.state, exit, logits_BC, softmax_BC)
+        finite_B = finite_rows(logits_BC)
+        return said._replace(state=state), stop_B | ~finite_B if exit == self.full_exit else stop_B & finite_B
+
+    def answer(self, exit: int, logits_BC: Tensor, memory: Memory) -> Answered:
+        """What rows that stop at ``exit`` are answered, given the memory after asking there."""
+        softmax_BC = memory.softmax[-1]
+        if memory.logits and exit in (self.last, self.full_exit):
+            logits_BC, softmax_BC = self._most_confident(exit, memory)
+        raw_B = l1(torch.stack(memory.softmax), softmax_BC).sum(0)
+        return Answered(logits_BC, softmax_BC.amax(1), standardised(raw_B, *self.moments[exit]))
+
+    def _most_confident(self, exit: int, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Logits and softmax of each row's most confident finite exit; before the last exit, of lost rows alone."""
+        logits_EBC, softmax_EBC = torch.stack(memory.logits), torch.stack(memory.softmax)
+        finite_EB = logits_EBC.abs().amax(2) < math.inf
+        # Not even the exit itself: then it answers, however badly.
+        least_E1 = -torch.ones(len(logits_EBC), 1, dtype=torch.float64, device=logits_EBC.device)
+        least_E1[-1] = 0.0
+        best_B = torch.where(finite_EB, softmax_EBC.amax(2), least_E1).argmax(0)
+        if exit != self.last:
+            best_B = torch.where(finite_EB[-1], len(logits_EBC) - 1, best_B)
+        best_1BC = best_B[None, :, None].expand(1, *logits_EBC.shape[1:])
+        return logits_EBC.gather(0, best_1BC)[0], softmax_EBC.gather(0, best_1BC)[0]
 
 
 @lru_cache(maxsize=256)
-def _route(policy: Policy, num_exits: int, full_exit: int, reference: ConfusionReference | None) -> _Route:
-    """What a policy means for a network with so many exits: worked out once, not for every batch."""
-    asked = policy.asks(num_exits, full_exit)
-    if reference is not None and len(reference.mean_EE) != num_exits:
-        raise ValueError(f"The confusion reference speaks of {len(reference.mean_EE)} exits, not of {num_exits}.")
-    last, chosen = max(e for e in range(num_exits) if asked[e]), torch.tensor(asked)
-    moments = [reference.moments(e, chosen) if reference else (0.0, 1.0) for e in range(num_exits)]
-    return _Route(asked, last, tuple(moments))
-
-
-class _Leaving(NamedTuple):
-    row_B: Tensor
-    exit_B: Tensor
-    logits_BC: Tensor
-    softmax_BC: Tensor
-    confusion_B: Tensor
+def rule_of(policy: Policy, num_exits: int, full_exit: int, reference: ConfusionReference | None) -> Rule:
+    """The ``Rule``, worked out once and not for every batch."""
+    return Rule(policy, num_exits=num_exits, full_exit=full_exit, reference=reference)
 
 
 class Walk:
     """One batch on its way along the exits under one policy: ask exit by exit while rows are ``alive``, then finish.
 
-    ``cost_E`` is what stopping at each exit costs under this policy (``costs_when_asking``); ``reference``, where there
-    is one, standardises the confusion. Rows whose logits are not finite do not stop before the full exit, and do not
-    walk past it. ``row_S`` says where the rows that still walk stand in the batch (None: nobody has left).
+    ``cost_E`` is what stopping at each exit costs under this policy (``costs_when_asking``). ``row_S`` says where the
+    rows that still walk stand in the batch (None: nobody has left).
     """
 
     def __init__(
@@ -72,97 +129,56 @@ class Walk:
     ) -> None:
         self.alive = batch
         self.row_S: Tensor | None = None
-        self._route = _route(policy, num_exits, full_exit, reference)
-        self._policy, self._full, self._cost_E = policy, full_exit, cost_E
-        self._device = torch.device(device)
-        self._state = policy.init(batch, labels_B, self._device)
-        self._logits: list[Tensor] = []
-        self._softmax: list[Tensor] = []
-        self._left: list[_Leaving] = []
+        self._rule = rule_of(policy, num_exits, full_exit, reference)
+        self._cost_E, self._device = cost_E, torch.device(device)
+        self._memory = self._rule.start(batch, labels_B, self._device)
+        self._left: list[tuple[Tensor, Tensor, Answered]] = []
 
     def asks(self, exit: int) -> bool:
         """Whether the policy asks this exit at all."""
-        return self._route.asked[exit]
+        return self._rule.asked[exit]
 
     def ask(self, exit: int, logits_BC: Tensor) -> Tensor:
         """Which of the rows that still walk walk on (bool [B]), given their logits at ``exit``."""
-        assert self._route.asked[exit], f"exit {exit} is not asked"
+        assert self._rule.asked[exit], f"exit {exit} is not asked"
         assert len(logits_BC) == self.alive, f"{len(logits_BC)} rows given, {self.alive} walk"
-        softmax_BC = torch.softmax(logits_BC, 1, dtype=torch.float64)
-        self._softmax.append(softmax_BC)
-        if self._policy.fallback == "most_confident":
-            self._logits.append(logits_BC)
-        if exit == self._route.last:
-            return self._leave(exit, logits_BC, None, None)
-        self._state, stop_B = self._policy.step(self._state, exit, logits_BC, softmax_BC)
-        lost_B = None
-        if exit == self._full:
-            lost_B = ~finite_rows(logits_BC)
-            stop_B = stop_B | lost_B
-        elif self.alive and self._device.type == "cpu" and not stop_B.any():
-            return ~stop_B  # the usual case at batch 1; on other devices one more kernel is cheaper than one more wait
-        else:
-            stop_B = stop_B & finite_rows(logits_BC)
-        return self._leave(exit, logits_BC, stop_B, lost_B)
+        self._memory, stop_B = self._rule.ask(exit, logits_BC, self._memory)
+        stops = int(stop_B.sum())
+        if stops == self.alive:
+            self._record(exit, self.row_S, logits_BC, self._memory)
+            self.alive = 0
+        elif stops:
+            order_B = stop_B.to(torch.uint8).argsort(descending=True, stable=True)  # both halves for one wait
+            out, stay = order_B[:stops], order_B[stops:]
+            row_out = out if self.row_S is None else self.row_S[out]
+            self._record(exit, row_out, logits_BC.index_select(0, out), self._memory.select(out))
+            self.row_S = stay if self.row_S is None else self.row_S[stay]
+            self.alive = len(stay)
+            self._memory = self._memory.select(stay)
+        return ~stop_B
 
     def finish(self) -> tuple[Outcome, Tensor]:
         """The outcome of all rows in the order of the batch, and which answers are finite (bool [B])."""
-        assert self.alive == 0, f"{self.alive} rows still walk; the last exit asked is {self._route.last}"
-        left = self._left[0]
+        assert self.alive == 0, f"{self.alive} rows still walk; the last exit asked is {self._rule.last}"
+        rows, exits, answers = zip(*self._left, strict=True)
+        row_B, exit_B = torch.cat(rows), torch.cat(exits)
+        found = Answered(*(torch.cat(parts) for parts in zip(*answers, strict=True)))
         if len(self._left) > 1:
-            left = _Leaving(*(torch.cat(parts) for parts in zip(*self._left, strict=True)))
-            order_B = left.row_B.argsort()
-            left = _Leaving(*(part.index_select(0, order_B) for part in left))
+            order_B = row_B.argsort()
+            exit_B, found = exit_B[order_B], Answered(*(part.index_select(0, order_B) for part in found))
         outcome = Outcome(
-            exit_N=left.exit_B,
-            labels_N=left.logits_BC.argmax(1),
-            logits_NC=left.logits_BC,
-            cost_N=self._cost_E[left.exit_B],
-            confidence_N=left.softmax_BC.amax(1),
-            confusion_N=left.confusion_B,
+            exit_N=exit_B,
+            labels_N=found.logits_BC.argmax(1),
+            logits_NC=found.logits_BC,
+            cost_N=self._cost_E[exit_B],
+            confidence_N=found.confidence_B,
+            confusion_N=found.confusion_B,
         )
-        return outcome, finite_rows(left.logits_BC)
+        return outcome, finite_rows(found.logits_BC)
 
-    def _leave(self, exit: int, logits_BC: Tensor, stop_B: Tensor | None, lost_B: Tensor | None) -> Tensor:
-        """Record the answers of the rows that stop (None: all) and compact the rest; ``lost_B`` never stopped."""
-        softmax_BC = self._softmax[-1]
-        if self._logits and (stop_B is None or lost_B is not None):
-            logits_BC, softmax_BC = self._most_confident(lost_B)
-        stops = self.alive if stop_B is None else int(stop_B.sum())
-        if stop_B is None or stops == self.alive:
-            self._record(exit, self.row_S, logits_BC, softmax_BC, torch.stack(self._softmax))
-            self.alive = 0
-            return torch.zeros(stops, dtype=torch.bool, device=self._device)
-        if stops:
-            order_B = stop_B.to(torch.uint8).argsort(descending=True, stable=True)  # both halves for one wait
-            out, stay = order_B[:stops], order_B[stops:]
-            said_EBC = torch.stack([softmax.index_select(0, out) for softmax in self._softmax])
-            row_out = out if self.row_S is None else self.row_S[out]
-            self._record(exit, row_out, logits_BC.index_select(0, out), softmax_BC.index_select(0, out), said_EBC)
-            self.row_S = stay if self.row_S is None else self.row_S[stay]
-            self.alive = len(stay)
-            self._state = tuple(memory.index_select(0, stay) for memory in self._state)
-            self._softmax = [softmax.index_select(0, stay) for softmax in self._softmax]
-            self._logits = [logits.index_select(0, stay) for logits in self._logits]
-        return ~stop_B
-
-    def _record(self, exit: int, row_B: Tensor | None, logits: Tensor, softmax: Tensor, said_EBC: Tensor) -> None:
-        row_B = torch.arange(len(logits), device=self._device) if row_B is None else row_B
-        raw_B = l1(said_EBC, softmax).sum(0)
-        confusion_B = standardised(raw_B, *self._route.moments[exit])
-        self._left.append(_Leaving(row_B, torch.full_like(row_B, exit), logits, softmax, confusion_B))
-
-    def _most_confident(self, lost_B: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Answers of the rows ``lost_B`` (None: all) by the most confident finite exit, of the others by this one."""
-        logits_EBC, softmax_EBC = torch.stack(self._logits), torch.stack(self._softmax)
-        finite_EB = logits_EBC.abs().amax(2) < math.inf
-        confidence_EB = torch.where(finite_EB, softmax_EBC.amax(2), -1.0)
-        confidence_EB[-1].clamp_(min=0.0)
-        best_B = confidence_EB.argmax(0)
-        if lost_B is not None:
-            best_B = torch.where(lost_B, best_B, len(self._logits) - 1)
-        row_B = torch.arange(len(best_B), device=self._device)
-        return logits_EBC[best_B, row_B], softmax_EBC[best_B, row_B]
+    def _record(self, exit: int, row_B: Tensor | None, logits_BC: Tensor, memory: Memory) -> None:
+        row_B = torch.arange(len(logits_BC), device=self._device) if row_B is None else row_B
+        self._left.append((row_B, torch.full_like(row_B, exit), self._rule.answer(exit, logits_BC, memory)))
 
 
 def l1(softmax_EBC: Tensor, answer_BC: Tensor) -> Tensor:
