@@ -403,7 +403,7 @@ def check(model: nn.Module, plan: Plan, inputs: Inputs) -> tuple[int, ...]:
     assert len(still) < len(ics), "the ICs did not learn"
     trace = sd.collect(sdn, (inputs, labels))
     policy = midway(trace)
-    engine = sd.Engine(sdn, policy)
+    engine = sd.Engine(sdn, policy, backend="torch")
     expected, answer = sd.simulate(policy, trace), engine(inputs)
     assert torch.equal(expected.exit_N, answer.exit_B), f"law 3: exits {expected.exit_N} and {answer.exit_B}"
     difference = float((expected.logits_NC - answer.logits_BC).abs().max())

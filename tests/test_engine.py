@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import shallowdeep as sd
 from nets import CLASSES, ZOO, images, planned, token_batch
@@ -17,9 +17,10 @@ from shallowdeep.inputs import Inputs, each, num_rows
 from shallowdeep.network import ShallowDeepNetwork, fingerprint
 from shallowdeep.policies import Confidence, Entropy, Fixed, Oracle, Patience, Policy
 from shallowdeep.runtime import engine as engine_module
-from shallowdeep.runtime.engine import needed_ics
+from shallowdeep.steps import Step, needed_ics
 from shallowdeep.types import Answer, BackboneMismatch, DataError
 
+Engine = partial(sd.Engine, backend="torch")  # test_backends.py compares the others with it
 NEVER, ALWAYS = Confidence(threshold=float("inf")), Confidence(threshold=0.0)
 
 
@@ -48,23 +49,15 @@ def expect(sdn: ShallowDeepNetwork, policy: Policy, inputs: Inputs, answer: Answ
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Every segment run from now on, as (place, rows that enter)."""
+    """Every step run from now on, as (place, rows that enter)."""
     done: list[tuple[int, int]] = []
-    place: dict[int, int] = {}
-    real_cut, real_call = engine_module.cut_segments, fx.GraphModule.__call__
+    real = Step.forward
 
-    def cut(*args: Any) -> Any:
-        segments = real_cut(*args)
-        place.update({id(segment.run): i for i, segment in enumerate(segments)})
-        return segments
+    def run(self: Step, *arrays: Tensor) -> tuple[Tensor, ...]:
+        done.append((self.place, len(arrays[0])))
+        return real(self, *arrays)
 
-    def run(self: fx.GraphModule, *args: Any, **named: Any) -> Any:
-        if id(self) in place:
-            done.append((place[id(self)], len(args[0])))
-        return real_call(self, *args, **named)
-
-    monkeypatch.setattr(engine_module, "cut_segments", cut)
-    monkeypatch.setattr(fx.GraphModule, "__call__", run)
+    monkeypatch.setattr(Step, "forward", run)
     return done
 
 
@@ -75,7 +68,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def test_rows_that_are_answered_are_not_computed_on(name: str, work: list[tuple[int, int]]) -> None:
     sdn, inputs = made(name), ZOO[name].batch(16)
     policy = some_leave(sdn, inputs)
-    engine = sd.Engine(sdn, policy)
+    engine = Engine(sdn, policy)
     work.clear()
     answer = engine(inputs)
     expect(sdn, policy, inputs, answer)
@@ -85,7 +78,7 @@ def test_rows_that_are_answered_are_not_computed_on(name: str, work: list[tuple[
 
 
 def test_when_all_leave_nothing_more_is_run(work: list[tuple[int, int]]) -> None:
-    engine = sd.Engine(made(), ALWAYS)
+    engine = Engine(made(), ALWAYS)
     work.clear()
     answer = engine(images(5))
     assert answer.exit_B.tolist() == [0] * 5
@@ -94,7 +87,7 @@ def test_when_all_leave_nothing_more_is_run(work: list[tuple[int, int]]) -> None
 
 def test_when_none_leaves_everything_is_run(work: list[tuple[int, int]]) -> None:
     sdn = made()
-    engine = sd.Engine(sdn, NEVER)
+    engine = Engine(sdn, NEVER)
     work.clear()
     answer = engine(images(5))
     assert answer.exit_B.tolist() == [sdn.num_exits - 1] * 5
@@ -105,11 +98,11 @@ def test_when_none_leaves_everything_is_run(work: list[tuple[int, int]]) -> None
 
 def test_classifiers_that_nobody_needs_do_not_run(work: list[tuple[int, int]]) -> None:
     full = made().num_exits - 1
-    engine = sd.Engine(made(), Fixed(exit=full))
+    engine = Engine(made(), Fixed(exit=full))
     work.clear()
     assert engine(images(3)).exit_B.tolist() == [full] * 3
     assert work == [(0, 3)], "one segment from end to end"
-    paper = sd.Engine(made(classifier="paper"), Fixed(exit=2))
+    paper = Engine(made(classifier="paper"), Fixed(exit=2))
     work.clear()
     assert paper(images(3)).exit_B.tolist() == [2] * 3
     assert work == [(0, 3)]
@@ -126,12 +119,12 @@ def test_modules_behind_the_last_exit_do_not_run() -> None:
     for name, module in sdn.backbone.named_children():
         module.register_forward_hook(lambda _, args, __, name=name: rows[name].append(len(args[0])))
     inputs = images(16)
-    sd.Engine(sdn, ALWAYS)(inputs)
+    Engine(sdn, ALWAYS)(inputs)
     assert dict(rows) == {"stem": [16]}
     rows.clear()
     policy = some_leave(sdn, inputs)
     rows.clear()
-    answer = sd.Engine(sdn, policy)(inputs)
+    answer = Engine(sdn, policy)(inputs)
     assert rows["head"] == [int((answer.exit_B == sdn.num_exits - 1).sum())]
     assert rows["blocks"] == [int((answer.exit_B > 0).sum())]
 
@@ -143,7 +136,7 @@ def test_modules_behind_the_last_exit_do_not_run() -> None:
 def test_batches_of_every_size(name: str) -> None:
     sdn = made(name)
     policy = some_leave(sdn, ZOO[name].batch(16))
-    engine = sd.Engine(sdn, policy)
+    engine = Engine(sdn, policy)
     empty = engine(each(ZOO[name].batch(2), lambda tensor: tensor[:0]))
     for rows in (1, 2, 3, 16, 33):
         answer = engine(ZOO[name].batch(rows))
@@ -160,7 +153,7 @@ def test_batches_of_every_size(name: str) -> None:
 def test_rows_that_are_no_numbers_are_answered_by_the_full_exit(name: str, fallback: str) -> None:
     sdn, inputs = made(name), images(12)
     policy = Confidence(threshold=some_leave(sdn, inputs).threshold, fallback=fallback)  # type: ignore[arg-type]
-    engine = sd.Engine(sdn, policy)
+    engine = Engine(sdn, policy)
     clean = engine(inputs)
     dirty = inputs.clone()
     dirty[[2, 7]] = float("nan")
@@ -176,7 +169,7 @@ def test_rows_that_are_no_numbers_are_answered_by_the_full_exit(name: str, fallb
 
 def test_another_image_size_is_answered_rightly() -> None:
     sdn = made()
-    engine = sd.Engine(sdn, NEVER)
+    engine = Engine(sdn, NEVER)
     for side in (16, 12, 8, 16):
         x = torch.randn(3, 3, side, side)
         answer = engine(x)
@@ -184,21 +177,21 @@ def test_another_image_size_is_answered_rightly() -> None:
             torch.testing.assert_close(answer.logits_BC, sdn.backbone(x))
     policy = some_leave(sdn, torch.randn(8, 3, 16, 16))
     x = torch.randn(8, 3, 16, 16)
-    expect(sdn, policy, x, sd.Engine(sdn, policy)(x))
+    expect(sdn, policy, x, Engine(sdn, policy)(x))
 
 
 def test_only_some_programs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "PROGRAMS_KEPT", 2)
-    engine = sd.Engine(made("functional"), ALWAYS)
+    engine = Engine(made("functional"), ALWAYS)
     for side in (8, 12, 16, 12):
         engine(torch.randn(2, 3, side, side))
-    assert [signature.shapes[0][-1] for signature in engine._programs] == [12, 16]
+    assert [signature.shapes[0][-1] for signature, _ in engine._programs] == [12, 16]
 
 
 def test_padding_by_batch_mates_changes_no_answer() -> None:
     sdn, batch = made("masked_tokens"), token_batch(8)
     policy = some_leave(sdn, batch)
-    engine = sd.Engine(sdn, policy)
+    engine = Engine(sdn, policy)
     together = engine(batch)
     assert len(together.exit_B.unique()) > 1
     for row in range(4):
@@ -209,16 +202,16 @@ def test_padding_by_batch_mates_changes_no_answer() -> None:
 
 
 def test_names_of_a_dict_come_in_any_order() -> None:
-    engine, batch = sd.Engine(made("masked_tokens"), NEVER), token_batch(4)
+    engine, batch = Engine(made("masked_tokens"), NEVER), token_batch(4)
     assert torch.equal(engine(dict(reversed(batch.items()))).logits_BC, engine(batch).logits_BC)
 
 
 def test_threads_share_one_engine() -> None:
     sdn = made()
     policy = some_leave(sdn, images(16))
-    engine = sd.Engine(sdn, policy)
+    engine = Engine(sdn, policy)
     inputs = [images(3), images(9), torch.randn(4, 3, 12, 12)]
-    expected = [sd.Engine(sdn, policy)(x) for x in inputs]
+    expected = [Engine(sdn, policy)(x) for x in inputs]
     failures: list[BaseException] = []
 
     def ask(number: int) -> None:
@@ -240,7 +233,7 @@ def test_threads_share_one_engine() -> None:
 
 def test_an_engine_takes_no_notice_of_modes_and_gradients() -> None:
     sdn = made("dropout_norm")
-    engine = sd.Engine(sdn, NEVER)
+    engine = Engine(sdn, NEVER)
     expected = engine(images(4))
     sdn.train()
     x = images(4).requires_grad_()
@@ -249,7 +242,7 @@ def test_an_engine_takes_no_notice_of_modes_and_gradients() -> None:
     assert not answer.logits_BC.requires_grad
     assert all(module.training for module in sdn.modules())
     eager = made("control_flow")
-    running = sd.Engine(eager, NEVER)
+    running = Engine(eager, NEVER)
     eager.train()
     with pytest.raises(BackboneMismatch, match=r"in training mode .*; call sdn\.eval\(\)"):
         running(images(2))
@@ -260,9 +253,10 @@ def test_an_engine_takes_no_notice_of_modes_and_gradients() -> None:
 
 @pytest.mark.parametrize("name", ["residual", "control_flow"])
 @pytest.mark.parametrize("what", ["backbone", "statistics", "classifiers", "confusion", "double"])
-def test_a_network_that_has_changed_is_noticed(name: str, what: str) -> None:
+def test_a_network_that_has_changed_is_noticed(name: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "LOOK_SECONDS", 0.0)
     sdn = made(name)
-    engine = sd.Engine(sdn, ALWAYS)
+    engine = Engine(sdn, ALWAYS)
     engine(images(2))
     with torch.no_grad():
         if what == "backbone":
@@ -278,7 +272,7 @@ def test_a_network_that_has_changed_is_noticed(name: str, what: str) -> None:
     with pytest.raises(BackboneMismatch, match=r"has changed since .*; make a new Engine\(sdn, policy\)"):
         engine(images(2))
     if what != "double":
-        assert sd.Engine(sdn, ALWAYS)(images(2)).exit_B.tolist() == [0, 0]
+        assert Engine(sdn, ALWAYS)(images(2)).exit_B.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -302,27 +296,27 @@ def test_inputs_of_another_kind(inputs: object, message: str) -> None:
 
 
 @cache
-def refusing() -> sd.Engine:
-    return sd.Engine(made(), NEVER)
+def refusing() -> Any:
+    return Engine(made(), NEVER)
 
 
 def test_policies_and_backends_that_do_not_fit() -> None:
     sdn = made()
     with pytest.raises(ValueError, match=r"No backend 'warp'\. Possible: 'auto', 'torch'"):
-        sd.Engine(sdn, ALWAYS, backend="warp")  # type: ignore[arg-type]
+        Engine(sdn, ALWAYS, backend="warp")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs labels: only simulate can run it"):
-        sd.Engine(sdn, Oracle())
+        Engine(sdn, Oracle())
     with pytest.raises(ValueError, match=f"has 2 thresholds; {sdn.num_exits} exits need {sdn.num_exits - 1}"):
-        sd.Engine(sdn, Entropy(threshold=(0.1, 0.2)))
+        Engine(sdn, Entropy(threshold=(0.1, 0.2)))
     with pytest.raises(ValueError, match=f"{sdn.num_exits} exits need {sdn.num_exits}"):
-        sd.Engine(sdn, Patience(patience=1, enabled_E=(True,)))
+        Engine(sdn, Patience(patience=1, enabled_E=(True,)))
 
 
 def test_the_users_network_is_left_alone() -> None:
     for name in ("residual", "control_flow"):
         sdn = made(name)
         before = fingerprint(sdn)
-        engine = sd.Engine(sdn, ALWAYS)
+        engine = Engine(sdn, ALWAYS)
         x: Tensor = images(4)
         engine(x)
         assert torch.equal(x, images(4))

@@ -118,7 +118,7 @@ def test_law_3_engine_answers_as_simulate(made: Made) -> None:
     left_at: set[int] = set()
     for policy in policies(trace):
         outcome = sd.simulate(policy, trace)
-        engine = sd.Engine(sdn, policy)
+        engine = sd.Engine(sdn, policy, backend="torch")
         answer = engine(made.inputs)
         assert torch.equal(answer.exit_B, outcome.exit_N), policy
         assert torch.equal(answer.labels_B, outcome.labels_N), policy

@@ -94,7 +94,7 @@ def test_threads_come_and_go() -> None:
 @pytest.mark.usefixtures("hurried")
 def test_threads_share_an_engine_that_runs_modules() -> None:
     sdn = made("control_flow")
-    engine = sd.Engine(sdn, Confidence(threshold=0.3))
+    engine = sd.Engine(sdn, Confidence(threshold=0.3), backend="torch")
     inputs = [images(rows) for rows in (3, 5, 7)]
     expected = [engine(x) for x in inputs]
 

@@ -6,6 +6,7 @@ It refuses to know what a trace is good for.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,16 +36,39 @@ def collect(
     Raises ``DataError`` for empty data, labels outside the classes, or logits that are not finite.
     """
     device = next(sdn.parameters()).device
+    with evaluating(sdn):
+        return collect_answers(
+            sdn,
+            data,
+            lambda inputs: sdn(each(inputs, lambda tensor: tensor.to(device))),
+            backend="torch",
+            batch_size=batch_size,
+            memory_limit_bytes=memory_limit_bytes,
+        )
+
+
+def collect_answers(
+    sdn: ShallowDeepNetwork,
+    data: Batches | tuple[Inputs, Tensor],
+    answers: Callable[[Inputs], Tensor],
+    *,
+    backend: str,
+    batch_size: int = 256,
+    memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
+) -> Trace:
+    """As ``collect``, with ``answers(inputs)`` saying the logits [E, B, C] of ``sdn``'s exits, as ``backend`` computes
+    them.
+    """
     labels, hashes = [], []
     pair = as_pair(data)
     total = -(-num_rows(pair[0]) // batch_size) if pair is not None else None
-    with evaluating(sdn), _Rows(memory_limit_bytes) as logits:
+    with _Rows(memory_limit_bytes) as logits:
         for inputs, batch_labels in steps(batches(data, batch_size), "collect", total):
             rows = num_rows(inputs)
             if rows == 0:
                 continue
             labels.append(check_labels(batch_labels, rows, sdn.plan.num_classes).cpu())
-            answers_EBC = sdn(each(inputs, lambda tensor: tensor.to(device)))
+            answers_EBC = answers(inputs)
             _check_finite(answers_EBC, logits.count)
             logits.append(answers_EBC.transpose(0, 1))
             hashes.append(row_hashes(inputs))
@@ -64,7 +88,7 @@ def collect(
         exit_names=sdn.plan.exit_names,
         info={
             "model": sdn.plan.model,
-            "backend": "torch",
+            "backend": backend,
             "precision": str(answers_EBC.dtype),
             "torch": torch.__version__,
         },

@@ -234,7 +234,7 @@ def export_graph(model: nn.Module, inputs: Inputs) -> BackboneGraph:
     batch = torch.export.Dim("batch")
     wrapped = _FromLeaves(model, signature_of(inputs))
     wrapped.training = False
-    with _silence(), evaluating(model):
+    with silence(), evaluating(model):
         program = torch.export.export(
             wrapped, (leaves,), dynamic_shapes=(tuple({0: batch} for _ in leaves),), strict=False
         )
@@ -329,7 +329,7 @@ def _geometry(node: fx.Node) -> tuple[object, ...]:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """The exporter's warnings and log lines: what matters of them is in the exception, which the plan reports."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -192,7 +192,7 @@ class Fixed(_Forgetful):
         return tuple(e in (self.exit, full_exit) for e in range(num_exits))
 
     def step(self, state: State, exit: int, logits_BC: Tensor, softmax_BC: Tensor) -> tuple[State, Tensor]:
-        return state, torch.full((len(logits_BC),), exit == self.exit, device=logits_BC.device)
+        return state, torch.full_like(logits_BC[:, 0], exit == self.exit, dtype=torch.bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,4 +278,5 @@ def asked_exits(enabled_E: Sequence[bool] | None, num_exits: int, full_exit: int
 
 def finite_rows(logits_BC: Tensor) -> Tensor:
     """Which rows hold numbers only (bool [B]): no NaN, no infinity."""
-    return logits_BC.abs().amax(1) < math.inf
+    # By a sum, which no runtime takes to be a number when one of its parts is none; the largest of a row may be.
+    return logits_BC.sum(1, dtype=torch.float64).abs() < math.inf

@@ -22,10 +22,13 @@ from shallowdeep.types import CutError, Plan
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """One piece; ``carried_rows`` says of each tensor that leaves it whether its first axis is the batch."""
+    """One piece: which of the rows' own inputs it reads, and the tensors that leave it beside the crossing one, each
+    with whether its first axis is the batch.
+    """
 
     run: fx.GraphModule
-    carried_rows: tuple[bool, ...]
+    reads: tuple[bool, ...]
+    sides: dict[str, bool]
 
 
 def cut_segments(model: nn.Module, plan: Plan, stops: Sequence[int], example: Inputs) -> list[Segment]:
@@ -48,12 +51,10 @@ def cut_segments(model: nn.Module, plan: Plan, stops: Sequence[int], example: In
         with torch.no_grad():
             piece = copy.deepcopy(found.graph.piece(start, end)).requires_grad_(False)
             _fold_batch_norms(piece)
-        carried = (
-            []
-            if end is None
-            else [rows for side, rows in zip(end.sides, end.side_rows, strict=True) if side not in found.graph.leaves]
-        )
-        segments.append(Segment(piece, (True, *carried)))
+        inputs = [node for node in piece.graph.nodes if node.op == "placeholder"][-len(found.graph.leaves) :]
+        sides = {} if end is None else dict(zip(end.sides, end.side_rows, strict=True))
+        carried = {side.name: rows for side, rows in sides.items() if side not in found.graph.leaves}
+        segments.append(Segment(piece, tuple(bool(node.users) for node in inputs), carried))
     return segments
 
 
@@ -105,8 +106,3 @@ def _constant(piece: fx.GraphModule, node: object) -> Tensor | None:
     for part in str(node.target).split("."):
         value = getattr(value, part)
     return value if isinstance(value, Tensor) else None
-
-
-def keep_rows(tensors: Sequence[Tensor], have_rows: Sequence[bool], keep: Tensor) -> tuple[Tensor, ...]:
-    """The rows ``keep`` of every tensor that has rows; the others as they are."""
-    return tuple(tensor[keep] if rows else tensor for tensor, rows in zip(tensors, have_rows, strict=True))

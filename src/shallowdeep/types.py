@@ -34,6 +34,10 @@ class BackboneMismatch(ValueError):
     """A saved SDN, an engine or a cache is met with weights other than those it was made from."""
 
 
+class BackendError(RuntimeError):
+    """A backend computes something else than PyTorch, or cannot run a network."""
+
+
 class DataError(ValueError):
     """Inputs or labels are not what a classifier can be trained on or asked."""
 
@@ -356,7 +360,9 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answer:
-    """What an engine returns for a batch; fields as in ``Outcome``, ``valid_B`` False where an answer is not finite."""
+    """What an engine returns for a batch; fields as in ``Outcome``, ``valid_B`` False where an answer is not finite,
+    ``capped_B`` True where a limit of the call ended the walk before the policy did.
+    """
 
     labels_B: Tensor
     logits_BC: Tensor
@@ -365,6 +371,7 @@ class Answer:
     confusion_B: Tensor
     cost_B: Tensor
     valid_B: Tensor
+    capped_B: Tensor
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

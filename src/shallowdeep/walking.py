@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from shallowdeep.policies import Policy, State, asked_exits, finite_rows
 from shallowdeep.types import ConfusionReference, Outcome, Trace
 
+Array: TypeAlias = Any
+"""A torch tensor or a NumPy array."""
 CHUNK_ELEMENTS = 1 << 21  # logits held at once in float64 while walking a trace: 16 MB
 
 
@@ -27,7 +29,7 @@ def standardised(raw_N: Tensor, mean: float, std: float) -> Tensor:
 
 class Memory(NamedTuple):
     """What is remembered of rows that walk, each tensor with its rows first: the policy's state, what the exits asked
-    so far said (float64 softmax [B, C] each), and their logits where the most confident may have to answer.
+    so far said (float64 softmax [B, C] each), and their logits, the last alone unless the most confident may answer.
     """
 
     state: State
@@ -39,19 +41,10 @@ class Memory(NamedTuple):
         return Memory(*(tuple(tensor.index_select(0, row_S) for tensor in part) for part in self))
 
 
-class Answered(NamedTuple):
-    """Answers of rows [B] at the exit where they stop."""
-
-    logits_BC: Tensor
-    confidence_B: Tensor
-    confusion_B: Tensor
-
-
 class Rule:
     """What a policy means on one network's exits, as functions of tensors alone: loops ask them, graphs hold them.
 
-    Rows whose logits are not finite do not stop before the full exit, and do not walk past it. ``reference``, where
-    there is one, standardises the confusion.
+    ``reference``, where there is one, standardises the confusion.
     """
 
     def __init__(
@@ -69,26 +62,27 @@ class Rule:
         """The memory of ``batch`` fresh rows."""
         return Memory(self.policy.init(batch, labels_B, device), (), ())
 
-    def ask(self, exit: int, logits_BC: Tensor, memory: Memory) -> tuple[Memory, Tensor]:
-        """The memory with what ``exit`` says, and which rows stop there (bool [B])."""
+    def ask(self, exit: int, logits_BC: Tensor, memory: Memory) -> tuple[Memory, Tensor | None]:
+        """The memory with what ``exit`` says, and which rows the policy stops there (bool [B]); None at the last."""
         softmax_BC = torch.softmax(logits_BC, 1, dtype=torch.float64)
-        logits = (*memory.logits, logits_BC) if self.policy.fallback == "most_confident" else ()
-        said = Memory(memory.state, (*memory.softmax, softmax_BC), logits)
+        before = memory.logits if self.policy.fallback == "most_confident" else ()
+        said = Memory(memory.state, (*memory.softmax, softmax_BC), (*before, logits_BC))
         if exit == self.last:
-            return said, torch.ones_like(logits_BC[:, 0], dtype=torch.bool)
+            return said, None
         state, stop_B = self.policy.step(memory.state, exit, logits_BC, softmax_BC)
-        finite_B = finite_rows(logits_BC)
-        return said._replace(state=state), stop_B | ~finite_B if exit == self.full_exit else stop_B & finite_B
+        return said._replace(state=state), stop_B
 
-    def answer(self, exit: int, logits_BC: Tensor, memory: Memory) -> Answered:
-        """What rows that stop at ``exit`` are answered, given the memory after asking there."""
-        softmax_BC = memory.softmax[-1]
-        if memory.logits and exit in (self.last, self.full_exit):
-            logits_BC, softmax_BC = self._most_confident(exit, memory)
-        raw_B = l1(torch.stack(memory.softmax), softmax_BC).sum(0)
-        return Answered(logits_BC, softmax_BC.amax(1), standardised(raw_B, *self.moments[exit]))
+    def heed(self, exit: int, stop_B: Array, finite_B: Array) -> Array:
+        """Which rows really stop before the last exit: none whose logits are not finite (``finite_B``) before the full
+        exit, and all of those there.
+        """
+        return stop_B | ~finite_B if exit == self.full_exit else stop_B & finite_B
 
-    def _most_confident(self, exit: int, memory: Memory) -> tuple[Tensor, Tensor]:
+    def falls_back(self, exit: int) -> bool:
+        """Whether rows that nobody stopped may be answered by another exit than ``exit``, where they end."""
+        return self.policy.fallback == "most_confident" and exit in (self.last, self.full_exit)
+
+    def most_confident(self, exit: int, memory: Memory) -> tuple[Tensor, Tensor]:
         """Logits and softmax of each row's most confident finite exit; before the last exit, of lost rows alone."""
         logits_EBC, softmax_EBC = torch.stack(memory.logits), torch.stack(memory.softmax)
         finite_EB = logits_EBC.abs().amax(2) < math.inf
@@ -100,6 +94,18 @@ class Rule:
             best_B = torch.where(finite_EB[-1], len(logits_EBC) - 1, best_B)
         best_1BC = best_B[None, :, None].expand(1, *logits_EBC.shape[1:])
         return logits_EBC.gather(0, best_1BC)[0], softmax_EBC.gather(0, best_1BC)[0]
+
+    def confusion(self, exit: int, said: Sequence[Array], answer_SC: Array) -> Array:
+        """How far the exits asked (softmax [S, C] each) are from the answer's softmax, for rows that stop at ``exit``:
+        torch tensors or NumPy arrays.
+        """
+        raw_S = 0
+        for said_SC in said:
+            distance_S = abs(said_SC - answer_SC).sum(1)
+            distance_S[distance_S != distance_S] = 2.0  # not a number
+            raw_S = distance_S + raw_S
+        mean, std = self.moments[exit]
+        return (raw_S - mean) / std if std > 1e-12 else raw_S * 0.0
 
 
 @lru_cache(maxsize=256)
@@ -132,7 +138,7 @@ class Walk:
         self._rule = rule_of(policy, num_exits, full_exit, reference)
         self._cost_E, self._device = cost_E, torch.device(device)
         self._memory = self._rule.start(batch, labels_B, self._device)
-        self._left: list[tuple[Tensor, Tensor, Answered]] = []
+        self._left: list[tuple[Tensor, ...]] = []
 
     def asks(self, exit: int) -> bool:
         """Whether the policy asks this exit at all."""
@@ -143,42 +149,45 @@ class Walk:
         assert self._rule.asked[exit], f"exit {exit} is not asked"
         assert len(logits_BC) == self.alive, f"{len(logits_BC)} rows given, {self.alive} walk"
         self._memory, stop_B = self._rule.ask(exit, logits_BC, self._memory)
+        stop_B = torch.ones_like(logits_BC[:, 0], dtype=torch.bool) if stop_B is None else stop_B
+        stop_B = stop_B if exit == self._rule.last else self._rule.heed(exit, stop_B, finite_rows(logits_BC))
         stops = int(stop_B.sum())
         if stops == self.alive:
-            self._record(exit, self.row_S, logits_BC, self._memory)
+            self._record(exit, self.row_S, self._memory)
             self.alive = 0
         elif stops:
             order_B = stop_B.to(torch.uint8).argsort(descending=True, stable=True)  # both halves for one wait
             out, stay = order_B[:stops], order_B[stops:]
-            row_out = out if self.row_S is None else self.row_S[out]
-            self._record(exit, row_out, logits_BC.index_select(0, out), self._memory.select(out))
+            self._record(exit, out if self.row_S is None else self.row_S[out], self._memory.select(out))
             self.row_S = stay if self.row_S is None else self.row_S[stay]
             self.alive = len(stay)
             self._memory = self._memory.select(stay)
         return ~stop_B
 
-    def finish(self) -> tuple[Outcome, Tensor]:
-        """The outcome of all rows in the order of the batch, and which answers are finite (bool [B])."""
+    def finish(self) -> Outcome:
+        """The outcome of all rows in the order of the batch."""
         assert self.alive == 0, f"{self.alive} rows still walk; the last exit asked is {self._rule.last}"
-        rows, exits, answers = zip(*self._left, strict=True)
-        row_B, exit_B = torch.cat(rows), torch.cat(exits)
-        found = Answered(*(torch.cat(parts) for parts in zip(*answers, strict=True)))
+        found = [torch.cat(parts) for parts in zip(*self._left, strict=True)]
         if len(self._left) > 1:
-            order_B = row_B.argsort()
-            exit_B, found = exit_B[order_B], Answered(*(part.index_select(0, order_B) for part in found))
-        outcome = Outcome(
+            order_B = found[0].argsort()
+            found = [part.index_select(0, order_B) for part in found]
+        _, exit_B, logits_BC, confidence_B, confusion_B = found
+        return Outcome(
             exit_N=exit_B,
-            labels_N=found.logits_BC.argmax(1),
-            logits_NC=found.logits_BC,
+            labels_N=logits_BC.argmax(1),
+            logits_NC=logits_BC,
             cost_N=self._cost_E[exit_B],
-            confidence_N=found.confidence_B,
-            confusion_N=found.confusion_B,
+            confidence_N=confidence_B,
+            confusion_N=confusion_B,
         )
-        return outcome, finite_rows(found.logits_BC)
 
-    def _record(self, exit: int, row_B: Tensor | None, logits_BC: Tensor, memory: Memory) -> None:
+    def _record(self, exit: int, row_B: Tensor | None, memory: Memory) -> None:
+        logits_BC, softmax_BC = memory.logits[-1], memory.softmax[-1]
+        if self._rule.falls_back(exit):
+            logits_BC, softmax_BC = self._rule.most_confident(exit, memory)
         row_B = torch.arange(len(logits_BC), device=self._device) if row_B is None else row_B
-        self._left.append((row_B, torch.full_like(row_B, exit), self._rule.answer(exit, logits_BC, memory)))
+        confusion_B = self._rule.confusion(exit, memory.softmax, softmax_BC)
+        self._left.append((row_B, torch.full_like(row_B, exit), logits_BC, softmax_BC.amax(1), confusion_B))
 
 
 def l1(softmax_EBC: Tensor, answer_BC: Tensor) -> Tensor:
@@ -246,7 +255,7 @@ def simulate(policy: Policy, trace: Trace) -> Outcome:
         for exit in filter(walk.asks, range(exits)):
             if walk.alive:
                 walk.ask(exit, logits_EBC[exit] if walk.row_S is None else logits_EBC[exit][walk.row_S])
-        parts.append(walk.finish()[0])
+        parts.append(walk.finish())
     return Outcome(**{name: torch.cat([getattr(part, name) for part in parts]) for name in _OUTCOME})
 
 

@@ -1,80 +1,194 @@
-"""Answers as early as the policy allows: run a segment, ask, let answered rows leave the batch, go on.
+"""Answers as early as the policy allows: run a step, let answered rows leave the batch, go on.
 
-It refuses to make a choice that could change an answer; those are policy data. Faster backends enter through
-``backend=``.
+It refuses to make a choice that could change an answer; those are policy data.
 """
 
 from __future__ import annotations
 
-import copy
-import operator
+import importlib.util
+import math
 import threading
-from typing import Literal
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from shallowdeep.classifiers import Said
+from shallowdeep.collection import collect, collect_answers
 from shallowdeep.costs import feeds, own_costs
-from shallowdeep.inputs import (
-    Inputs,
-    as_inputs,
-    call,
-    each,
-    example_of,
-    logits_of,
-    mask_of,
-    num_rows,
-    signature_of,
-    take,
-    tensors,
-)
+from shallowdeep.inputs import Batches, Inputs, as_inputs, each, example_of, num_rows, signature_of, take, tensors
 from shallowdeep.network import ShallowDeepNetwork
-from shallowdeep.policies import Policy
-from shallowdeep.segments import Segment, cut_segments, keep_rows
-from shallowdeep.taps import tapped
-from shallowdeep.types import Answer, BackboneMismatch, DataError, InputSignature
-from shallowdeep.walking import Walk, costs_when_asking
+from shallowdeep.policies import Confidence, Policy
+from shallowdeep.runtime.backends import Array, Backend
+from shallowdeep.runtime.loop import Left, Limit, Program, walk
+from shallowdeep.runtime.modules import walk_modules
+from shallowdeep.runtime.on_onnxruntime import OnOnnxRuntime
+from shallowdeep.runtime.on_openvino import OnOpenVino
+from shallowdeep.runtime.on_torch import OnTorch
+from shallowdeep.runtime.programs import make_program, measure
+from shallowdeep.runtime.times import StepTimes
+from shallowdeep.steps import needed_ics
+from shallowdeep.types import (
+    Answer,
+    BackboneMismatch,
+    BackendError,
+    CutError,
+    DataError,
+    InputSignature,
+    MissingExtra,
+    Trace,
+)
+from shallowdeep.walking import costs_when_asking, rule_of
 
-BACKENDS = ("auto", "torch")
+BackendName: TypeAlias = Literal["auto", "torch", "torch-compile", "onnxruntime", "openvino", "openvino-bf16"]
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Batch sizes that ``measure`` looks at by default."""
 PROGRAMS_KEPT = 8
-"""Input shapes whose segments stay ready."""
+"""Kinds of input whose steps stay ready."""
+ROWS_AT_ONCE = 1024
+"""Rows of one call that are computed together where no times are known."""
+LOOK_SECONDS = 0.01
+"""How often an engine with its own weights looks whether the SDN's have changed: a look takes 40 microseconds."""
 
 
 class Engine:
     """``engine(inputs)`` answers each row at the exit where ``policy`` stops it; the rest of the network is skipped.
 
-    ``inputs`` is a batch as the backbone takes it, on any device; the answer is on the network's. Weights are
-    snapshotted when the engine is made: a call raises ``BackboneMismatch`` when the SDN has changed since. A backbone
-    that cannot be exported runs through its own modules. Several threads may call one engine. Rows whose logits are
-    not finite are answered by the backbone's own exit with ``valid_B`` False. Source: arXiv 1810.07052, section 5.1.
+    ``inputs`` is a batch as the backbone takes it, on any device; the answer is on the network's. ``backend`` is
+    "torch" (any device), "torch-compile", "onnxruntime", "openvino" or "openvino-bf16", these with ``threads`` threads
+    (None: as many as PyTorch has), or "auto": the quickest that is installed, by measurement. Weights are snapshotted:
+    a call soon after the SDN has changed raises ``BackboneMismatch``. A backbone that cannot be exported runs through
+    its own modules, in PyTorch alone. Several threads may call one engine. Rows whose logits are not finite are
+    answered by the backbone's own exit with ``valid_B`` False. Source: arXiv 1810.07052, section 5.1.
     """
 
-    def __init__(self, sdn: ShallowDeepNetwork, policy: Policy, *, backend: Literal["auto", "torch"] = "auto") -> None:
-        if backend not in BACKENDS:
-            raise ValueError(f"No backend {backend!r}. Possible: {', '.join(map(repr, BACKENDS))}.")
-        self.sdn, self.policy, self.backend = sdn, policy, "torch"
-        self._device = next(sdn.parameters()).device
-        self._exits, self._full = sdn.num_exits, sdn.num_exits - 1
-        asked = policy.asks(self._exits, self._full)
+    def __init__(
+        self, sdn: ShallowDeepNetwork, policy: Policy, *, backend: BackendName = "auto", threads: int | None = None
+    ) -> None:
+        if backend not in get_args(BackendName):
+            raise ValueError(f"No backend {backend!r}. Possible: {', '.join(map(repr, get_args(BackendName)))}.")
+        self.sdn, self.policy = sdn, policy
+        self.times: StepTimes | None = None
+        self._device, self._exported = next(sdn.parameters()).device, sdn.plan.via == "export"
+        self._rule = rule_of(policy, sdn.num_exits, sdn.num_exits - 1, sdn.confusion_reference)
         policy.init(1, None, self._device)  # a rule that needs labels says so now
         cost_E = torch.tensor(sdn.plan.cost_E, dtype=torch.float64)
-        self._cost_E = costs_when_asking(asked, cost_E=cost_E, own_cost_E=own_costs(sdn), feeds_EE=feeds(sdn)).to(
-            self._device
+        self._cost_E = costs_when_asking(
+            self._rule.asked, cost_E=cost_E, own_cost_E=own_costs(sdn), feeds_EE=feeds(sdn)
         )
-        self._run = needed_ics(asked, feeds(sdn))
-        self._reference = sdn.confusion_reference
-        self._classifiers = copy.deepcopy(sdn.classifiers).eval().requires_grad_(False)
         self._watched = [*sdn.parameters(), *sdn.buffers()]
-        self._seen = self._state()
-        self._programs: dict[InputSignature, list[Segment]] = {}
-        self._lock = threading.Lock()
-        if sdn.plan.via == "export":
+        self._seen, self._looked = self._state(), 0.0
+        self._programs: dict[tuple[InputSignature, bool], Program] = {}
+        self._lock = threading.RLock()
+        self._backend = self._chosen(backend, threads or torch.get_num_threads())
+        self.backend = self._backend.name
+        self._cost = self._backend.enter(self._cost_E)
+        if self._exported:
             self._program(sdn.plan.inputs)
 
-    def __call__(self, inputs: object) -> Answer:
-        """The answers to one batch, in its order: labels, logits, exits, confidence, confusion and cost per row."""
-        batch, planned = each(as_inputs(inputs), lambda tensor: tensor.to(self._device)), self.sdn.plan.inputs
+    def __call__(self, inputs: object, *, max_cost: float | None = None, max_ms: float | None = None) -> Answer:
+        """The answers to one batch, in its order: labels, logits, exits, confidence, confusion and cost per row.
+
+        No row spends more than ``max_cost`` (a share of the backbone); no batch starts a step that would end after
+        ``max_ms`` milliseconds, by the measured ``times``. Rows which that stops are answered where they are, with
+        ``capped_B`` True. Raises ``ValueError`` for a limit that the first exit asked exceeds.
+        """
+        started = time.perf_counter()
+        batch = self._checked(inputs)
+        rows = num_rows(batch)
+        limit = self._limit(max_cost, max_ms, rows, started)
+        if rows == 0:
+            return self._nothing()
+        with torch.inference_mode():
+            if not self._exported:
+                batch = each(batch, lambda tensor: tensor.to(self._device))
+                runs = needed_ics(self._rule.asked, feeds(self.sdn))
+                return self._answer(walk_modules(self.sdn, self._rule, runs, batch, limit))
+            program = self._program(signature_of(batch))
+            chunk = ROWS_AT_ONCE if self.times is None else self.times.chunk(rows)
+            left: list[Left] = []
+            for first in range(0, rows, chunk):
+                part = batch if rows <= chunk else take(batch, slice(first, first + chunk))
+                found = walk(program, self._named(part), num_rows(part), self.times, limit)
+                left += found if first == 0 else [some._replace(row_S=some.row_S + first) for some in found]
+            return self._answer(left)
+
+    def collect(self, data: Batches | tuple[Inputs, Tensor], *, batch_size: int = 256) -> Trace:
+        """What every exit says about every row of ``data``, as this backend computes it: a trace at full depth.
+
+        In reduced precision only such a trace tells what the engine will do. Raises as ``shallowdeep.collect``.
+        """
+        if not self._exported:
+            return collect(self.sdn, data, batch_size=batch_size)
+        return collect_answers(self.sdn, data, self._said, backend=self.backend, batch_size=batch_size)
+
+    def measure(self, inputs: object = None, *, sizes: Sequence[int] = SIZES, rounds: int = 5) -> StepTimes:
+        """Milliseconds of every step at the batch ``sizes``, kept as ``times``: from now on they decide which rows are
+        computed together, and what ``max_ms`` allows.
+
+        ``inputs`` are rows to measure with (None: noise), as many as the largest size. Raises ``CutError`` for a
+        network that runs through its own modules.
+        """
+        if not self._exported:
+            raise CutError(f"{self.sdn.plan.model} cannot be exported, so it has no steps to measure.")
+        rows = (
+            self._checked(inputs) if inputs is not None else example_of(self.sdn.plan.inputs, max(sizes), self._device)
+        )
+        if num_rows(rows) < max(sizes):
+            raise DataError(f"To measure batches of {max(sizes)} give as many rows, found {num_rows(rows)}.")
+        with torch.inference_mode():
+            self.times = measure(self._program(signature_of(rows)), self._named(rows), sorted(sizes), rounds)
+        return self.times
+
+    def _chosen(self, name: BackendName, threads: int) -> Backend:
+        """The backend called ``name``, or the quickest."""
+        cpu = self._device.type == "cpu"
+        ways: dict[str, Callable[[], Backend]] = {
+            "torch": lambda: OnTorch(self._device),
+            "torch-compile": lambda: OnTorch(self._device, compiled=True),
+            "onnxruntime": lambda: OnOnnxRuntime(threads),
+            "openvino": lambda: OnOpenVino(threads),
+            "openvino-bf16": lambda: OnOpenVino(threads, bf16=True),
+        }
+        if name == "auto":
+            names = [n for n in ("onnxruntime", "openvino") if cpu and self._exported and importlib.util.find_spec(n)]
+            return self._quickest([ways[n]() for n in ("torch", *names)])
+        if name != "torch" and not self._exported:
+            raise CutError(f"{self.sdn.plan.model} cannot be exported, so only the backend 'torch' runs it.")
+        if not name.startswith("torch") and not cpu:
+            raise ValueError(f"The backend {name!r} runs on the CPU; the SDN is on {self._device}.")
+        return ways[name]()
+
+    def _quickest(self, backends: Sequence[Backend]) -> Backend:
+        """The backend that takes the least time for one row and for 32, by the geometric mean."""
+        if len(backends) == 1:
+            return backends[0]
+        rows = example_of(self.sdn.plan.inputs, 32, self._device)
+        found: list[tuple[float, Backend, Program]] = []
+        for backend in backends:
+            try:
+                program = make_program(self.sdn, self.policy, self.sdn.plan.inputs, backend)
+            except (MissingExtra, BackendError):
+                continue
+            named = {name: backend.enter(tensor) for name, tensor in self._leaves(rows).items()}
+            times = measure(program, named, (1, 32), 5)
+            last = len(program.steps) - 1
+            found.append((times.up_to(last, 1) * times.up_to(last, 32), backend, program))
+        _, best, program = min(found, key=lambda one: one[0])
+        self._programs[self.sdn.plan.inputs, all(self._rule.asked)] = program
+        return best
+
+    def _checked(self, inputs: object) -> Inputs:
+        """``inputs`` in the network's order of names, and the SDN unchanged."""
+        now = time.perf_counter()
+        if not self._exported or now > self._looked + LOOK_SECONDS:
+            self._looked = now
+            if self._state() != self._seen:
+                raise BackboneMismatch(
+                    "The SDN has changed since this engine was made; make a new Engine(sdn, policy)."
+                )
+        batch, planned = as_inputs(inputs), self.sdn.plan.inputs
         if isinstance(batch, dict) and batch.keys() == set(planned.names):
             batch = {name: batch[name] for name in planned.names}
         found = signature_of(batch)
@@ -85,101 +199,65 @@ class Engine:
             )
         if tuple(map(len, found.shapes)) != tuple(map(len, planned.shapes)):
             raise DataError(f"{self.sdn.plan.model} takes rows of shape {planned.shapes}, found {found.shapes}.")
-        if self._state() != self._seen:
-            raise BackboneMismatch("The SDN has changed since this engine was made; make a new Engine(sdn, policy).")
-        if num_rows(batch) == 0:
-            return self._nothing()
-        walk = Walk(
-            self.policy,
-            num_exits=self._exits,
-            full_exit=self._full,
-            cost_E=self._cost_E,
-            reference=self._reference,
-            batch=num_rows(batch),
-            device=self._device,
-        )
-        with torch.inference_mode():
-            if self.sdn.plan.via == "export":
-                self._walk_segments(walk, batch, self._program(found))
-            else:
-                self._walk_modules(walk, batch)
-            outcome, valid_B = walk.finish()
-        return Answer(
-            labels_B=outcome.labels_N,
-            logits_BC=outcome.logits_NC,
-            exit_B=outcome.exit_N,
-            confidence_B=outcome.confidence_N,
-            confusion_B=outcome.confusion_N,
-            cost_B=outcome.cost_N,
-            valid_B=valid_B,
-        )
+        return batch
 
-    def _walk_segments(self, walk: Walk, inputs: Inputs, program: list[Segment]) -> None:
-        carried: tuple[Tensor, ...] = ()
-        said: Said | None = None
-        for exit, segment in zip([*self._run, self._full], program, strict=True):
-            carried = segment.run(*carried, *tensors(inputs))
-            logits, hidden = (carried[0], None) if exit == self._full else self._ask(exit, carried[0], said, inputs)
-            keep = _leave(walk, exit, logits)
-            if not walk.alive:
-                return
-            said = Said.of(logits, hidden)
-            if keep is not None:
-                carried = keep_rows(carried, segment.carried_rows, keep)
-                inputs, said = take(inputs, keep), said.each(operator.itemgetter(keep))
+    def _named(self, batch: Inputs) -> dict[str, Array]:
+        return {name: self._backend.enter(tensor) for name, tensor in self._leaves(batch).items()}
 
-    def _walk_modules(self, walk: Walk, inputs: Inputs) -> None:
-        """Through the user's own modules: rows leave inside hooks, and when none is left the pass is abandoned."""
-        said: Said | None = None
-        alive = inputs
+    def _leaves(self, batch: Inputs) -> dict[str, Tensor]:
+        names = self.sdn.plan.inputs.names
+        return {f"input.{name}": tensor for name, tensor in zip(names, tensors(batch), strict=True)}
 
-        def visit(position: int, x: Tensor) -> Tensor | None:
-            nonlocal said, alive
-            exit = self._run[position]
-            logits, hidden = self._ask(exit, x, said, alive)
-            keep = _leave(walk, exit, logits)
-            if not walk.alive:
-                raise _AllLeft
-            said = Said.of(logits, hidden)
-            if keep is None:
-                return None
-            alive, said = take(alive, keep), said.each(operator.itemgetter(keep))
-            return x[keep]
-
-        modes = [module.training for module in self.sdn.backbone.modules()]
-        if any(modes):
-            raise BackboneMismatch(
-                "The backbone is in training mode and runs through its own modules; call sdn.eval()."
-            )
-        cuts = [self.sdn.plan.cuts[exit] for exit in self._run]
-        try:
-            with tapped(self.sdn.backbone, cuts, visit):
-                logits = logits_of(call(self.sdn.backbone, inputs))
-        except _AllLeft:
-            return
-        _leave(walk, self._full, logits)
-
-    def _ask(self, exit: int, x: Tensor, said: Said | None, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-        logits, hidden = self._classifiers[exit](x, said, mask_of(inputs, self.sdn.plan.cuts[exit].mask))
-        return logits, hidden
-
-    def _program(self, signature: InputSignature) -> list[Segment]:
-        """The segments for inputs of this shape, exported on first sight."""
+    def _program(self, signature: InputSignature, *, every_exit: bool = False) -> Program:
+        """The program for inputs of this shape, made on first sight."""
         with self._lock:
-            if signature not in self._programs:
-                example = example_of(signature, 2, self._device)
-                try:
-                    with torch.inference_mode(False):
-                        segments = cut_segments(self.sdn.backbone, self.sdn.plan, self._run, example)
-                except RuntimeError as error:
-                    found, planned = signature.shapes, self.sdn.plan.inputs.shapes
-                    raise DataError(
-                        f"{self.sdn.plan.model} is planned for rows of shape {planned} and fails for {found}: {error}"
-                    ) from error
+            key = signature, every_exit or all(self._rule.asked)
+            if key not in self._programs:
+                policy = Confidence(threshold=math.inf) if key[1] and not all(self._rule.asked) else self.policy
+                program = make_program(self.sdn, policy, signature, self._backend)
                 if len(self._programs) >= PROGRAMS_KEPT:
                     self._programs.pop(next(iter(self._programs)))
-                self._programs[signature] = segments
-            return self._programs[signature]
+                self._programs[key] = program
+            return self._programs[key]
+
+    def _said(self, inputs: Inputs) -> Tensor:
+        """Logits [E, B, C] of every exit."""
+        batch = self._checked(inputs)
+        with torch.inference_mode():
+            program = self._program(signature_of(batch), every_exit=True)
+            rows, answers = self._named(batch), list[Tensor]()
+            for step in program.steps:
+                rows.update(zip(step.gives, step.run([rows[name] for name in step.takes]), strict=True))
+                answers.append(self._backend.leave(rows[f"logits.{len(answers)}"]))
+            return torch.stack(answers)
+
+    def _limit(self, max_cost: float | None, max_ms: float | None, rows: int, started: float) -> Limit:
+        asked = [exit for exit, on in enumerate(self._rule.asked) if on]
+        place = len(asked) - 1
+        if max_cost is not None:
+            place = sum(float(self._cost_E[exit]) <= max_cost for exit in asked) - 1
+            if place < 0:
+                first = float(self._cost_E[asked[0]])
+                raise ValueError(f"max_cost={max_cost:g} is below {first:.3f}, the cost of the first exit asked.")
+        if max_ms is None:
+            return Limit(place)
+        if self._exported and rows:
+            times = self.times or self.measure()
+            if times.up_to(0, rows) > max_ms:
+                raise ValueError(f"max_ms={max_ms:g} is below {times.up_to(0, rows):.3f}, the time to the first exit.")
+        return Limit(place, started + max_ms / 1e3)
+
+    def _answer(self, left: Sequence[Left]) -> Answer:
+        """What the rows of a batch are answered, in its order."""
+        joined = Left(*(self._backend.joined(parts) for parts in zip(*left, strict=True)))
+        if len(left) > 1:
+            order_B = joined.row_S.argsort()
+            joined = Left(*(array[order_B] for array in joined))
+        _, exit_B, logits_BC, confidence_B, confusion_B, capped_B = joined
+        found = {"labels_B": logits_BC.argmax(1), "logits_BC": logits_BC, "exit_B": exit_B}
+        found |= {"confidence_B": confidence_B, "confusion_B": confusion_B, "capped_B": capped_B}
+        found |= {"cost_B": self._cost[exit_B], "valid_B": self._backend.finite(logits_BC)}
+        return Answer(**{name: self._backend.leave(array) for name, array in found.items()})
 
     def _state(self) -> list[tuple[int, int]]:
         return [(tensor.data_ptr(), tensor._version) for tensor in self._watched]
@@ -187,36 +265,13 @@ class Engine:
     def _nothing(self) -> Answer:
         some = next((p for p in self.sdn.parameters() if p.is_floating_point()), torch.zeros(0))
         none = torch.zeros(0, dtype=torch.int64, device=self._device)
-        floats = none.double()
-        logits = torch.zeros(0, self.sdn.plan.num_classes, dtype=some.dtype, device=self._device)
         return Answer(
             labels_B=none,
-            logits_BC=logits,
+            logits_BC=torch.zeros(0, self.sdn.plan.num_classes, dtype=some.dtype, device=self._device),
             exit_B=none,
-            confidence_B=floats,
-            confusion_B=floats,
-            cost_B=floats,
+            confidence_B=none.double(),
+            confusion_B=none.double(),
+            cost_B=none.double(),
             valid_B=none.bool(),
+            capped_B=none.bool(),
         )
-
-
-class _AllLeft(Exception):
-    """Every row is answered: the rest of the pass is not needed."""
-
-
-def _leave(walk: Walk, exit: int, logits: Tensor) -> Tensor | None:
-    """Positions of the rows that go on, or None when all do, or the exit is not asked."""
-    if not walk.asks(exit):
-        return None
-    before = walk.alive
-    stay_B = walk.ask(exit, logits)
-    return stay_B.nonzero().flatten() if 0 < walk.alive < before else None
-
-
-def needed_ics(asked: tuple[bool, ...], feeds_EE: Tensor) -> tuple[int, ...]:
-    """ICs that must run: those asked, and those that feed one of them, directly or through others."""
-    needed = list(asked[:-1])
-    for exit in reversed(range(len(needed))):
-        if needed[exit]:
-            needed = [on or bool(feeds_EE[i, exit]) for i, on in enumerate(needed)]
-    return tuple(exit for exit, on in enumerate(needed) if on)

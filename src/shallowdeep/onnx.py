@@ -1,0 +1,38 @@
+"""Steps and networks as ONNX graphs with a free batch size.
+
+It refuses to know who runs them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shallowdeep.graph import silence
+from shallowdeep.steps import Step, export_step
+from shallowdeep.types import MissingExtra
+
+
+def onnx_program(step: Step, example: Sequence[Tensor]) -> Any:
+    """The ``onnx.ModelProto`` of ``step``; ``example`` are tensors in the order of ``step.takes``, two rows or more.
+
+    Its inputs are named as ``step.takes``, its outputs as ``step.gives``, with "next." in front of names that are an
+    input's, too. Raises ``MissingExtra``.
+    """
+    for needed in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(needed) is None:
+            raise MissingExtra(f"ONNX graphs need {needed}: pip install 'shallowdeep[export]'.")
+    with silence(), torch.no_grad():
+        program = torch.onnx.export(
+            export_step(step, example),
+            dynamo=True,
+            input_names=list(step.takes),
+            output_names=[f"next.{name}" if name in step.takes else name for name in step.gives],
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto

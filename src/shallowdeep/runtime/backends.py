@@ -1,0 +1,62 @@
+"""What the engine needs of whatever runs its steps.
+
+It refuses to know networks and policies: a backend sees a step as a module of tensors with named ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor
+
+from shallowdeep.steps import Step
+
+Array: TypeAlias = Any
+"""A torch tensor or a NumPy array, whichever the backend computes with; both take ``array[index]``."""
+Run: TypeAlias = Callable[[Sequence[Array]], Sequence[Array]]
+
+
+class Backend(Protocol):
+    """One way of running steps, and its own way of counting and picking rows."""
+
+    name: str
+
+    def compile(self, step: Step, example: Sequence[Tensor]) -> Run:
+        """``step`` made ready for any batch size; ``example`` are tensors in the order of ``step.takes``, two rows.
+
+        Raises ``MissingExtra`` where the library is absent.
+        """
+
+    def enter(self, tensor: Tensor) -> Array:
+        """A tensor of the caller as this backend computes with it."""
+
+    def leave(self, array: Array) -> Tensor:
+        """What this backend computed, as a tensor."""
+
+    def counted(self, rows: int) -> Array:
+        """0 .. rows - 1."""
+
+    def repeated(self, row: Array, rows: int) -> Array:
+        """One row [1, ...] ``rows`` times."""
+
+    def split(self, stop_S: Array, stops: int, live_S: Array | None, alive: int) -> tuple[Array, Array]:
+        """Positions of the ``stops`` rows that stop, and of the others that live (None: all do)."""
+
+    def filled(self, index: Array, size: int) -> Array:
+        """``index`` repeated from its start up to ``size`` entries."""
+
+    def joined(self, parts: Sequence[Array]) -> Array:
+        """Arrays one after another."""
+
+    def finite(self, logits_SC: Array) -> Array:
+        """Which rows hold numbers only."""
+
+    def largest(self, softmax_SC: Array) -> Array:
+        """The largest of every row."""
+
+    def wait(self) -> None:
+        """Until everything begun is done."""
+
+    def marked(self, row_S: Array, out: Array) -> Array:
+        """A copy of ``row_S`` with -1 at the positions ``out``."""

@@ -1,0 +1,131 @@
+"""One batch on its way along the steps: run one, let the rows that stop leave, go on with the others.
+
+It refuses to know networks and thresholds: it moves arrays by their names. Which rows are computed
+together changes no answer, so that is decided here, by measured times where there are any.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from shallowdeep.runtime.backends import Array, Backend, Run
+from shallowdeep.runtime.times import StepTimes
+from shallowdeep.walking import Rule
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A step that a backend has made ready: the exit it asks, its function, and the names of what goes in and out."""
+
+    exit: int
+    run: Run
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """The steps of one network under one rule for one kind of input.
+
+    ``fresh`` holds one row of what the policy remembers before its first question, ``needed[place]`` the names that are
+    read behind step ``place``, ``rowless`` those without an axis of rows.
+    """
+
+    backend: Backend
+    rule: Rule
+    steps: tuple[Ready, ...]
+    fresh: Mapping[str, Array]
+    needed: tuple[frozenset[str], ...]
+    rowless: frozenset[str]
+
+
+class Left(NamedTuple):
+    """Rows that stopped together: their places in the batch, exits, answers, and which of them a limit stopped."""
+
+    row_S: Array
+    exit_S: Array
+    logits_SC: Array
+    confidence_S: Array
+    confusion_S: Array
+    capped_S: Array
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How far rows may walk: the last step they may take, and the time (of ``time.perf_counter``) to be done by."""
+
+    place: int
+    until: float = math.inf
+
+
+def walk(
+    program: Program,
+    inputs: Mapping[str, Array],
+    batch: int,
+    times: StepTimes | None = None,
+    limit: Limit | None = None,
+) -> list[Left]:
+    """The exits and answers of ``batch`` rows, given the inputs by name (``input.NAME``), in the order of stopping."""
+    backend, rule, last = program.backend, program.rule, len(program.steps) - 1
+    rows = {**inputs, **{name: backend.repeated(row, batch) for name, row in program.fresh.items()}}
+    row_S, alive, present = backend.counted(batch), batch, batch
+    left: list[Left] = []
+    for place, step in enumerate(program.steps):
+        rows.update(zip(step.gives, step.run([rows[name] for name in step.takes]), strict=True))
+        live_S = row_S >= 0 if alive < present else None  # places below 0: answered already, or there to fill up
+        ends = place == last or (limit is not None and _must_end(limit, times, place, alive))
+        stop_S, stops = None, alive
+        if place < last:
+            stop_S = rows.pop("stop")
+            if ends or stop_S.any() or step.exit == rule.full_exit:
+                stop_S = rule.heed(step.exit, stop_S, backend.finite(rows[f"logits.{place}"]))
+            stop_S = stop_S if live_S is None else stop_S & live_S
+            stops = alive if ends else int(stop_S.sum())
+        if not stops:
+            continue
+        if stops == present:
+            left.append(_leave(program, place, rows, row_S, stop_S if ends else None))
+            break
+        out, stay = backend.split(live_S if ends else stop_S, stops, live_S, alive)
+        picked = {name: x[out] for name, x in rows.items() if name.startswith(_SAID)}
+        left.append(_leave(program, place, picked, row_S[out], stop_S[out] if ends and stop_S is not None else None))
+        alive -= stops
+        if not alive:
+            break
+        size = alive if times is None else times.size(place + 1, alive, present)
+        if size == present:
+            row_S = backend.marked(row_S, out)
+            continue
+        index = backend.filled(stay, size)
+        needed = program.needed[place]
+        rows = {name: x if name in program.rowless else x[index] for name, x in rows.items() if name in needed}
+        row_S, present = row_S[index], size
+        if size > alive:
+            row_S[alive:] = -1
+    return left
+
+
+_SAID = ("logits.", "softmax.", "answer.")
+
+
+def _leave(program: Program, place: int, rows: Mapping[str, Array], row_S: Array, stop_S: Array | None) -> Left:
+    """What rows that stop at step ``place`` are answered; ``stop_S`` says which of them the policy stopped (None: it
+    stopped all, or could not ask on).
+    """
+    exit = program.steps[place].exit
+    own = rows[f"logits.{place}"], rows[f"softmax.{place}"]
+    logits_SC, answer_SC = rows.get("answer.logits", own[0]), rows.get("answer.softmax", own[1])
+    confusion_S = program.rule.confusion(exit, [rows[f"softmax.{k}"] for k in range(place + 1)], answer_SC)
+    capped_S = row_S < 0 if stop_S is None else ~stop_S
+    return Left(row_S, row_S * 0 + exit, logits_SC, program.backend.largest(answer_SC), confusion_S, capped_S)
+
+
+def _must_end(limit: Limit, times: StepTimes | None, place: int, alive: int) -> bool:
+    if place >= limit.place or limit.until == math.inf:
+        return place >= limit.place
+    next_ms = times.ms(place + 1, alive) if times is not None else 0.0
+    return time.perf_counter() + next_ms / 1e3 > limit.until

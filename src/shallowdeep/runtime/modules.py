@@ -1,0 +1,98 @@
+"""The walk of a network that cannot be exported: through its own modules, rows leave inside hooks.
+
+It refuses to know backends: it is plain PyTorch, and no faster than the modules are.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from shallowdeep.classifiers import Said
+from shallowdeep.inputs import Inputs, call, logits_of, mask_of, num_rows, take
+from shallowdeep.network import ShallowDeepNetwork
+from shallowdeep.policies import finite_rows
+from shallowdeep.runtime.loop import Left, Limit
+from shallowdeep.taps import tapped
+from shallowdeep.types import BackboneMismatch
+from shallowdeep.walking import Memory, Rule
+
+
+class _AllLeft(Exception):
+    """Every row is answered: the rest of the pass is not needed."""
+
+
+def walk_modules(
+    sdn: ShallowDeepNetwork, rule: Rule, runs: tuple[int, ...], inputs: Inputs, limit: Limit
+) -> list[Left]:
+    """The exits and answers of a batch, in the order of stopping; ``runs`` are the ICs that run."""
+    if any(module.training for module in sdn.backbone.modules()):
+        raise BackboneMismatch("The backbone is in training mode and runs through its own modules; call sdn.eval().")
+    return _Pass(sdn, rule, runs, inputs, limit)()
+
+
+class _Pass:
+    """One batch's pass."""
+
+    def __init__(
+        self, sdn: ShallowDeepNetwork, rule: Rule, runs: tuple[int, ...], inputs: Inputs, limit: Limit
+    ) -> None:
+        self.sdn, self.rule, self.runs, self.limit = sdn, rule, runs, limit
+        self.inputs = self.alive = inputs
+        device = next(sdn.parameters()).device
+        self.memory = rule.start(num_rows(inputs), None, device)
+        self.row_S = torch.arange(num_rows(inputs), device=device)
+        self.said: Said | None = None
+        self.place = -1
+        self.left: list[Left] = []
+
+    def __call__(self) -> list[Left]:
+        cuts = [self.sdn.plan.cuts[exit] for exit in self.runs]
+        with suppress(_AllLeft):
+            with tapped(self.sdn.backbone, cuts, self._visit):
+                logits = logits_of(call(self.sdn.backbone, self.inputs))
+            self._ask(self.rule.full_exit, logits)
+        return self.left
+
+    def _visit(self, position: int, x: Tensor) -> Tensor | None:
+        exit = self.runs[position]
+        mask = mask_of(self.alive, self.sdn.plan.cuts[exit].mask)
+        logits, hidden = self.sdn.classifier(exit)(x, self.said, mask)
+        stay = self._ask(exit, logits) if self.rule.asked[exit] else None
+        self.said = Said.of(logits, hidden)
+        if stay is None:
+            return None
+        self.alive, self.said = take(self.alive, stay), self.said.each(operator.itemgetter(stay))
+        return x[stay]
+
+    def _ask(self, exit: int, logits_SC: Tensor) -> Tensor | None:
+        """Positions of the rows that go on, or None when all do."""
+        self.place += 1
+        rule = self.rule
+        self.memory, stop_S = rule.ask(exit, logits_SC, self.memory)
+        if stop_S is None:
+            self._leave(exit, self.row_S, self.memory, self.row_S < 0)
+            raise _AllLeft
+        stop_S = rule.heed(exit, stop_S, finite_rows(logits_SC))
+        ends = self.place >= self.limit.place or time.perf_counter() > self.limit.until
+        if ends or bool(stop_S.all()):
+            self._leave(exit, self.row_S, self.memory, ~stop_S)
+            raise _AllLeft
+        stay: Tensor
+        out, stay = stop_S.nonzero().flatten(), (~stop_S).nonzero().flatten()
+        if not len(out):
+            return None
+        self._leave(exit, self.row_S[out], self.memory.select(out), self.row_S[out] < 0)
+        self.row_S, self.memory = self.row_S[stay], self.memory.select(stay)
+        return stay
+
+    def _leave(self, exit: int, row_S: Tensor, memory: Memory, capped_S: Tensor) -> None:
+        answer = memory.logits[-1], memory.softmax[-1]
+        logits_SC, softmax_SC = self.rule.most_confident(exit, memory) if self.rule.falls_back(exit) else answer
+        confusion_S = self.rule.confusion(exit, memory.softmax, softmax_SC)
+        left = Left(row_S, torch.full_like(row_S, exit), logits_SC, softmax_SC.amax(1), confusion_S, capped_S)
+        self.left.append(left)

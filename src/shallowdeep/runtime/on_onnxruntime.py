@@ -1,0 +1,88 @@
+"""Steps in ONNX Runtime, on the processor's cores, and NumPy's way of counting rows.
+
+It refuses to know anything but arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shallowdeep.onnx import onnx_program
+from shallowdeep.runtime.backends import Run
+from shallowdeep.steps import Step
+from shallowdeep.types import MissingExtra
+
+
+class OnNumpy:
+    """Counting and picking rows of NumPy arrays."""
+
+    def enter(self, tensor: Tensor) -> Any:
+        return tensor.detach().cpu().contiguous().numpy()
+
+    def leave(self, array: Any) -> Tensor:
+        return torch.from_numpy(array)
+
+    def counted(self, rows: int) -> Any:
+        return np.arange(rows)
+
+    def repeated(self, row: Any, rows: int) -> Any:
+        return np.repeat(row, rows, axis=0)
+
+    def split(self, stop_S: Any, stops: int, live_S: Any | None, alive: int) -> tuple[Any, Any]:
+        stays_S = ~stop_S if live_S is None else live_S & ~stop_S
+        return np.flatnonzero(stop_S), np.flatnonzero(stays_S)
+
+    def filled(self, index: Any, size: int) -> Any:
+        return index if len(index) == size else np.resize(index, size)
+
+    def joined(self, parts: Sequence[Any]) -> Any:
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def finite(self, logits_SC: Any) -> Any:
+        return np.isfinite(logits_SC).all(1)
+
+    def largest(self, softmax_SC: Any) -> Any:
+        return softmax_SC.max(1)
+
+    def wait(self) -> None:
+        pass
+
+    def marked(self, row_S: Any, out: Any) -> Any:
+        row_S = row_S.copy()
+        row_S[out] = -1
+        return row_S
+
+
+class OnOnnxRuntime(OnNumpy):
+    """ONNX Runtime, ``threads`` threads a step, which sleep while they wait: pools that spin slow each other down."""
+
+    name = "onnxruntime"
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def compile(self, step: Step, example: Sequence[Tensor]) -> Run:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingExtra(
+                "The backend 'onnxruntime' is not installed: pip install 'shallowdeep[export]'."
+            ) from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        model = onnx_program(step, example).SerializeToString()
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        names = [given.name for given in session.get_inputs()]  # in the order of step.takes
+
+        def run(arrays: Sequence[Any]) -> Sequence[Any]:
+            found: list[Any] = session.run(None, dict(zip(names, arrays, strict=True)))
+            return found
+
+        return run

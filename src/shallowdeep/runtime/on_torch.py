@@ -1,0 +1,65 @@
+"""Steps in plain PyTorch, on any device, eager or through ``torch.compile``.
+
+It refuses to know anything but tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shallowdeep.policies import finite_rows
+from shallowdeep.runtime.backends import Run
+from shallowdeep.steps import Step, export_step
+
+
+class OnTorch:
+    """Eager PyTorch; with ``compiled``, every step through ``torch.compile`` for any batch size."""
+
+    def __init__(self, device: torch.device, *, compiled: bool = False) -> None:
+        self.name, self.device, self.compiled = "torch-compile" if compiled else "torch", device, compiled
+
+    def compile(self, step: Step, example: Sequence[Tensor]) -> Run:
+        # Compiled as a graph of its own: dynamo would count all steps as recompilations of one function.
+        run: Any = torch.compile(export_step(step, example).module(), dynamic=True) if self.compiled else step
+        return lambda arrays: run(*arrays)
+
+    def enter(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
+    def leave(self, array: Tensor) -> Tensor:
+        return array
+
+    def counted(self, rows: int) -> Tensor:
+        return torch.arange(rows, device=self.device)
+
+    def repeated(self, row: Tensor, rows: int) -> Tensor:
+        return row.repeat(rows, *(1,) * (row.ndim - 1))
+
+    def split(self, stop_S: Tensor, stops: int, live_S: Tensor | None, alive: int) -> tuple[Tensor, Tensor]:
+        # One sort gives both without another wait for the device.
+        rank_S = stop_S.to(torch.uint8) if live_S is None else stop_S.to(torch.uint8) + live_S
+        order_S = rank_S.argsort(descending=True, stable=True)
+        return order_S[:stops], order_S[stops:alive]
+
+    def filled(self, index: Tensor, size: int) -> Tensor:
+        return index if len(index) == size else index.repeat(-(-size // len(index)))[:size]
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+
+    def finite(self, logits_SC: Tensor) -> Tensor:
+        return finite_rows(logits_SC)
+
+    def largest(self, softmax_SC: Tensor) -> Tensor:
+        return softmax_SC.amax(1)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def marked(self, row_S: Tensor, out: Tensor) -> Tensor:
+        return row_S.index_fill(0, out, -1)

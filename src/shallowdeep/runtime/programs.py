@@ -1,0 +1,107 @@
+"""Steps made ready by a backend and checked against PyTorch, and measured.
+
+It refuses to know batches of callers and thresholds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shallowdeep.inputs import example_of, tensors
+from shallowdeep.network import ShallowDeepNetwork
+from shallowdeep.policies import Policy
+from shallowdeep.runtime.backends import Array, Backend
+from shallowdeep.runtime.loop import Program, Ready
+from shallowdeep.runtime.times import StepTimes
+from shallowdeep.steps import make_steps
+from shallowdeep.types import BackendError, DataError, InputSignature
+from shallowdeep.walking import rule_of
+
+TOLERANCE = {"openvino-bf16": 0.1}
+"""How far a backend's numbers may lie from PyTorch's, relative to their own size; 0.001 for float32."""
+
+
+def make_program(sdn: ShallowDeepNetwork, policy: Policy, signature: InputSignature, backend: Backend) -> Program:
+    """The program for rows like ``signature``; every step is run once on noise and compared with PyTorch.
+
+    Raises ``BackendError`` where the numbers differ, ``DataError`` for rows that the network does not take.
+    """
+    device = next(sdn.parameters()).device
+    example = example_of(signature, 2, device)
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            steps = make_steps(sdn, policy, example)
+        except RuntimeError as error:
+            raise DataError(
+                f"{sdn.plan.model} is planned for rows of shape {sdn.plan.inputs.shapes} and fails for "
+                f"{signature.shapes}: {error}"
+            ) from error
+        fresh = {f"state.{i}": tensor for i, tensor in enumerate(policy.init(1, None, device))}
+        names = [f"input.{name}" for name in signature.names]
+        rows = dict(zip(names, tensors(example), strict=True)) | {name: torch.cat([x, x]) for name, x in fresh.items()}
+        ready = []
+        for step in steps:
+            given = [rows[name] for name in step.takes]
+            run, expected = backend.compile(step, given), step(*given)
+            found = [backend.leave(array) for array in run([backend.enter(tensor) for tensor in given])]
+            _check(backend, step.exit, step.gives, expected, found)
+            rows.update(zip(step.gives, expected, strict=True))
+            ready.append(Ready(step.exit, run, step.takes, step.gives))
+    said = [{f"softmax.{k}" for k in range(place + 1)} for place in range(len(ready))]
+    later = [said[place].union(*(step.takes for step in ready[place + 1 :])) for place in range(len(ready))]
+    entered = {name: backend.enter(tensor) for name, tensor in fresh.items()}
+    rule = rule_of(policy, sdn.num_exits, sdn.num_exits - 1, sdn.confusion_reference)
+    return Program(backend, rule, tuple(ready), entered, tuple(map(frozenset, later)), steps[0].rowless)
+
+
+def _check(
+    backend: Backend, exit: int, names: Sequence[str], expected: Sequence[Tensor], found: Sequence[Tensor]
+) -> None:
+    allowed = TOLERANCE.get(backend.name, 1e-3)
+    for name, right, other in zip(names, expected, found, strict=True):
+        if not right.is_floating_point():
+            continue
+        far = float((other.double() - right.double()).norm() / right.double().norm().clamp(min=1e-6))
+        if not far <= allowed and bool(right.isfinite().all()):
+            raise BackendError(
+                f"The backend {backend.name!r} computes {name!r} of exit {exit} wrongly: {far:.2g} away from PyTorch, "
+                f"allowed {allowed:g}. Take backend='torch'."
+            )
+
+
+def measure(program: Program, inputs: Mapping[str, Array], sizes: Sequence[int], rounds: int) -> StepTimes:
+    """Median milliseconds of every step at full depth for the first 1, 2, ... of ``inputs``, sizes in turn."""
+    backend = program.backend
+    known: dict[tuple[int, int], list[float]] = {}
+    moved: dict[int, list[float]] = {}
+    for turn in range(rounds + 1):
+        for size in sizes:
+            rows = {name: x[:size] for name, x in inputs.items()}
+            rows |= {name: backend.repeated(row, size) for name, row in program.fresh.items()}
+            for place, step in enumerate(program.steps):
+                start = time.perf_counter()
+                found = step.run([rows[name] for name in step.takes])
+                backend.wait()
+                spent = time.perf_counter() - start
+                rows.update(zip(step.gives, found, strict=True))
+                if turn:  # the first one warms up
+                    known.setdefault((place, size), []).append(1e3 * spent)
+                if turn and size == sizes[-1] and place + 1 < len(program.steps):
+                    moved.setdefault(place + 1, []).append(1e3 * _moving(program, rows, place, size) / size)
+    table = tuple(tuple(statistics.median(known[place, size]) for size in sizes) for place in range(len(program.steps)))
+    return StepTimes(tuple(sizes), table, (0.0, *(statistics.median(times) for _, times in sorted(moved.items()))))
+
+
+def _moving(program: Program, rows: Mapping[str, Array], place: int, size: int) -> float:
+    """Seconds to pick all ``size`` rows for the step behind ``place``."""
+    backend = program.backend
+    index = backend.counted(size)
+    start = time.perf_counter()
+    _ = [x[index] for name, x in rows.items() if name in program.needed[place] - program.rowless]
+    backend.wait()
+    return time.perf_counter() - start

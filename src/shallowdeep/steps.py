@@ -1,0 +1,160 @@
+"""What runs between two questions, as one module of tensors: segments, internal classifiers and the policy's rule.
+
+It refuses to know batches that shrink and backends: a loop that knows names alone can run the steps in order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shallowdeep.classifiers import InternalClassifier, Said
+from shallowdeep.costs import feeds
+from shallowdeep.graph import silence
+from shallowdeep.inputs import Inputs, signature_of
+from shallowdeep.network import ShallowDeepNetwork
+from shallowdeep.policies import Policy
+from shallowdeep.segments import Segment, cut_segments
+from shallowdeep.walking import Memory, Rule, rule_of
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One exit that runs: the segment before it, the inputs that this reads, the IC (None: the backbone's end), and its
+    mask.
+    """
+
+    exit: int
+    segment: Segment
+    reads: tuple[str, ...]
+    classifier: InternalClassifier | None
+    mask: str
+
+
+class Step(nn.Module):
+    """From one asked exit to the next: tensors in the order of ``takes`` in, those of ``gives`` out, which replace what
+    is called the same.
+
+    At the k-th exit asked they are ``stop`` (which rows the policy stops, bool [B]; not at the last), ``logits.k`` and
+    ``softmax.k``, ``answer.logits`` and ``answer.softmax`` where another exit may answer, and what later steps take:
+    ``crossing``, ``side.NODE``, ``said.log_probs``, ``said.hidden``, ``state.i``. Inputs are ``input.NAME``. The batch
+    is the first axis of all but those in ``rowless``.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[_Part],
+        rule: Rule,
+        *,
+        place: int,
+        carried: Sequence[str],
+        takes: Sequence[str],
+        gives: Sequence[str],
+        rowless: frozenset[str],
+    ) -> None:
+        super().__init__()
+        self.exit, self.place, self.rowless = parts[-1].exit, place, rowless
+        self.takes, self.gives = tuple(takes), tuple(gives)
+        self._parts, self._rule, self._carried = parts, rule, carried
+        self.pieces = nn.ModuleList(part.segment.run for part in parts)
+        self.classifiers = nn.ModuleList(part.classifier for part in parts if part.classifier is not None)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        rows = dict(zip(self.takes, tensors, strict=True))
+        carried = tuple(rows[name] for name in self._carried)
+        said = Said(rows["said.log_probs"], rows.get("said.hidden")) if "said.log_probs" in rows else None
+        for part in self._parts:
+            carried = part.segment.run(*carried, *(rows.get(name) for name in part.reads))
+            logits, hidden = carried[0], None
+            if part.classifier is not None:
+                logits, hidden = part.classifier(carried[0], said, rows.get(part.mask))
+            said = Said.of(logits, hidden)
+        before = Memory(*(_listed(rows, kind) for kind in Memory._fields))
+        memory, stop_B = self._rule.ask(self.exit, logits, before)
+        found = {f"logits.{self.place}": logits, f"softmax.{self.place}": memory.softmax[-1]}
+        found |= zip(_names_of(self._parts[-1].segment), carried, strict=True)
+        found |= {f"state.{i}": tensor for i, tensor in enumerate(memory.state)}
+        if stop_B is not None:
+            found["stop"] = stop_B
+        if self._rule.falls_back(self.exit):
+            answer = self._rule.most_confident(self.exit, memory)
+            found |= zip(("answer.logits", "answer.softmax"), answer, strict=True)
+        if said is not None:
+            found["said.log_probs"] = said.log_probs_BC
+            if said.hidden_BH is not None:
+                found["said.hidden"] = said.hidden_BH
+        return tuple(found[name] for name in self.gives)
+
+
+def make_steps(sdn: ShallowDeepNetwork, policy: Policy, example: Inputs) -> list[Step]:
+    """The steps of ``sdn`` under ``policy`` for inputs like ``example``, in their order, weights copied.
+
+    ICs that nobody asks run only where they feed one that is asked. Raises ``CutError`` for a network that cannot be
+    exported.
+    """
+    full = sdn.num_exits - 1
+    rule = rule_of(policy, sdn.num_exits, full, sdn.confusion_reference)
+    runs = (*needed_ics(rule.asked, feeds(sdn)), full)
+    segments = cut_segments(sdn.backbone, sdn.plan, runs[:-1], example)
+    names = tuple(f"input.{name}" for name in signature_of(example).names)
+    groups: list[list[_Part]] = [[]]
+    for exit, segment in zip(runs, segments, strict=True):
+        reads = tuple(name if read else "" for name, read in zip(names, segment.reads, strict=True))
+        classifier = copy.deepcopy(sdn.classifier(exit)).eval().requires_grad_(False) if exit < full else None
+        mask = f"input.{sdn.plan.cuts[exit].mask}" if exit < full and sdn.plan.cuts[exit].mask else ""
+        groups[-1].append(_Part(exit, segment, reads, classifier, mask))
+        if rule.asked[exit] and exit < full:
+            groups.append([])
+    states = [f"state.{i}" for i in range(len(policy.init(1, None, torch.device("cpu"))))]
+    takes: list[list[str]] = []
+    carried: list[tuple[str, ...]] = [(), *(_names_of(group[-1].segment) for group in groups[:-1])]
+    for place, (group, crossing) in enumerate(zip(groups, carried, strict=True)):
+        inputs = [name for name in names if any(name in (*part.reads, part.mask) for part in group)]
+        fed = group[0].classifier.spec if group[0].classifier is not None and place else None
+        said = ["said.log_probs", *["said.hidden"] * bool(fed.fed_hidden)] if fed is not None and fed.fed else []
+        memory = states if group[-1].exit != rule.last else []
+        if rule.falls_back(group[-1].exit):
+            memory = [*memory, *(f"{kind}.{k}" for kind in ("softmax", "logits") for k in range(place))]
+        takes.append([*inputs, *crossing, *said, *memory])
+    sides = [side for group in groups for part in group for side in part.segment.sides.items()]
+    rowless = frozenset(f"side.{name}" for name, rows in sides if not rows)
+    steps = []
+    for place, group in enumerate(groups):
+        last, later = group[-1].exit == rule.last, {name for names in takes[place + 1 :] for name in names}
+        gives = [*([] if last else ["stop"]), f"logits.{place}", f"softmax.{place}"]
+        gives += ["answer.logits", "answer.softmax"] if rule.falls_back(group[-1].exit) else []
+        made = ("said.log_probs", "said.hidden", *states, *_names_of(group[-1].segment))
+        gives += [name for name in made if name in later]
+        step = Step(group, rule, place=place, carried=carried[place], takes=takes[place], gives=gives, rowless=rowless)
+        steps.append(step)
+    return steps
+
+
+def export_step(step: Step, example: Sequence[Tensor]) -> torch.export.ExportedProgram:
+    """The graph of ``step`` for any batch size; ``example`` are tensors in the order of ``step.takes``, two rows."""
+    batch = torch.export.Dim("batch")
+    shapes = tuple({} if name in step.rowless else {0: batch} for name in step.takes)
+    with silence(), torch.no_grad():
+        return torch.export.export(step, tuple(example), dynamic_shapes=(shapes,))
+
+
+def needed_ics(asked: tuple[bool, ...], feeds_EE: Tensor) -> tuple[int, ...]:
+    """ICs that must run: those asked, and those that feed one of them, directly or through others."""
+    needed = list(asked[:-1])
+    for exit in reversed(range(len(needed))):
+        if needed[exit]:
+            needed = [on or bool(feeds_EE[i, exit]) for i, on in enumerate(needed)]
+    return tuple(exit for exit, on in enumerate(needed) if on)
+
+
+def _names_of(segment: Segment) -> tuple[str, ...]:
+    """Names of what leaves a segment, in its order."""
+    return ("crossing", *(f"side.{name}" for name in segment.sides))
+
+
+def _listed(rows: Mapping[str, Tensor], kind: str) -> tuple[Tensor, ...]:
+    return tuple(tensor for name, tensor in rows.items() if name.startswith(f"{kind}."))

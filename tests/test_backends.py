@@ -1,0 +1,308 @@
+"""Backends, limits and times: whatever runs the steps, and in whatever company, the answers are the same."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shallowdeep as sd
+from nets import ZOO, images, planned
+from shallowdeep.inputs import Inputs, each
+from shallowdeep.network import ShallowDeepNetwork
+from shallowdeep.policies import Confidence, Entropy, Fixed, Margin, Patience, Policy
+from shallowdeep.runtime import engine as engine_module
+from shallowdeep.runtime import loop
+from shallowdeep.runtime.engine import Engine
+from shallowdeep.runtime.on_torch import OnTorch
+from shallowdeep.runtime.times import StepTimes
+from shallowdeep.types import Answer, BackendError, CutError, DataError, MissingExtra
+
+OTHERS = ("onnxruntime", "openvino")
+
+
+@cache
+def tiny() -> ShallowDeepNetwork:
+    """Three exits, strong ICs that feed each other, a confusion reference."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 4))
+    sdn = sd.attach(model, sd.plan(model, torch.zeros(1, 6), at=(0.3, 0.7))).eval()
+    sd.train_exits(sdn, (rows(512), model(rows(512)).argmax(1)), epochs=3)
+    sd.fit_confusion(sdn, sd.collect(sdn, (rows(64), torch.arange(64) % 4)))
+    return sdn
+
+
+def rows(count: int) -> Tensor:
+    return 3 * torch.randn(count, 6, generator=torch.Generator().manual_seed(count))
+
+
+def middle(sdn: ShallowDeepNetwork, inputs: Inputs, score: str = "top") -> tuple[float, ...]:
+    """Thresholds between two rows' scores that stop about a third of the rows at each exit but the last."""
+    with torch.no_grad():
+        softmax_ENC = sdn(inputs).double().softmax(-1)[:-1]
+    top_ENC = softmax_ENC.sort(-1, descending=True).values
+    scores = {"top": top_ENC[..., 0], "margin": top_ENC[..., 0] - top_ENC[..., 1]}
+    scores["entropy"] = -torch.special.entr(softmax_ENC).sum(-1)
+    ordered_EN = scores[score].sort(1).values
+    at = 2 * ordered_EN.shape[1] // 3
+    return tuple(((ordered_EN[:, at - 1] + ordered_EN[:, at]) / 2).tolist())
+
+
+def same(answer: Answer, expected: Answer, *, but: Sequence[str] = ()) -> None:
+    for field, tensor in vars(expected).items():
+        if field not in but:
+            torch.testing.assert_close(
+                getattr(answer, field), tensor, rtol=1e-4, atol=1e-5, msg=lambda text, field=field: f"{field}: {text}"
+            )
+
+
+def policies() -> dict[str, Policy]:
+    levels = {score: middle(tiny(), rows(60), score) for score in ("top", "margin", "entropy")}
+    entropy = tuple(-level for level in levels["entropy"])
+    return {
+        "confidence": Confidence(threshold=levels["top"]),
+        "most confident": Confidence(threshold=levels["top"], fallback="most_confident"),
+        "entropy, one exit": Entropy(threshold=entropy, enabled_E=(False, True, True)),
+        "margin": Margin(threshold=levels["margin"]),
+        "patience": Patience(patience=1),
+        "fixed": Fixed(exit=1),
+        "never": Confidence(threshold=math.inf),
+    }
+
+
+NAMES = ("confidence", "most confident", "entropy, one exit", "margin", "patience", "fixed", "never")
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_law_3_every_policy_on_every_backend(name: str, backend: Any) -> None:
+    sdn, policy = tiny(), policies()[name]
+    engine, plain = Engine(sdn, policy, backend=backend), Engine(sdn, policy, backend="torch")
+    assert engine.backend == backend
+    left_at: set[int] = set()
+    for count in (0, 1, 2, 7, 60):
+        answer = engine(rows(count))
+        same(answer, plain(rows(count)))
+        left_at |= set(answer.exit_B.tolist())
+    broken = rows(7)
+    broken[[1, 4]] = math.nan
+    same(engine(broken), plain(broken), but=("confidence_B", "confusion_B", "logits_BC", "labels_B"))
+    assert engine(broken).valid_B.tolist() == [True, False, True, True, False, True, True]
+    if name not in ("fixed", "never"):
+        assert len(left_at) > 1, "rows that never part check nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("name", ["residual", "masked_tokens"])
+def test_law_3_nasty_networks_on_every_backend(name: str, backend: Any) -> None:
+    torch.manual_seed(1)
+    sdn, inputs = sd.attach(ZOO[name].make(), planned(name)).eval(), ZOO[name].batch(16)
+    policy = Confidence(threshold=middle(sdn, inputs))
+    engine = Engine(sdn, policy, backend=backend)
+    same(engine(inputs), Engine(sdn, policy, backend="torch")(inputs))
+    trace = engine.collect((inputs, torch.zeros(16, dtype=torch.int64)))
+    assert trace.info["backend"] == backend
+    outcome = sd.simulate(policy, trace)
+    assert torch.equal(engine(inputs).exit_B, outcome.exit_N)
+    assert len(outcome.exit_N.unique()) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_compiled_steps_answer_the_same() -> None:
+    policy = Confidence(threshold=middle(tiny(), rows(60)))
+    engine = Engine(tiny(), policy, backend="torch-compile")
+    for count in (1, 7, 60):
+        same(engine(rows(count)), Engine(tiny(), policy, backend="torch")(rows(count)))
+
+
+# ---------------------------------------------------------------- rows in company
+
+
+def made(name: str = "residual") -> tuple[ShallowDeepNetwork, Confidence, Inputs]:
+    torch.manual_seed(1)
+    sdn, inputs = sd.attach(ZOO[name].make(), planned(name)).eval(), ZOO[name].batch(33)
+    return sdn, Confidence(threshold=middle(sdn, inputs), fallback="most_confident"), inputs
+
+
+@pytest.mark.parametrize("name", ["residual", "masked_tokens"])
+@pytest.mark.parametrize("way", ["keep", "fill"])
+def test_rows_that_are_computed_on_or_twice_change_nothing(name: str, way: str, monkeypatch: Any) -> None:
+    sdn, policy, inputs = made(name)
+    engine = Engine(sdn, policy, backend="torch")
+    expected = engine(inputs)
+    sizes: list[tuple[int, int, int]] = []
+
+    def size(self: StepTimes, place: int, alive: int, present: int) -> int:
+        sizes.append((place, alive, present))
+        return present if way == "keep" else min(-(-alive // 8) * 8, present)
+
+    monkeypatch.setattr(StepTimes, "size", size)
+    monkeypatch.setattr(StepTimes, "chunk", lambda self, batch: batch)
+    engine.times = StepTimes(sizes=(1,), ms_PS=((1.0,),), move_ms_P=(0.0,))
+    same(engine(inputs), expected)
+    assert any(alive < present for _, alive, present in sizes)
+    assert way == "keep" or any(alive % 8 for _, alive, _ in sizes)
+    assert way == "fill" or {present for *_, present in sizes} == {33}
+
+
+def test_large_batches_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    sdn, policy, inputs = made()
+    engine = Engine(sdn, policy, backend="torch")
+    expected = engine(inputs)
+    monkeypatch.setattr(engine_module, "ROWS_AT_ONCE", 4)
+    parts: list[int] = []
+    real = loop.walk
+    monkeypatch.setattr(engine_module, "walk", lambda *args: parts.append(args[2]) or real(*args))
+    same(engine(inputs), expected)
+    assert parts == [4] * 8 + [1]
+
+
+# ---------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize("name", ["residual", "control_flow"])
+def test_no_row_spends_more_than_it_may(name: str) -> None:
+    sdn, policy, inputs = made(name)
+    engine = Engine(sdn, policy, backend="torch")
+    free, trace = engine(inputs), sd.collect(sdn, (inputs, torch.zeros(33, dtype=torch.int64)))
+    assert not free.capped_B.any()
+    cost = sdn.plan.cost_E[1] + 1e-9
+    answer = engine(inputs, max_cost=cost)
+    assert float(answer.cost_B.max()) <= cost < float(free.cost_B.max())
+    assert torch.equal(answer.capped_B, free.exit_B > 1)
+    assert torch.equal(answer.exit_B, free.exit_B.clamp(max=1))
+    torch.testing.assert_close(answer.logits_BC[answer.capped_B], trace.logits_ENC[1][answer.capped_B])
+    same(engine(inputs, max_cost=9.0), free)
+    with pytest.raises(ValueError, match=rf"max_cost=0\.01 is below {sdn.plan.cost_E[0]:.3f}, the cost of the first"):
+        engine(inputs, max_cost=0.01)
+
+
+def test_no_step_is_begun_that_would_end_too_late() -> None:
+    sdn, _, inputs = made()
+    engine = Engine(sdn, Confidence(threshold=math.inf), backend="torch")
+    engine.times = StepTimes(sizes=(1,), ms_PS=((1.0,), (1.0,), (1e6,), (1.0,), (1.0,)), move_ms_P=(0.0,) * 5)
+    answer = engine(each(inputs, lambda tensor: tensor[:1]), max_ms=1e4)
+    assert (answer.exit_B.tolist(), answer.capped_B.tolist()) == ([1], [True])
+    with pytest.raises(ValueError, match=r"max_ms=0\.5 is below 1\.000, the time to the first exit"):
+        engine(each(inputs, lambda tensor: tensor[:1]), max_ms=0.5)
+    engine.times = None
+    assert engine(inputs, max_ms=1e6).capped_B.tolist() == [False] * 33
+    assert engine.times is not None, "measured when a limit in time is first asked for"
+
+
+def test_a_network_without_steps_looks_at_the_clock() -> None:
+    sdn, _, inputs = made("control_flow")
+    engine = Engine(sdn, Confidence(threshold=math.inf), backend="torch")
+    assert engine(inputs, max_ms=1e-6).exit_B.tolist() == [0] * 33
+    with pytest.raises(CutError, match="has no steps to measure"):
+        engine.measure()
+
+
+# ---------------------------------------------------------------- choosing a backend
+
+
+class Slow(OnTorch):
+    """PyTorch after a nap."""
+
+    name = "slow"
+
+    def compile(self, step: Any, example: Sequence[Tensor]) -> Any:
+        run = super().compile(step, example)
+        return lambda arrays: (time.sleep(0.02), run(arrays))[1]
+
+
+class Wrong(OnTorch):
+    """PyTorch with a hundredth more."""
+
+    def compile(self, step: Any, example: Sequence[Tensor]) -> Any:
+        run = super().compile(step, example)
+        return lambda arrays: [x * 1.01 if x.is_floating_point() else x for x in run(arrays)]
+
+
+def test_auto_takes_the_quickest_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "OnOnnxRuntime", lambda threads: Slow(torch.device("cpu")))
+    monkeypatch.setattr(engine_module, "OnOpenVino", lambda threads: Wrong(torch.device("cpu")))
+    engine = Engine(tiny(), Fixed(exit=2))
+    assert type(engine._backend) is OnTorch
+    monkeypatch.setattr(engine_module, "OnTorch", lambda device: Slow(device))
+    monkeypatch.setattr(engine_module, "OnOnnxRuntime", lambda threads: OnTorch(torch.device("cpu")))
+    assert type(Engine(tiny(), Fixed(exit=2))._backend) is OnTorch
+
+
+def test_a_backend_that_computes_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "OnOpenVino", lambda threads: Wrong(torch.device("cpu")))
+    with pytest.raises(BackendError, match=r"'torch' computes 'logits\.0' of exit 0 wrongly: 0\.01 away from PyTorch"):
+        Engine(tiny(), Confidence(threshold=0.5), backend="openvino")
+
+
+@pytest.mark.parametrize(("backend", "extra"), [("onnxruntime", "export"), ("openvino", "openvino")])
+def test_a_backend_that_is_absent(backend: Any, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, backend, None)
+    with pytest.raises(MissingExtra, match=rf"'{backend}' is not installed: pip install 'shallowdeep\[{extra}\]'"):
+        Engine(tiny(), Fixed(exit=2), backend=backend)
+
+
+def test_what_cannot_be_exported_runs_in_torch_alone() -> None:
+    sdn, policy, _ = made("control_flow")
+    assert Engine(sdn, policy).backend == "torch"
+    for backend in ("onnxruntime", "openvino", "torch-compile"):
+        with pytest.raises(CutError, match="cannot be exported, so only the backend 'torch' runs it"):
+            Engine(sdn, policy, backend=backend)  # type: ignore[arg-type]
+
+
+def test_a_trace_of_the_engine_is_that_of_the_network() -> None:
+    data = images(20), torch.zeros(20, dtype=torch.int64)
+    for name in ("residual", "control_flow"):
+        sdn, policy, _ = made(name)
+        found, expected = Engine(sdn, policy, backend="torch").collect(data, batch_size=8), sd.collect(sdn, data)
+        torch.testing.assert_close(found.logits_ENC, expected.logits_ENC)
+        assert torch.equal(found.hash_N, expected.hash_N)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- times
+
+
+TIMES = StepTimes(sizes=(1, 8, 64), ms_PS=((1.0, 4.0, 32.0), (2.0, 2.5, 64.0)), move_ms_P=(0.0, 0.1))
+
+
+def test_times_lie_on_lines() -> None:
+    assert [TIMES.ms(0, n) for n in (1, 4, 8, 36, 64, 128)] == pytest.approx([1, 1 + 9 / 7, 4, 18, 32, 64])
+    assert TIMES.up_to(1, 8) == 6.5
+
+
+def test_which_size_is_quickest() -> None:
+    assert TIMES.size(1, 60, 64) == 64, "moving 60 rows costs more than 4 answered ones"
+    assert TIMES.size(1, 8, 64) == 8
+    assert TIMES.size(1, 7, 64) == 7
+    steep = StepTimes(sizes=(1, 8, 64), ms_PS=((1.0, 9.0, 9.0), (1.0, 1.0, 64.0)), move_ms_P=(0.0, 0.0))
+    assert steep.size(1, 3, 9) == 3
+    jagged = StepTimes(sizes=(4, 5, 8), ms_PS=((0.0,) * 3, (5.0, 9.0, 4.0)), move_ms_P=(0.0, 0.0))
+    assert jagged.size(1, 5, 64) == 8, "some rows are computed twice where that is quicker"
+    assert jagged.size(1, 64, 64) == 64
+
+
+def test_into_which_parts_a_batch_is_cut() -> None:
+    assert TIMES.chunk(1) == 1
+    assert TIMES.chunk(1000) == 8
+    assert StepTimes(sizes=(1, 8), ms_PS=((1.0, 4.0),), move_ms_P=(0.0,)).chunk(1000) == 1000
+
+
+def test_engines_measure_themselves() -> None:
+    sdn, policy, inputs = made()
+    engine = Engine(sdn, policy, backend="torch")
+    before = engine(inputs)
+    times = engine.measure(inputs, sizes=(1, 16), rounds=2)
+    assert (len(times.ms_PS), times.sizes) == (sdn.num_exits, (1, 16))
+    assert all(ms > 0 for step in times.ms_PS for ms in step)
+    same(engine(inputs), before)
+    with pytest.raises(DataError, match="To measure batches of 64 give as many rows, found 33"):
+        engine.measure(inputs, sizes=(1, 64))
