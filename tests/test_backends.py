@@ -20,6 +20,7 @@ from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Confidence, Entropy, Fixed, Margin, Patience, Policy
 from shallowdeep.runtime import engine as engine_module
 from shallowdeep.runtime import loop
+from shallowdeep.runtime import programs as programs_module
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.runtime.on_torch import OnTorch
 from shallowdeep.runtime.times import StepTimes
@@ -229,17 +230,17 @@ class Wrong(OnTorch):
 
 
 def test_auto_takes_the_quickest_that_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "OnOnnxRuntime", lambda threads: Slow(torch.device("cpu")))
-    monkeypatch.setattr(engine_module, "OnOpenVino", lambda threads: Wrong(torch.device("cpu")))
+    monkeypatch.setattr(programs_module, "OnOnnxRuntime", lambda threads: Slow(torch.device("cpu")))
+    monkeypatch.setattr(programs_module, "OnOpenVino", lambda threads: Wrong(torch.device("cpu")))
     engine = Engine(tiny(), Fixed(exit=2))
     assert type(engine._backend) is OnTorch
-    monkeypatch.setattr(engine_module, "OnTorch", lambda device: Slow(device))
-    monkeypatch.setattr(engine_module, "OnOnnxRuntime", lambda threads: OnTorch(torch.device("cpu")))
+    monkeypatch.setattr(programs_module, "OnTorch", lambda device: Slow(device))
+    monkeypatch.setattr(programs_module, "OnOnnxRuntime", lambda threads: OnTorch(torch.device("cpu")))
     assert type(Engine(tiny(), Fixed(exit=2))._backend) is OnTorch
 
 
 def test_a_backend_that_computes_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "OnOpenVino", lambda threads: Wrong(torch.device("cpu")))
+    monkeypatch.setattr(programs_module, "OnOpenVino", lambda threads: Wrong(torch.device("cpu")))
     with pytest.raises(BackendError, match=r"'torch' computes 'logits\.0' of exit 0 wrongly: 0\.01 away from PyTorch"):
         Engine(tiny(), Confidence(threshold=0.5), backend="openvino")
 

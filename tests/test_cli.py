@@ -96,12 +96,20 @@ def test_all_verbs_one_after_another(
     assert said.err == "sdn: warning: The policy was calibrated on 100.0% of these rows: they flatter it.\n"
     evaluated = json.loads(said.out.splitlines()[-1])
     assert 0 < evaluated["mean_cost"] < 1.1
-    predicted = run(capsys, "predict", photos, "--half", "b")
+    tuned = run(capsys, "tune", "--max-accuracy-drop", "0.05", "--backend", "torch")
+    assert tuned["asked"][-1] is True  # type: ignore[index]
+    asked = run(capsys, "calibrate", "--max-accuracy-drop", "0.05", "--exits-of", "runs/tune", "--out", "runs/again")
+    assert asked["kind"] in ("Confidence", "Margin", "Fixed")
+    words = ("--backends", "torch", "--batch-sizes", "1", "8", "--threads", "1", "--blocks", "2")
+    benched = run(capsys, "bench", photos, "--half", "b", *words, "--rival", "test_cli:tiny")
+    assert len(benched["measured"]) == 2  # type: ignore[arg-type]
+    assert str(benched["verdict"]).startswith("batch 1, 1 threads: ")
+    predicted = run(capsys, "predict", photos, "--half", "b", "--backend", "torch")
     assert predicted["rows"] == 120
     lines = (tmp_path / "runs/predict/predictions.csv").read_text().splitlines()
     assert len(lines) == 121
     assert lines[1].split(",")[2] in ("red", "green", "blue")
-    for verb in ("plan", "train", "collect", "analyze", "calibrate", "evaluate", "predict"):
+    for verb in ("plan", "train", "collect", "analyze", "calibrate", "evaluate", "tune", "bench", "predict"):
         about = json.loads((tmp_path / "runs" / verb / "run.json").read_text())
         assert about["verb"] == verb
         assert about["versions"]["torch"]

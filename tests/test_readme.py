@@ -18,10 +18,10 @@ STABLE = (
 RIVER = (
     "files types policies walking effects disagreement thresholds calibration inputs taps classifiers graph cuts",
     "network costs progress collection rates checkpoints segments augment features convolutions training joint timing",
-    "steps onnx",
+    "steps onnx runs",
     "runtime runtime.backends runtime.times runtime.loop runtime.on_torch runtime.on_onnxruntime runtime.on_openvino",
     "runtime.programs runtime.modules runtime.engine",
-    "explain cifar data models runs",
+    "runtime.bench tuning explain cifar data models",
     "paper paper.networks paper.datasets paper.downloads paper.recipes paper.costs paper.records paper.experiments",
     "paper.figures paper.tables paper.backdoor paper.study paper.pictures",
     "verbs demo paper.cli cli",

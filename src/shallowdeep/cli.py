@@ -11,7 +11,7 @@ import sys
 import warnings
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from cyclopts import App, Parameter
 
@@ -27,6 +27,8 @@ app = App(
 )
 app.command(paper_app)
 RUNS = Path("runs")
+Backend: TypeAlias = Literal["auto", "torch", "torch-compile", "onnxruntime", "openvino", "openvino-bf16"]
+BENCHED: tuple[Backend, ...] = ("torch", "onnxruntime", "openvino")
 
 
 @Parameter(name="*")
@@ -210,6 +212,7 @@ def calibrate(
     max_accuracy_drop: float | None = None,
     max_mean_cost: float | None = None,
     confidence: float | None = None,
+    exits_of: Path | None = None,
 ) -> dict[str, Any]:
     """Choose thresholds on held-out rows for an accuracy drop or a mean cost.
 
@@ -225,11 +228,114 @@ def calibrate(
         Mean cost allowed, as a share of the whole network.
     confidence
         Test the drop on rows held back, to hold with this probability; without it the target is an aim.
+    exits_of
+        Folder of `sdn tune`: ask only the exits that its policy asks.
     """
     from shallowdeep import verbs
 
     return verbs.calibrate_verb(
-        trace, out, max_accuracy_drop=max_accuracy_drop, max_mean_cost=max_mean_cost, confidence=confidence
+        trace,
+        out,
+        max_accuracy_drop=max_accuracy_drop,
+        max_mean_cost=max_mean_cost,
+        confidence=confidence,
+        exits_of=exits_of,
+    )
+
+
+@app.command
+def tune(
+    *,
+    sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
+    trace: Path = RUNS / "collect",
+    out: Path = RUNS / "tune",
+    max_accuracy_drop: float = 0.005,
+    backend: Backend = "auto",
+    threads: int | None = None,
+    batch_size: int = 1,
+) -> dict[str, Any]:
+    """Choose exits and thresholds for the least time on this machine.
+
+    Parameters
+    ----------
+    sdn_dir
+        Folder of `sdn train`.
+    trace
+        Folder of `sdn collect`, of rows that nothing was trained on.
+    out
+        Folder to write.
+    max_accuracy_drop
+        Drop allowed, as a fraction (0.005 is half a point); an aim.
+    backend
+        What runs the network; auto measures.
+    threads
+        Threads of the backend.
+    batch_size
+        Rows answered at once.
+    """
+    from shallowdeep import verbs
+
+    return verbs.tune_verb(
+        sdn_dir,
+        trace,
+        out,
+        max_accuracy_drop=max_accuracy_drop,
+        backend=backend,
+        threads=threads,
+        batch_size=batch_size,
+    )
+
+
+@app.command
+def bench(
+    rows: Rows,
+    *,
+    sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
+    policy: Path = RUNS / "tune",
+    out: Path = RUNS / "bench",
+    backends: Annotated[tuple[Backend, ...], Parameter(consume_multiple=True, negative=())] = BENCHED,
+    batch_sizes: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = (1, 8, 64, 256),
+    threads: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = (1, 2),
+    blocks: int = 12,
+    rival: str | None = None,
+    rival_weights: Path | None = None,
+) -> dict[str, Any]:
+    """Measure early exits against the fastest whole network, in seconds, on real rows.
+
+    Parameters
+    ----------
+    sdn_dir
+        Folder of `sdn train`.
+    policy
+        Folder of `sdn tune` or `sdn calibrate`.
+    out
+        Folder to write.
+    backends
+        What to compare.
+    batch_sizes
+        Rows answered at once.
+    threads
+        Numbers of threads.
+    blocks
+        How often every contender's turn comes.
+    rival
+        A smaller network to beat: module:callable, timm:NAME or hf:FOLDER.
+    rival_weights
+        Its weights.
+    """
+    from shallowdeep import verbs
+
+    return verbs.bench_verb(
+        sdn_dir,
+        policy,
+        rows.choice(),
+        out,
+        backends=backends,
+        batch_sizes=batch_sizes,
+        threads=threads,
+        blocks=blocks,
+        rival=rival,
+        rival_weights=rival_weights,
     )
 
 
@@ -261,6 +367,8 @@ def predict(
     policy: Path = RUNS / "calibrate",
     out: Path = RUNS / "predict",
     batch_size: int = 64,
+    backend: Backend = "auto",
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Answer rows, stopping early, and time it against the whole network.
 
@@ -274,10 +382,16 @@ def predict(
         Folder to write.
     batch_size
         Rows answered at once.
+    backend
+        What runs the network; auto measures.
+    threads
+        Threads of the backend.
     """
     from shallowdeep import verbs
 
-    return verbs.predict_verb(sdn_dir, policy, rows.choice(), out, batch_size=batch_size)
+    return verbs.predict_verb(
+        sdn_dir, policy, rows.choice(), out, batch_size=batch_size, backend=backend, threads=threads
+    )
 
 
 @app.command

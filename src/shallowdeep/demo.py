@@ -231,7 +231,7 @@ def summary(trace: Trace, result: dict[str, Any]) -> str:
             f"whole network   accuracy {result['accuracy_full']:.2%}, cost 1.000",
             f"early exits     accuracy {result['accuracy_early_exit']:.2%}, cost {result['mean_cost']:.3f}, "
             f"{result['speedup_measured']:.2f}x in seconds ({low:.2f} to {high:.2f}, batches of "
-            f"{result['timed_batch_size']}, eager PyTorch)",
+            f"{result['timed_batch_size']}, {result['timed_backend']})",
             f"overthinking    {result['wasteful']:.1%} were right before the end; "
             f"{result['destructive_of_errors']:.1%} of the errors were right earlier",
             f"finding errors  AUROC of confusion {result['confusion_auroc']:.3f}, "

@@ -8,21 +8,24 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shallowdeep.graph import silence
-from shallowdeep.steps import Step, export_step
+from shallowdeep.steps import Joined, Step, export_step
 from shallowdeep.types import MissingExtra
 
 
-def onnx_program(step: Step, example: Sequence[Tensor]) -> Any:
+def onnx_program(step: Step | Joined, example: Sequence[Tensor]) -> Any:
     """The ``onnx.ModelProto`` of ``step``; ``example`` are tensors in the order of ``step.takes``, two rows or more.
 
     Its inputs are named as ``step.takes``, its outputs as ``step.gives``, with "next." in front of names that are an
     input's, too. Raises ``MissingExtra``.
     """
+    if step in _MADE:
+        return _MADE[step]
     for needed in ("onnx", "onnxscript"):
         if importlib.util.find_spec(needed) is None:
             raise MissingExtra(f"ONNX graphs need {needed}: pip install 'shallowdeep[export]'.")
@@ -35,4 +38,8 @@ def onnx_program(step: Step, example: Sequence[Tensor]) -> Any:
             verbose=False,
         )
     assert program is not None
+    _MADE[step] = program.model_proto
     return program.model_proto
+
+
+_MADE: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # several backends and numbers of threads ask

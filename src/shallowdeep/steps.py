@@ -134,7 +134,27 @@ def make_steps(sdn: ShallowDeepNetwork, policy: Policy, example: Inputs) -> list
     return steps
 
 
-def export_step(step: Step, example: Sequence[Tensor]) -> torch.export.ExportedProgram:
+class Joined(nn.Module):
+    """Steps in one piece where nobody leaves, from the inputs to the logits of each: what they cost without questions.
+
+    The steps' policy must remember nothing, as ``Confidence`` does.
+    """
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        super().__init__()
+        self.steps, self.rowless = nn.ModuleList(steps), frozenset[str]()
+        self.takes = tuple(dict.fromkeys(name for step in steps for name in step.takes if name.startswith("input.")))
+        self.gives = tuple(f"logits.{step.place}" for step in steps)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        rows = dict(zip(self.takes, tensors, strict=True))
+        for step in self.steps:
+            assert isinstance(step, Step)
+            rows.update(zip(step.gives, step(*(rows[name] for name in step.takes)), strict=True))
+        return tuple(rows[name] for name in self.gives)
+
+
+def export_step(step: Step | Joined, example: Sequence[Tensor]) -> torch.export.ExportedProgram:
     """The graph of ``step`` for any batch size; ``example`` are tensors in the order of ``step.takes``, two rows."""
     batch = torch.export.Dim("batch")
     shapes = tuple({} if name in step.rowless else {0: batch} for name in step.takes)

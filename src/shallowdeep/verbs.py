@@ -33,9 +33,12 @@ from shallowdeep.network import ShallowDeepNetwork, attach, load, plan_from_json
 from shallowdeep.policies import Fixed, from_json, to_json
 from shallowdeep.progress import steps
 from shallowdeep.runs import plain, read_run, write_run
+from shallowdeep.runtime.backends import BackendName
+from shallowdeep.runtime.bench import bench, verdict
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.timing import compare
 from shallowdeep.training import train_exits
+from shallowdeep.tuning import machine_costs, tune
 from shallowdeep.types import DataError, Trace, table
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -191,17 +194,105 @@ def calibrate_verb(
     max_accuracy_drop: float | None = None,
     max_mean_cost: float | None = None,
     confidence: float | None = None,
+    exits_of: Path | None = None,
 ) -> Result:
-    """Thresholds from held-out rows: writes ``policy.json``."""
+    """Thresholds from held-out rows, for all exits or those that the policy in ``exits_of`` asks: writes
+    ``policy.json``.
+    """
     trace = Trace.load(trace_dir / "trace.safetensors")
-    policy = calibrate(trace, max_accuracy_drop=max_accuracy_drop, max_mean_cost=max_mean_cost, confidence=confidence)
+    tuned = from_json(read_json(exits_of / "policy.json")) if exits_of is not None else None
+    policy = calibrate(
+        trace,
+        max_accuracy_drop=max_accuracy_drop,
+        max_mean_cost=max_mean_cost,
+        confidence=confidence,
+        enabled_E=tuned.asks(trace.num_exits, trace.full_exit) if tuned is not None else None,
+    )
     facts = to_json(policy)
     write_text(out / "policy.json", json.dumps(facts, indent=1))
     record = facts.pop("calibrated_on", {"info": {}})
     print(json.dumps(facts, indent=1))
     print(f"{record['info'].get('note', '')}")
     choices = {"trace": trace_dir, "max_accuracy_drop": max_accuracy_drop, "max_mean_cost": max_mean_cost}
-    return _finish(out, "calibrate", choices | {"confidence": confidence}, {**facts, "info": record["info"]})
+    choices |= {"confidence": confidence, "exits_of": exits_of}
+    return _finish(out, "calibrate", choices, {**facts, "info": record["info"]})
+
+
+def tune_verb(
+    sdn_dir: Path,
+    trace_dir: Path,
+    out: Path,
+    *,
+    max_accuracy_drop: float,
+    backend: BackendName = "auto",
+    threads: int | None = None,
+    batch_size: int = 1,
+) -> Result:
+    """Exits and thresholds for the least time on this machine: writes ``policy.json`` and, where training fewer exits
+    anew would pay, their plan as ``plan.json``.
+    """
+    sdn, _ = _load_sdn(sdn_dir)
+    trace = Trace.load(trace_dir / "trace.safetensors")
+    costs = machine_costs(sdn, backend=backend, threads=threads, batch_size=batch_size)
+    tuned = tune(sdn, trace, costs, max_accuracy_drop=max_accuracy_drop)
+    asked = tuned.policy.asks(trace.num_exits, trace.full_exit)
+    lines = [("exit", "ms", "of the network", "asked")]
+    for name, ms, on in zip(trace.exit_names, costs.reach_ms_E.tolist(), asked, strict=True):
+        lines.append((name, f"{ms:.3f}", f"{ms / costs.full_ms:.2f}", "yes" if on else ""))
+    print(f"{table(lines)}\nnetwork in one piece: {costs.full_ms:.3f} ms ({costs.backend}, batches of {batch_size})")
+    print(f"expected: {tuned.expected_time:.2f} of its time")
+    write_text(out / "policy.json", json.dumps(to_json(tuned.policy), indent=1))
+    if tuned.plan is not None:
+        write_text(out / "plan.json", json.dumps(plan_to_json(tuned.plan), indent=1))
+        names = " ".join(cut.name for cut in tuned.plan.cuts)
+        print("ICs that nobody asks run because they feed others.")
+        print(f"Trained anew with few exits, {tuned.plan_time:.2f} is to be expected: --at {names}")
+    choices = {"sdn": sdn_dir, "trace": trace_dir, "max_accuracy_drop": max_accuracy_drop, "threads": threads}
+    facts = {"backend": costs.backend, "batch_size": batch_size, "full_ms": costs.full_ms, "asked": asked}
+    facts |= {"expected_time": tuned.expected_time, "plan_time": tuned.plan_time}
+    return _finish(out, "tune", choices, facts | {"reach_ms": costs.reach_ms_E, "own_ms": costs.own_ms_E})
+
+
+def bench_verb(
+    sdn_dir: Path,
+    policy_dir: Path,
+    data: DataChoice,
+    out: Path,
+    *,
+    backends: Sequence[BackendName],
+    batch_sizes: Sequence[int],
+    threads: Sequence[int],
+    blocks: int,
+    rival: str | None = None,
+    rival_weights: Path | None = None,
+) -> Result:
+    """Seconds of early exits against the fastest whole network, on real rows: writes ``bench.json``."""
+    sdn, preprocessing = _load_sdn(sdn_dir)
+    rows = data.read()
+    rivals = {}
+    if rival is not None:
+        rivals[rival.rpartition(":")[2]] = load_model(rival, weights=rival_weights, num_classes=sdn.plan.num_classes)
+    found = bench(
+        sdn,
+        from_json(read_json(policy_dir / "policy.json")),
+        (_ready(rows, preprocessing), rows.labels_N),
+        backends=backends,
+        batch_sizes=batch_sizes,
+        threads=threads,
+        blocks=blocks,
+        rivals=rivals,
+    )
+    lines = [("backend", "threads", "batch", "network ms", "early ms", "speedup", "ideal", "efficiency")]
+    for one in found["measured"]:
+        efficiency = "" if one["efficiency"] is None else f"{one['efficiency']:.2f}"
+        times = f"{one['full_ms']:.2f}", f"{one['early_exit_ms']:.2f}", f"{one['speedup']:.2f}"
+        numbers = str(one["threads"]), str(one["batch_size"])
+        lines.append((one["backend"], *numbers, *times, f"{one['ideal_speedup']:.2f}", efficiency))
+    found["verdict"] = verdict(found)
+    print(f"{table(lines)}\n\n{found['verdict']}")
+    write_text(out / "bench.json", json.dumps(plain(found), indent=1))
+    choices = {"sdn": sdn_dir, "policy": policy_dir, "data": data.__dict__, "data_fingerprint": rows.fingerprint}
+    return _finish(out, "bench", choices | {"rival": rival}, found)
 
 
 def evaluate_verb(policy_dir: Path, trace_dir: Path, out: Path) -> Result:
@@ -213,12 +304,21 @@ def evaluate_verb(policy_dir: Path, trace_dir: Path, out: Path) -> Result:
     return _finish(out, "evaluate", {"policy": policy_dir, "trace": trace_dir}, found.__dict__)
 
 
-def predict_verb(sdn_dir: Path, policy_dir: Path, data: DataChoice, out: Path, *, batch_size: int = 64) -> Result:
+def predict_verb(
+    sdn_dir: Path,
+    policy_dir: Path,
+    data: DataChoice,
+    out: Path,
+    *,
+    batch_size: int = 64,
+    backend: BackendName = "auto",
+    threads: int | None = None,
+) -> Result:
     """Answers that stop early: writes ``predictions.csv``; measures seconds against the whole backbone on the same
     rows.
     """
     sdn, preprocessing = _load_sdn(sdn_dir)
-    engine = Engine(sdn, from_json(read_json(policy_dir / "policy.json")))
+    engine = Engine(sdn, from_json(read_json(policy_dir / "policy.json")), backend=backend, threads=threads)
     rows = data.read()
     inputs = _ready(rows, preprocessing)
     text = io.StringIO()
@@ -253,11 +353,12 @@ def predict_verb(sdn_dir: Path, policy_dir: Path, data: DataChoice, out: Path, *
 def time_engine(engine: Engine, inputs: Inputs, batch_size: int, *, rounds: int, limit: int) -> Result:
     """Seconds of the whole backbone against the engine on the same rows in the same batches, in turn.
 
-    The whole backbone runs as an engine too, in one segment without ICs: what folding alone saves is not counted.
+    The whole backbone runs as an engine too, on the same backend, in one step without ICs: what folding alone saves is
+    not counted.
     """
     rows = min(num_rows(inputs), limit)
     parts = [take(inputs, slice(i, min(i + batch_size, rows))) for i in range(0, rows, batch_size)]
-    whole = Engine(engine.sdn, Fixed(exit=engine.sdn.num_exits - 1))
+    whole = Engine(engine.sdn, Fixed(exit=engine.sdn.num_exits - 1), backend=engine.backend)
     timed = compare(lambda: [whole(part) for part in parts], lambda: [engine(part) for part in parts], rounds=rounds)
     return {
         "speedup_measured": timed.ratio,
@@ -265,6 +366,7 @@ def time_engine(engine: Engine, inputs: Inputs, batch_size: int, *, rounds: int,
         "full_ms_per_row": timed.a_ms / rows,
         "early_exit_ms_per_row": timed.b_ms / rows,
         "timed_batch_size": batch_size,
+        "timed_backend": engine.backend,
     }
 
 

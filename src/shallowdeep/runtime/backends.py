@@ -6,23 +6,24 @@ It refuses to know networks and policies: a backend sees a step as a module of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
-from shallowdeep.steps import Step
+from shallowdeep.steps import Joined, Step
 
 Array: TypeAlias = Any
 """A torch tensor or a NumPy array, whichever the backend computes with; both take ``array[index]``."""
+BackendName: TypeAlias = Literal["auto", "torch", "torch-compile", "onnxruntime", "openvino", "openvino-bf16"]
 Run: TypeAlias = Callable[[Sequence[Array]], Sequence[Array]]
 
 
 class Backend(Protocol):
     """One way of running steps, and its own way of counting and picking rows."""
 
-    name: str
+    name: BackendName
 
-    def compile(self, step: Step, example: Sequence[Tensor]) -> Run:
+    def compile(self, step: Step | Joined, example: Sequence[Tensor]) -> Run:
         """``step`` made ready for any batch size; ``example`` are tensors in the order of ``step.takes``, two rows.
 
         Raises ``MissingExtra`` where the library is absent.

@@ -5,12 +5,11 @@ It refuses to make a choice that could change an answer; those are policy data.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -20,13 +19,10 @@ from shallowdeep.costs import feeds, own_costs
 from shallowdeep.inputs import Batches, Inputs, as_inputs, each, example_of, num_rows, signature_of, take, tensors
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Confidence, Policy
-from shallowdeep.runtime.backends import Array, Backend
+from shallowdeep.runtime.backends import Array, Backend, BackendName
 from shallowdeep.runtime.loop import Left, Limit, Program, walk
 from shallowdeep.runtime.modules import walk_modules
-from shallowdeep.runtime.on_onnxruntime import OnOnnxRuntime
-from shallowdeep.runtime.on_openvino import OnOpenVino
-from shallowdeep.runtime.on_torch import OnTorch
-from shallowdeep.runtime.programs import make_program, measure
+from shallowdeep.runtime.programs import make_backend, make_program, measure
 from shallowdeep.runtime.times import StepTimes
 from shallowdeep.steps import needed_ics
 from shallowdeep.types import (
@@ -41,7 +37,6 @@ from shallowdeep.types import (
 )
 from shallowdeep.walking import costs_when_asking, rule_of
 
-BackendName: TypeAlias = Literal["auto", "torch", "torch-compile", "onnxruntime", "openvino", "openvino-bf16"]
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Batch sizes that ``measure`` looks at by default."""
 PROGRAMS_KEPT = 8
@@ -66,8 +61,6 @@ class Engine:
     def __init__(
         self, sdn: ShallowDeepNetwork, policy: Policy, *, backend: BackendName = "auto", threads: int | None = None
     ) -> None:
-        if backend not in get_args(BackendName):
-            raise ValueError(f"No backend {backend!r}. Possible: {', '.join(map(repr, get_args(BackendName)))}.")
         self.sdn, self.policy = sdn, policy
         self.times: StepTimes | None = None
         self._device, self._exported = next(sdn.parameters()).device, sdn.plan.via == "export"
@@ -82,7 +75,7 @@ class Engine:
         self._programs: dict[tuple[InputSignature, bool], Program] = {}
         self._lock = threading.RLock()
         self._backend = self._chosen(backend, threads or torch.get_num_threads())
-        self.backend = self._backend.name
+        self.backend: BackendName = self._backend.name
         self._cost = self._backend.enter(self._cost_E)
         if self._exported:
             self._program(sdn.plan.inputs)
@@ -143,22 +136,13 @@ class Engine:
 
     def _chosen(self, name: BackendName, threads: int) -> Backend:
         """The backend called ``name``, or the quickest."""
-        cpu = self._device.type == "cpu"
-        ways: dict[str, Callable[[], Backend]] = {
-            "torch": lambda: OnTorch(self._device),
-            "torch-compile": lambda: OnTorch(self._device, compiled=True),
-            "onnxruntime": lambda: OnOnnxRuntime(threads),
-            "openvino": lambda: OnOpenVino(threads),
-            "openvino-bf16": lambda: OnOpenVino(threads, bf16=True),
-        }
         if name == "auto":
-            names = [n for n in ("onnxruntime", "openvino") if cpu and self._exported and importlib.util.find_spec(n)]
-            return self._quickest([ways[n]() for n in ("torch", *names)])
+            libraries: tuple[BackendName, ...] = ("onnxruntime", "openvino")
+            others = [n for n in libraries if self._exported and self._device.type == "cpu" and find_spec(n)]
+            return self._quickest([make_backend(n, self._device, threads) for n in ("torch", *others)])
         if name != "torch" and not self._exported:
             raise CutError(f"{self.sdn.plan.model} cannot be exported, so only the backend 'torch' runs it.")
-        if not name.startswith("torch") and not cpu:
-            raise ValueError(f"The backend {name!r} runs on the CPU; the SDN is on {self._device}.")
-        return ways[name]()
+        return make_backend(name, self._device, threads)
 
     def _quickest(self, backends: Sequence[Backend]) -> Backend:
         """The backend that takes the least time for one row and for 32, by the geometric mean."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from shallowdeep.onnx import onnx_program
-from shallowdeep.runtime.backends import Run
-from shallowdeep.steps import Step
+from shallowdeep.runtime.backends import BackendName, Run
+from shallowdeep.steps import Joined, Step
 from shallowdeep.types import MissingExtra
 
 
@@ -61,12 +61,12 @@ class OnNumpy:
 class OnOnnxRuntime(OnNumpy):
     """ONNX Runtime, ``threads`` threads a step, which sleep while they wait: pools that spin slow each other down."""
 
-    name = "onnxruntime"
+    name: BackendName = "onnxruntime"
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
 
-    def compile(self, step: Step, example: Sequence[Tensor]) -> Run:
+    def compile(self, step: Step | Joined, example: Sequence[Tensor]) -> Run:
         try:
             import onnxruntime
         except ImportError as error:

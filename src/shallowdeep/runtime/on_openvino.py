@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from shallowdeep.onnx import onnx_program
-from shallowdeep.runtime.backends import Run
+from shallowdeep.runtime.backends import BackendName, Run
 from shallowdeep.runtime.on_onnxruntime import OnNumpy
-from shallowdeep.steps import Step
+from shallowdeep.steps import Joined, Step
 from shallowdeep.types import MissingExtra
 
 
@@ -23,10 +23,10 @@ class OnOpenVino(OnNumpy):
     """OpenVINO with ``threads`` threads, in float32, or bf16 where the processor has it."""
 
     def __init__(self, threads: int, *, bf16: bool = False) -> None:
-        self.name = "openvino-bf16" if bf16 else "openvino"
+        self.name: BackendName = "openvino-bf16" if bf16 else "openvino"
         self.threads, self.precision = threads, "bf16" if bf16 else "f32"
 
-    def compile(self, step: Step, example: Sequence[Tensor]) -> Run:
+    def compile(self, step: Step | Joined, example: Sequence[Tensor]) -> Run:
         try:
             import openvino
         except ImportError as error:

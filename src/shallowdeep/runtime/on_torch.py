@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from shallowdeep.policies import finite_rows
-from shallowdeep.runtime.backends import Run
-from shallowdeep.steps import Step, export_step
+from shallowdeep.runtime.backends import BackendName, Run
+from shallowdeep.steps import Joined, Step, export_step
 
 
 class OnTorch:
     """Eager PyTorch; with ``compiled``, every step through ``torch.compile`` for any batch size."""
 
     def __init__(self, device: torch.device, *, compiled: bool = False) -> None:
-        self.name, self.device, self.compiled = "torch-compile" if compiled else "torch", device, compiled
+        self.name: BackendName = "torch-compile" if compiled else "torch"
+        self.device, self.compiled = device, compiled
 
-    def compile(self, step: Step, example: Sequence[Tensor]) -> Run:
+    def compile(self, step: Step | Joined, example: Sequence[Tensor]) -> Run:
         # Compiled as a graph of its own: dynamo would count all steps as recompilations of one function.
         run: Any = torch.compile(export_step(step, example).module(), dynamic=True) if self.compiled else step
         return lambda arrays: run(*arrays)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from torch import Tensor
 from shallowdeep.inputs import example_of, tensors
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Policy
-from shallowdeep.runtime.backends import Array, Backend
+from shallowdeep.runtime.backends import Array, Backend, BackendName
 from shallowdeep.runtime.loop import Program, Ready
+from shallowdeep.runtime.on_onnxruntime import OnOnnxRuntime
+from shallowdeep.runtime.on_openvino import OnOpenVino
+from shallowdeep.runtime.on_torch import OnTorch
 from shallowdeep.runtime.times import StepTimes
 from shallowdeep.steps import make_steps
 from shallowdeep.types import BackendError, DataError, InputSignature
@@ -24,6 +27,22 @@ from shallowdeep.walking import rule_of
 
 TOLERANCE = {"openvino-bf16": 0.1}
 """How far a backend's numbers may lie from PyTorch's, relative to their own size; 0.001 for float32."""
+
+
+def make_backend(name: BackendName, device: torch.device, threads: int) -> Backend:
+    """The backend called ``name``. Raises ``ValueError`` where there is none, or not for ``device``."""
+    ways: dict[str, Callable[[], Backend]] = {
+        "torch": lambda: OnTorch(device),
+        "torch-compile": lambda: OnTorch(device, compiled=True),
+        "onnxruntime": lambda: OnOnnxRuntime(threads),
+        "openvino": lambda: OnOpenVino(threads),
+        "openvino-bf16": lambda: OnOpenVino(threads, bf16=True),
+    }
+    if name not in ways:
+        raise ValueError(f"No backend {name!r}. Possible: {', '.join(map(repr, ('auto', *ways)))}.")
+    if device.type != "cpu" and not name.startswith("torch"):
+        raise ValueError(f"The backend {name!r} runs on the CPU; the SDN is on {device}.")
+    return ways[name]()
 
 
 def make_program(sdn: ShallowDeepNetwork, policy: Policy, signature: InputSignature, backend: Backend) -> Program:

@@ -1,0 +1,283 @@
+"""Early exits against the fastest whole network on this machine, in seconds, on real rows.
+
+It refuses to choose: it measures what it is given, all contenders in turn in one run, and says what came out.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shallowdeep.cuts import plan
+from shallowdeep.inputs import Inputs, num_rows, signature_of, take, tensors
+from shallowdeep.network import ShallowDeepNetwork, attach
+from shallowdeep.policies import Confidence, Fixed, Policy
+from shallowdeep.progress import steps as shown
+from shallowdeep.runs import describe_device
+from shallowdeep.runtime.backends import Backend, BackendName
+from shallowdeep.runtime.engine import Engine
+from shallowdeep.runtime.programs import make_backend
+from shallowdeep.steps import Joined, make_steps
+
+LEAST_EARLY = 0.2
+"""Under this share of early answers there is no efficiency to speak of."""
+NEAR = 0.01
+"""How much less accurate the network cut at an exit may be to be spoken of as a rival."""
+ROWS_A_BLOCK = 32
+"""Least rows that a contender answers before it is the next one's turn."""
+REDUCED: frozenset[BackendName] = frozenset({"openvino-bf16"})
+Call = Callable[[Inputs], object]
+Facts = dict[str, Any]
+
+
+class Way(NamedTuple):
+    """One way of answering rows: ``what`` is "full", "early", "cut EXIT", "every" or the name of a rival."""
+
+    backend: BackendName
+    what: str
+
+
+class Times(NamedTuple):
+    """Milliseconds: of the first call, of every later call, and of every block of rows."""
+
+    first: float
+    calls: list[float]
+    blocks: list[float]
+
+
+def bench(
+    sdn: ShallowDeepNetwork,
+    policy: Policy,
+    rows: tuple[Inputs, Tensor],
+    *,
+    backends: Sequence[BackendName] = ("torch", "onnxruntime", "openvino"),
+    batch_sizes: Sequence[int] = (1, 8, 64, 256),
+    threads: Sequence[int] = (1, 2),
+    blocks: int = 12,
+    rivals: Mapping[str, nn.Module] | None = None,
+    seed: int = 0,
+) -> Facts:
+    """Milliseconds of the whole network, of early exits, of the network cut at each exit asked and of ``rivals`` (other
+    networks for the same inputs), on every backend, batch size and number of threads. Returns JSON-able facts.
+
+    ``rows`` are real inputs with labels [N]; noise leaves where nothing real does. Every block gives the same rows to
+    all in shuffled order; ratios are of blocks: their median and quartiles. The whole network and the cuts, with the
+    ICs passed on the way, are compiled in one piece and do nothing else. Raises ``ValueError`` for too few rows.
+    """
+    inputs, labels_N = rows
+    if num_rows(inputs) < max(batch_sizes):
+        raise ValueError(f"Batches of {max(batch_sizes)} need as many rows, found {num_rows(inputs)}.")
+    pieces = _pieces(sdn, policy, take(inputs, slice(0, 2)), rivals or {})
+    answer_N = _answers(Engine(sdn, policy, backend=backends[0]), inputs)
+    found: list[Facts] = []
+    for count in threads:
+        with _threads(count):
+            ways = _ways(sdn, policy, inputs, pieces, backends, max(batch_sizes), count)
+            for size in batch_sizes:
+                order = random.Random(f"{seed} {count} {size}")
+                used_N, times = _in_turn(ways, inputs, size, blocks, order)
+                exit_N = answer_N["exit"][used_N]
+                found += [_facts(name, count, size, times, exit_N, sdn.num_exits - 1) for name in backends]
+    accuracy = {what: _accuracy(piece, inputs, labels_N) for what, piece in pieces.items()}
+    exit_N = answer_N["exit"]
+    return {
+        "device": describe_device(),
+        "rows": num_rows(inputs),
+        "blocks": blocks,
+        "exits_asked": [name for name, on in zip(sdn.plan.exit_names, _asked(sdn, policy), strict=True) if on],
+        "accuracy_full": accuracy["full"],
+        "accuracy_early_exit": float((answer_N["label"] == labels_N).double().mean()),
+        "accuracy_others": {what: share for what, share in accuracy.items() if what not in ("full", "every")},
+        "mean_cost": float(answer_N["cost"].mean()),
+        "share_early": float((exit_N < sdn.num_exits - 1).double().mean()),
+        "measured": found,
+    }
+
+
+def _asked(sdn: ShallowDeepNetwork, policy: Policy) -> tuple[bool, ...]:
+    return policy.asks(sdn.num_exits, sdn.num_exits - 1)
+
+
+def _pieces(
+    sdn: ShallowDeepNetwork, policy: Policy, example: Inputs, rivals: Mapping[str, nn.Module]
+) -> dict[str, Joined]:
+    """What is compiled in one piece, by its name."""
+    full = Fixed(exit=sdn.num_exits - 1)
+    pieces = {"full": Joined(make_steps(sdn, full, example))}
+    for name, model in rivals.items():
+        other = attach(model, plan(model, example, at=(0.5,))).eval()
+        pieces[name] = Joined(make_steps(other, Fixed(exit=other.num_exits - 1), example))
+    steps = make_steps(sdn, Confidence(threshold=math.inf, enabled_E=_asked(sdn, policy)), example)
+    for place, step in enumerate(steps[:-1]):
+        pieces[f"cut {step.exit}"] = Joined(steps[: place + 1])
+    return pieces | {"every": Joined(steps)}
+
+
+def _ways(
+    sdn: ShallowDeepNetwork,
+    policy: Policy,
+    inputs: Inputs,
+    pieces: Mapping[str, Joined],
+    backends: Sequence[BackendName],
+    largest: int,
+    threads: int,
+) -> dict[Way, Call]:
+    ways: dict[Way, Call] = {}
+    for name in shown(backends, f"make, {threads} threads", len(backends)):
+        backend = make_backend(name, next(sdn.parameters()).device, threads)
+        for what, piece in pieces.items():
+            ways[Way(name, what)] = _bare(backend, piece, inputs)
+        early = Engine(sdn, policy, backend=name, threads=threads)
+        if sum(_asked(sdn, policy)) > 1:
+            sizes = [2**power for power in range(largest.bit_length()) if 2**power <= largest]
+            early.measure(take(inputs, slice(0, largest)), sizes=sizes, rounds=3)
+        ways[Way(name, "early")] = early
+    return ways
+
+
+def _bare(backend: Backend, piece: Joined, inputs: Inputs) -> Call:
+    """``piece`` as a function of a batch."""
+    names = [f"input.{name}" for name in signature_of(inputs).names]
+    places = [names.index(name) for name in piece.takes]
+    example = tensors(take(inputs, slice(0, 2)))
+    with torch.no_grad():
+        run = backend.compile(piece, [example[place] for place in places])
+
+    def call(batch: Inputs) -> None:
+        leaves = tensors(batch)
+        with torch.inference_mode():
+            run([backend.enter(leaves[place]) for place in places])
+            backend.wait()
+
+    return call
+
+
+def _in_turn(
+    ways: Mapping[Way, Call], inputs: Inputs, size: int, blocks: int, order: random.Random
+) -> tuple[Tensor, dict[Way, Times]]:
+    """The rows used, and every way's times with batches of ``size``."""
+    rows = max(size, ROWS_A_BLOCK - ROWS_A_BLOCK % size)
+    times = {way: Times(_ms(call, take(inputs, slice(0, size))), [], []) for way, call in ways.items()}
+    used: list[int] = []
+    for block in shown(range(blocks), f"batches of {size}", blocks):
+        start = block * rows % (num_rows(inputs) - rows + 1)
+        used += range(start, start + rows)
+        batches = [take(inputs, slice(i, i + size)) for i in range(start, start + rows, size)]
+        shuffled = list(ways.items())
+        order.shuffle(shuffled)
+        for way, call in shuffled:
+            _ms(call, batches[0])  # wakes the caches
+            spent = [_ms(call, batch) for batch in batches]
+            times[way].calls.extend(spent)
+            times[way].blocks.append(sum(spent) / len(batches))
+    return torch.tensor(used), times
+
+
+def _ms(call: Call, batch: Inputs) -> float:
+    start = time.perf_counter()
+    call(batch)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _facts(name: BackendName, threads: int, size: int, times: Mapping[Way, Times], exit_N: Tensor, full: int) -> Facts:
+    """The figures of one backend, batch size and number of threads; milliseconds are of a batch."""
+    peers = [way for way in times if way.what == "full" and (way.backend in REDUCED) == (name in REDUCED)]
+    best = min(peers, key=lambda way: statistics.median(times[way].blocks))
+    early, whole = times[Way(name, "early")], times[best]
+    ratios = [a / b for a, b in zip(whole.blocks, early.blocks, strict=True)]
+    others = {way.what: statistics.median(found.blocks) for way, found in times.items() if way.backend == name}
+    early_ms, best_ms = others.pop("early"), statistics.median(whole.blocks)
+    cut_ms = {full: others["every"], **{int(what[4:]): ms for what, ms in others.items() if what.startswith("cut ")}}
+    exits, counts = torch.unique(exit_N, return_counts=True)
+    ideal_ms = sum(cut_ms[exit] * n for exit, n in zip(exits.tolist(), counts.tolist(), strict=True)) / len(exit_N)
+    share_early = float((exit_N < full).double().mean())
+    speedup, ideal = statistics.median(ratios), best_ms / ideal_ms
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return {
+        "backend": name,
+        "batch_size": size,
+        "threads": threads,
+        "full_ms": others["full"],
+        "best_full_backend": best.backend,
+        "best_full_ms": best_ms,
+        "early_exit_ms": early_ms,
+        "early_exit_ms_percentiles": _percentiles(early.calls),
+        "full_ms_percentiles": _percentiles(times[Way(name, "full")].calls),
+        "rows_per_second": 1e3 * size / early_ms,
+        "warm_up_ms": early.first,
+        "speedup": speedup,
+        "speedup_quartiles": [low, high],
+        "ideal_speedup": ideal,
+        "efficiency": statistics.median(ideal_ms / ms for ms in early.blocks) if share_early >= LEAST_EARLY else None,
+        "share_early": share_early,
+        "other_ms": others,
+    }
+
+
+def _named(other: str) -> str:
+    return f"the network cut at exit {other[4:]}" if other.startswith("cut ") else other
+
+
+def _percentiles(calls: Sequence[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(calls, n=100) if len(calls) > 1 else [calls[0]] * 99
+    return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98]}
+
+
+def _answers(engine: Engine, inputs: Inputs) -> dict[str, Tensor]:
+    found = [engine(take(inputs, slice(i, i + 256))) for i in range(0, num_rows(inputs), 256)]
+    parts = [(answer.exit_B.cpu(), answer.labels_B.cpu(), answer.cost_B.cpu()) for answer in found]
+    return dict(zip(("exit", "label", "cost"), map(torch.cat, zip(*parts, strict=True)), strict=True))
+
+
+def _accuracy(piece: Joined, inputs: Inputs, labels_N: Tensor) -> float:
+    """Of the last logits of ``piece``, in PyTorch."""
+    names = [f"input.{name}" for name in signature_of(inputs).names]
+    right = 0
+    with torch.inference_mode():
+        for i in range(0, num_rows(inputs), 256):
+            leaves = dict(zip(names, tensors(take(inputs, slice(i, i + 256))), strict=True))
+            logits = piece(*(leaves[name] for name in piece.takes))[-1]
+            right += int((logits.argmax(1).cpu() == labels_N[i : i + 256]).sum())
+    return right / num_rows(inputs)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def verdict(found: Facts) -> str:
+    """What the figures say, in words: a line per batch size and number of threads."""
+    lines = []
+    drop = 100 * (found["accuracy_full"] - found["accuracy_early_exit"])
+    keys = sorted({(one["batch_size"], one["threads"]) for one in found["measured"]})
+    for size, threads in keys:
+        here = [one for one in found["measured"] if (one["batch_size"], one["threads"]) == (size, threads)]
+        best = max(here, key=lambda one: one["speedup"])
+        low, high = best["speedup_quartiles"]
+        line = (
+            f"batch {size}, {threads} threads: {best['speedup']:.2f}x ({low:.2f} to {high:.2f}) at {drop:.2f} points, "
+        )
+        line += f"{best['backend']} against the whole network on {best['best_full_backend']}"
+        if high < 1.02 and low < 0.98:
+            line += ": early exits do not pay here, run the whole network"
+        for other, accuracy in found["accuracy_others"].items():
+            ms = min(one["other_ms"][other] for one in here)
+            far = other.startswith("cut ") and accuracy < found["accuracy_early_exit"] - NEAR
+            if ms < best["early_exit_ms"] and not far:
+                line += f"; where {accuracy:.1%} is enough, {_named(other)} is faster"
+        lines.append(line + ".")
+    return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""Which exits to ask on this machine: milliseconds instead of macs, measured, and the policy that spends least of them.
+
+It refuses to change an accuracy aim: a policy that cannot keep it runs the full network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shallowdeep.calibration import calibrate
+from shallowdeep.cuts import plan
+from shallowdeep.inputs import example_of
+from shallowdeep.network import ShallowDeepNetwork
+from shallowdeep.policies import Confidence, Fixed, Policy
+from shallowdeep.runtime.backends import BackendName
+from shallowdeep.runtime.engine import Engine
+from shallowdeep.types import Plan, Trace
+
+PAYS = 0.01
+"""Least share of the time by which a smaller plan must be better to be worth training anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineCosts:
+    """Milliseconds per row on one machine with one backend, at one batch size.
+
+    ``full_ms`` is the untouched network in one piece, ``reach_ms_E`` the way to each exit with every exit asked on it,
+    ``own_ms_E`` what asking each adds.
+    """
+
+    backend: BackendName
+    batch_size: int
+    full_ms: float
+    reach_ms_E: Tensor
+    own_ms_E: Tensor
+
+    def timed(self, trace: Trace) -> Trace:
+        """``trace`` with shares of the untouched network's time for costs, in place of shares of its macs."""
+        return dataclasses.replace(
+            trace, cost_E=self.reach_ms_E / self.full_ms, own_cost_E=self.own_ms_E / self.full_ms
+        )
+
+
+def machine_costs(
+    sdn: ShallowDeepNetwork,
+    *,
+    backend: BackendName = "auto",
+    threads: int | None = None,
+    batch_size: int = 1,
+    inputs: object = None,
+    rounds: int = 5,
+) -> MachineCosts:
+    """What this machine takes for ``sdn`` at ``batch_size``; ``inputs`` are rows to measure with (None: noise).
+
+    The network with all exits and the network in one piece are measured in turn, ``rounds`` times; medians. What asking
+    adds (the IC, the rule, one call more) is taken to be the same at every exit: the difference of the two, shared out.
+    """
+    full = sdn.num_exits - 1
+    every = Engine(sdn, Confidence(threshold=torch.inf), backend=backend, threads=threads)
+    whole = Engine(sdn, Fixed(exit=full), backend=every.backend, threads=threads)
+    reached, alone = [], []
+    for _ in range(rounds):
+        times = every.measure(inputs, sizes=(batch_size,), rounds=5)
+        reached.append([times.up_to(place, batch_size) / batch_size for place in range(full + 1)])
+        alone.append(whole.measure(inputs, sizes=(batch_size,), rounds=5).up_to(0, batch_size) / batch_size)
+    reach_E = torch.tensor([statistics.median(ms) for ms in zip(*reached, strict=True)], dtype=torch.float64)
+    full_ms = statistics.median(alone)
+    own_E = torch.full_like(reach_E, max(0.0, float(reach_E[-1]) - full_ms) / max(full, 1))
+    own_E[-1] = 0.0
+    return MachineCosts(
+        backend=every.backend,
+        batch_size=batch_size,
+        full_ms=full_ms,
+        reach_ms_E=reach_E.cummax(0).values,
+        own_ms_E=own_E,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """The policy that takes least time, the share of the untouched network's time that it should take, and, where ICs
+    that nobody asks still have to run because they feed others, a smaller plan to train anew and its share.
+    """
+
+    policy: Policy
+    expected_time: float
+    plan: Plan | None
+    plan_time: float
+
+
+def tune(sdn: ShallowDeepNetwork, trace: Trace, costs: MachineCosts, *, max_accuracy_drop: float) -> Tuned:
+    """Exits and thresholds for the least milliseconds within a drop of accuracy, chosen on the rows of ``trace``.
+
+    Exits are left out one after the other as long as that saves time. Where none pays the policy is
+    ``Fixed(exit=full)``. To certify, calibrate anew: ``calibrate(other_rows, enabled_E=policy.enabled_E, ...)``.
+    """
+    timed = costs.timed(trace)
+    policy, time = _least(timed, max_accuracy_drop)
+    if trace.feeds_EE is None or not bool(trace.feeds_EE.any()):
+        return Tuned(policy=policy, expected_time=time, plan=None, plan_time=time)
+    free, free_time = _least(dataclasses.replace(timed, feeds_EE=None), max_accuracy_drop)
+    asked = free.asks(trace.num_exits, trace.full_exit)
+    names = [cut.name for cut, on in zip(sdn.plan.cuts, asked, strict=False) if on]
+    if free_time > time - PAYS or not 0 < len(names) < len(sdn.plan.cuts):
+        return Tuned(policy=policy, expected_time=time, plan=None, plan_time=time)
+    example = example_of(sdn.plan.inputs, 2, next(sdn.parameters()).device)
+    kind: Any = sdn.plan.classifiers[0].kind
+    smaller = plan(sdn.backbone, example, at=names, classifier=kind)
+    return Tuned(policy=policy, expected_time=time, plan=smaller, plan_time=free_time)
+
+
+def _least(timed: Trace, max_accuracy_drop: float) -> tuple[Policy, float]:
+    """The best policy over sets of exits, leaving out one after the other, and its expected time."""
+    full = timed.full_exit
+
+    def tried(asked: Iterable[int]) -> tuple[float, Policy]:
+        enabled_E = tuple(exit in asked for exit in range(timed.num_exits))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that no exit pays is one of the answers
+            policy = calibrate(timed, max_accuracy_drop=max_accuracy_drop, enabled_E=enabled_E)
+        assert policy.calibrated_on is not None
+        return float(policy.calibrated_on.info["expected_mean_cost"]), policy
+
+    asked = frozenset(range(full))
+    best = tried(asked)
+    while asked:
+        found = min(((*tried(asked - {exit}), asked - {exit}) for exit in asked), key=lambda one: one[0])
+        if found[0] >= best[0] and not isinstance(best[1], Fixed):
+            break
+        best, asked = found[:2], found[2]
+    return best[1], best[0]

@@ -1,0 +1,105 @@
+"""The benchmark: fair turns, ratios that follow from the times, and a verdict that says what the figures say."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from shallowdeep.policies import Confidence, Fixed
+from shallowdeep.runtime import bench as bench_module
+from shallowdeep.runtime.bench import Times, Way, bench, verdict
+from test_backends import middle, rows, tiny
+
+
+def test_on_real_networks() -> None:
+    sdn, inputs = tiny(), rows(64)
+    labels_N = torch.arange(64) % 4
+    before = torch.get_num_threads()
+    rival = nn.Sequential(nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 4))
+    policy = Confidence(threshold=middle(sdn, inputs))
+    found = bench(
+        sdn, policy, (inputs, labels_N), backends=("torch",), batch_sizes=(1, 16), threads=(1,), blocks=3,
+        rivals={"small": rival},
+    )  # fmt: skip
+    assert torch.get_num_threads() == before
+    with torch.no_grad():
+        full_right = (sdn.backbone(inputs).argmax(1) == labels_N).double().mean()
+        rival_right = (rival(inputs).argmax(1) == labels_N).double().mean()
+        cut_right = (sdn(inputs)[0].argmax(1) == labels_N).double().mean()
+    assert found["accuracy_full"] == pytest.approx(float(full_right))
+    assert found["accuracy_others"]["small"] == pytest.approx(float(rival_right))
+    assert found["accuracy_others"]["cut 0"] == pytest.approx(float(cut_right))
+    assert 0 < found["share_early"] < 1
+    assert [(one["batch_size"], one["threads"]) for one in found["measured"]] == [(1, 1), (16, 1)]
+    for one in found["measured"]:
+        assert set(one["other_ms"]) == {"full", "small", "cut 0", "cut 1", "every"}
+        assert one["early_exit_ms"] > 0
+        assert one["full_ms_percentiles"]["p50"] <= one["full_ms_percentiles"]["p99"]
+    assert len(verdict(found).splitlines()) == 2
+    with pytest.raises(ValueError, match="Batches of 256 need as many rows, found 64"):
+        bench(sdn, policy, (inputs, labels_N), backends=("torch",))
+
+
+def test_the_figures_follow_from_the_times() -> None:
+    """Whole networks of 10 and 8 ms; early exits 5 ms; half the rows leave at exit 0 (2 ms), half at the end (9 ms)."""
+    times = {
+        Way("torch", "full"): Times(50.0, [10.0, 10.0], [10.0, 10.0, 10.0]),
+        Way("onnxruntime", "full"): Times(50.0, [8.0, 8.0], [8.0, 8.0, 8.0]),
+        Way("openvino-bf16", "full"): Times(50.0, [1.0, 1.0], [1.0, 1.0, 1.0]),
+        Way("torch", "early"): Times(70.0, [5.0, 7.0], [5.0, 5.0, 4.0]),
+        Way("torch", "cut 0"): Times(0.0, [2.0], [2.0]),
+        Way("torch", "every"): Times(0.0, [9.0], [9.0]),
+    }
+    one = bench_module._facts("torch", 1, 4, times, torch.tensor([0, 2]), 2)
+    assert (one["best_full_backend"], one["best_full_ms"], one["full_ms"]) == ("onnxruntime", 8.0, 10.0)
+    assert one["speedup"] == pytest.approx(8 / 5)
+    assert one["ideal_speedup"] == pytest.approx(8 / 5.5)
+    assert one["efficiency"] == pytest.approx(5.5 / 5)
+    assert one["rows_per_second"] == pytest.approx(800)
+    few = bench_module._facts("torch", 1, 4, times, torch.tensor([0] + [2] * 9), 2)
+    assert few["efficiency"] is None, "a tenth of early answers says nothing"
+
+
+def test_everybody_has_the_same_rows_in_shuffled_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[str, int, int]] = []
+
+    def way(name: str) -> Any:
+        return lambda batch: heard.append((name, int(batch[0, 0]), len(batch)))
+
+    inputs = torch.arange(40.0)[:, None]
+    ways = {Way("torch", name): way(name) for name in ("full", "early")}
+    used_N, times = bench_module._in_turn(ways, inputs, 16, 3, random.Random(0))
+    assert used_N.reshape(3, 32)[:, 0].tolist() == [0, 5, 1]
+    assert [first for who, first, _ in heard if who == "full"] == [first for who, first, _ in heard if who == "early"]
+    assert all(len(found.blocks) == 3 and len(found.calls) == 6 for found in times.values())
+
+
+def test_what_the_verdict_says() -> None:
+    slow = {
+        "batch_size": 1, "threads": 2, "backend": "torch", "best_full_backend": "onnxruntime", "speedup": 0.9,
+        "speedup_quartiles": [0.85, 0.95], "early_exit_ms": 2.0, "other_ms": {"small": 1.0, "cut 0": 0.5, "cut 1": 1.5},
+    }  # fmt: skip
+    others = {"small": 0.917, "cut 0": 0.70, "cut 1": 0.926}
+    found = {"accuracy_full": 0.933, "accuracy_early_exit": 0.929, "accuracy_others": others, "measured": [slow]}
+    said = verdict(found)
+    assert said.startswith(
+        "batch 1, 2 threads: 0.90x (0.85 to 0.95) at 0.40 points, torch against the whole network on"
+    )
+    assert "early exits do not pay here, run the whole network" in said
+    assert "where 91.7% is enough, small is faster" in said
+    assert "where 92.6% is enough, the network cut at exit 1 is faster" in said
+    assert "exit 0" not in said
+    paying = {**slow, "speedup": 1.5, "speedup_quartiles": [1.4, 1.6], "early_exit_ms": 0.4}
+    assert "do not pay" not in verdict({**found, "measured": [paying]})
+
+
+def test_a_policy_that_asks_nobody_is_the_whole_network() -> None:
+    sdn, inputs = tiny(), rows(32)
+    data = inputs, torch.zeros(32, dtype=torch.int64)
+    found = bench(sdn, Fixed(exit=2), data, backends=("torch",), batch_sizes=(8,), threads=(1,), blocks=2)
+    assert found["share_early"] == 0.0
+    assert found["measured"][0]["efficiency"] is None
