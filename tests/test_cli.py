@@ -98,12 +98,15 @@ def test_all_verbs_one_after_another(
     assert 0 < evaluated["mean_cost"] < 1.1
     tuned = run(capsys, "tune", "--max-accuracy-drop", "0.05", "--backend", "torch")
     assert tuned["asked"][-1] is True  # type: ignore[index]
-    asked = run(capsys, "calibrate", "--max-accuracy-drop", "0.05", "--exits-of", "runs/tune", "--out", "runs/again")
+    asked = run(capsys, "calibrate", "--max-accuracy-drop", "0.05", "--exits-of", "runs/calibrate", "--out", "runs/again")
     assert asked["kind"] in ("Confidence", "Margin", "Fixed")
     words = ("--backends", "torch", "--batch-sizes", "1", "8", "--threads", "1", "--blocks", "2")
     benched = run(capsys, "bench", photos, "--half", "b", *words, "--rival", "test_cli:tiny")
     assert len(benched["measured"]) == 2  # type: ignore[arg-type]
     assert str(benched["verdict"]).startswith("batch 1, 1 threads: ")
+    for kind, file in (("folder", "host.py"), ("file", "model.onnx"), ("programs", "step0.pt2")):
+        run(capsys, "export", photos, "--half", "b", "--kind", kind, "--out", f"runs/export-{kind}")
+        assert (tmp_path / f"runs/export-{kind}" / file).is_file()
     predicted = run(capsys, "predict", photos, "--half", "b", "--backend", "torch")
     assert predicted["rows"] == 120
     lines = (tmp_path / "runs/predict/predictions.csv").read_text().splitlines()

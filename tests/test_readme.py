@@ -21,7 +21,7 @@ RIVER = (
     "steps onnx runs",
     "runtime runtime.backends runtime.times runtime.loop runtime.on_torch runtime.on_onnxruntime runtime.on_openvino",
     "runtime.programs runtime.modules runtime.engine",
-    "runtime.bench tuning explain cifar data models",
+    "runtime.bench host nested export tuning explain cifar data models",
     "paper paper.networks paper.datasets paper.downloads paper.recipes paper.costs paper.records paper.experiments",
     "paper.figures paper.tables paper.backdoor paper.study paper.pictures",
     "verbs demo paper.cli cli",
@@ -75,4 +75,5 @@ def test_no_import_goes_down_the_river() -> None:
             target = match and (match[1] or match[2])
             if target and name not in ("cli",):
                 assert order.index(target) < order.index(name), f"{name} imports {target}, which is below it"
-            assert not re.match(r"(import|from) (torchvision|timm|transformers|pyarrow|captum|altair|onnx)", line)
+            if name not in ("host", "nested"):  # which export asks for, behind one error
+                assert not re.match(r"(import|from) (torchvision|timm|transformers|pyarrow|captum|altair|onnx)", line)

@@ -360,6 +360,34 @@ def evaluate(
 
 
 @app.command
+def export(
+    rows: Rows,
+    *,
+    sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
+    policy: Path = RUNS / "calibrate",
+    out: Path = RUNS / "export",
+    kind: Literal["folder", "file", "programs"] = "folder",
+) -> dict[str, Any]:
+    """Write the network with its exits and its policy as files that run without this library.
+
+    Parameters
+    ----------
+    sdn_dir
+        Folder of `sdn train`.
+    policy
+        Folder of `sdn calibrate` or `sdn tune`.
+    out
+        Folder to write; an earlier export there is replaced.
+    kind
+        folder: an ONNX file a step, and a loop that needs NumPy and ONNX Runtime alone; file: one ONNX file that skips
+        by itself; programs: torch.export programs.
+    """
+    from shallowdeep import verbs
+
+    return verbs.export_verb(sdn_dir, policy, rows.choice(), out, kind=kind)
+
+
+@app.command
 def predict(
     rows: Rows,
     *,

@@ -34,8 +34,12 @@ class BackboneMismatch(ValueError):
     """A saved SDN, an engine or a cache is met with weights other than those it was made from."""
 
 
-class BackendError(RuntimeError):
+class BackendError(ValueError):
     """A backend computes something else than PyTorch, or cannot run a network."""
+
+
+class ExportError(ValueError):
+    """An artefact cannot be made, or would not answer as the engine does."""
 
 
 class DataError(ValueError):

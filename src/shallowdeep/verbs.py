@@ -44,6 +44,8 @@ from shallowdeep.types import DataError, Trace, table
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Half = Literal["all", "a", "b"]
 Result = dict[str, Any]
+EXPORT_ROWS = 1024
+"""Real rows on which an export is compared with the engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +304,22 @@ def evaluate_verb(policy_dir: Path, trace_dir: Path, out: Path) -> Result:
     print(found)
     write_text(out / "evaluation.json", json.dumps(plain(found.__dict__), indent=1))
     return _finish(out, "evaluate", {"policy": policy_dir, "trace": trace_dir}, found.__dict__)
+
+
+def export_verb(
+    sdn_dir: Path, policy_dir: Path, data: DataChoice, out: Path, *, kind: Literal["folder", "file", "programs"]
+) -> Result:
+    """Artefacts that run without this library, compared with the engine on real rows before they are left behind."""
+    from shallowdeep import export  # its libraries are an extra
+
+    sdn, preprocessing = _load_sdn(sdn_dir)
+    rows = _ready(data.read(), preprocessing)
+    ways = {"folder": export.export_folder, "file": export.export_file, "programs": export.export_programs}
+    ways[kind](sdn, from_json(read_json(policy_dir / "policy.json")), out, take(rows, slice(0, EXPORT_ROWS)))
+    files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
+    print(table([("file", "kB"), *((name, f"{size / 1000:,.0f}") for name, size in files.items())]))
+    choices = {"sdn": sdn_dir, "policy": policy_dir, "data": data.__dict__, "kind": kind}
+    return _finish(out, "export", choices, {"kind": kind, "bytes": sum(files.values())})
 
 
 def predict_verb(

@@ -1,0 +1,235 @@
+"""Deployable artefacts: network, exits and policy as files that run without this library and without PyTorch.
+
+It refuses to leave behind what does not answer as the engine does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shallowdeep.costs import feeds, own_costs
+from shallowdeep.graph import silence
+from shallowdeep.inputs import Inputs, example_of, num_rows, take, tensors
+from shallowdeep.network import ShallowDeepNetwork, fingerprint, plan_to_json
+from shallowdeep.onnx import onnx_program
+from shallowdeep.policies import Policy, to_json
+from shallowdeep.runtime.engine import Engine
+from shallowdeep.steps import Step, export_step, make_steps
+from shallowdeep.types import ExportError, MissingExtra
+from shallowdeep.walking import costs_when_asking, rule_of
+
+try:
+    import onnxruntime
+
+    from shallowdeep.host import EarlyExits
+    from shallowdeep.nested import OUTPUTS, Question, nested_model
+except ImportError as error:
+    raise MissingExtra(f"Exports need {error.name}: pip install 'shallowdeep[export]'.") from error
+
+FORMAT = 1
+DIFFER = 0.001
+"""Share of rows whose exit may differ from PyTorch's: those whose score lies within rounding of a threshold."""
+CHECKED = (1, 2, 7)
+"""Batch sizes at which an artefact is compared, beside all rows at once."""
+
+
+def export_folder(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.PathLike[str], inputs: Inputs) -> None:
+    """Write ``folder``: an ONNX file a step, ``manifest.json``, and ``host.py``, which runs them with NumPy and ONNX
+    Runtime alone.
+
+    ``inputs`` are real rows on which the artefact is compared with the engine before it is put in place; an earlier
+    export there is replaced whole. Raises ``ExportError`` where answers differ, where ``folder`` holds something else,
+    and for networks that cannot be exported.
+    """
+    with _put_in_place(Path(folder)) as fresh:
+        steps, examples, state = _steps(sdn, policy)
+        files = []
+        for step, given in zip(steps, examples, strict=True):
+            files.append(fresh / f"step{step.place}.onnx")
+            files[-1].write_bytes(onnx_program(step, given).SerializeToString())
+        _write(fresh, _about(sdn, policy) | _loop_facts(sdn, policy, steps, files, state))
+        shutil.copyfile(Path(__file__).with_name("host.py"), fresh / "host.py")
+        _compare(sdn, policy, EarlyExits(fresh), inputs)
+
+
+def export_programs(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.PathLike[str], inputs: Inputs) -> None:
+    """Write ``folder``: a ``torch.export`` program (``.pt2``) a step and ``manifest.json``, for runtimes of others.
+
+    Every program is compared with its step on ``inputs``, at full depth. Errors as in ``export_folder``.
+    """
+    with _put_in_place(Path(folder)) as fresh, torch.no_grad():
+        steps, examples, state = _steps(sdn, policy)
+        batch = num_rows(inputs)
+        rows = dict(zip((f"input.{name}" for name in sdn.plan.inputs.names), tensors(inputs), strict=True))
+        rows |= {name: x.repeat(batch, *(1,) * (x.ndim - 1)) for name, x in state.items()}
+        files = []
+        for step, given in zip(steps, examples, strict=True):
+            program, real = export_step(step, given), [rows[name] for name in step.takes]
+            expected, found = step(*real), program.module()(*real)
+            for name, right, other in zip(step.gives, expected, found, strict=True):
+                if not torch.allclose(right.double(), other.double(), rtol=1e-4, atol=1e-5, equal_nan=True):
+                    raise ExportError(f"The program of exit {step.exit} computes {name!r} otherwise than PyTorch.")
+            rows.update(zip(step.gives, expected, strict=True))
+            files.append(fresh / f"step{step.place}.pt2")
+            with silence():
+                torch.export.save(program, files[-1])
+        _write(fresh, _about(sdn, policy) | _loop_facts(sdn, policy, steps, files, state))
+
+
+def export_file(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.PathLike[str], inputs: Inputs) -> None:
+    """Write ``folder``: ``model.onnx``, one graph with nested ``If`` that skips by itself, and ``manifest.json``.
+
+    Its outputs are ``label``, ``probabilities``, ``exit``, ``confidence`` and ``confusion``. Rows leave inside the
+    graph: who is answered is not computed on. ``inputs`` and errors as in ``export_folder``.
+    """
+    with _put_in_place(Path(folder)) as fresh:
+        steps, examples, state = _steps(sdn, policy)
+        questions = []
+        for step, given in zip(steps, examples, strict=True):
+            facts = _step(sdn, policy, step)
+            wanted = {name: facts[name] for name in ("exit", "takes", "gives", "mean", "scale")}
+            questions.append(Question(model=onnx_program(step, given), **wanted))
+        rows = {name: x.numpy() for name, x in state.items()}
+        full = sdn.num_exits - 1
+        model = nested_model(questions, full_exit=full, fresh=rows, rowless=steps[0].rowless)
+        (fresh / "model.onnx").write_bytes(model.SerializeToString())
+        manifest: dict[str, Any] = {"file": "model.onnx", "sha256": _sha256(fresh / "model.onnx"), "outputs": OUTPUTS}
+        exits = [_step(sdn, policy, step) for step in steps]
+        manifest["exits"] = [{name: one[name] for name in ("exit", "name", "cost")} for one in exits]
+        _write(fresh, _about(sdn, policy) | manifest)
+        _compare(sdn, policy, _runner(fresh / "model.onnx"), inputs)
+
+
+def _steps(sdn: ShallowDeepNetwork, policy: Policy) -> tuple[list[Step], list[list[Tensor]], dict[str, Tensor]]:
+    """The steps, what each is exported with, and a row of what the policy remembers at first."""
+    if sdn.plan.via != "export":
+        raise ExportError(f"{sdn.plan.model} cannot be exported: only its own modules run it.")
+    example = example_of(sdn.plan.inputs, 2, torch.device("cpu"))
+    state = {f"state.{i}": x for i, x in enumerate(policy.init(1, None, torch.device("cpu")))}
+    rows = dict(zip((f"input.{name}" for name in sdn.plan.inputs.names), tensors(example), strict=True))
+    rows |= {name: torch.cat([x, x]) for name, x in state.items()}
+    examples = []
+    with torch.no_grad():
+        steps = make_steps(sdn, policy, example)
+        for step in steps:
+            examples.append([rows[name] for name in step.takes])
+            rows.update(zip(step.gives, step(*examples[-1]), strict=True))
+    return steps, examples, state
+
+
+def _loop_facts(
+    sdn: ShallowDeepNetwork, policy: Policy, steps: Sequence[Step], files: Sequence[Path], state: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What a loop over the steps' files must know."""
+    fresh = {name: {"row": x.tolist(), "dtype": str(x.dtype).removeprefix("torch.")} for name, x in state.items()}
+    about = [
+        {"file": file.name, "sha256": _sha256(file), **_step(sdn, policy, step)}
+        for file, step in zip(files, steps, strict=True)
+    ]
+    return {"fresh": fresh, "rowless": sorted(steps[0].rowless), "steps": about}
+
+
+def _runner(file: Path) -> Callable[..., Mapping[str, Any]]:
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+
+    def run(*arrays: Any) -> dict[str, Any]:
+        return dict(zip(OUTPUTS, session.run(list(OUTPUTS), dict(zip(names, arrays, strict=True))), strict=True))
+
+    return run
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _about(sdn: ShallowDeepNetwork, policy: Policy) -> dict[str, Any]:
+    """What is true of every kind of artefact."""
+    facts = to_json(policy)
+    if "calibrated_on" in facts:
+        del facts["calibrated_on"]["hash_N"]
+    signature = sdn.plan.inputs
+    leaves = zip(signature.names, signature.shapes, signature.dtypes, strict=True)
+    return {
+        "format": FORMAT,
+        "model": sdn.plan.model,
+        "fingerprint": fingerprint(sdn.backbone),
+        "inputs": [{"name": name, "shape": shape, "dtype": dtype} for name, shape, dtype in leaves],
+        "num_classes": sdn.plan.num_classes,
+        "class_names": sdn.class_names,
+        "preprocessing": sdn.preprocessing,
+        "full_exit": sdn.num_exits - 1,
+        "policy": facts,
+        "plan": plan_to_json(sdn.plan),
+        "versions": {name: version(name) for name in ("shallowdeep", "torch", "onnx", "onnxruntime")},
+    }
+
+
+def _step(sdn: ShallowDeepNetwork, policy: Policy, step: Step) -> dict[str, Any]:
+    """What the loop must know of one step."""
+    rule = rule_of(policy, sdn.num_exits, sdn.num_exits - 1, sdn.confusion_reference)
+    cost_E = torch.tensor(sdn.plan.cost_E, dtype=torch.float64)
+    cost_E = costs_when_asking(rule.asked, cost_E=cost_E, own_cost_E=own_costs(sdn), feeds_EE=feeds(sdn))
+    mean, std = rule.moments[step.exit]
+    return {
+        "exit": step.exit,
+        "name": sdn.plan.exit_names[step.exit],
+        "cost": float(cost_E[step.exit]),
+        "mean": mean,
+        "scale": 1 / std if std > 1e-12 else 0.0,
+        "takes": step.takes,
+        "gives": step.gives,
+    }
+
+
+def _compare(
+    sdn: ShallowDeepNetwork, policy: Policy, exported: Callable[..., Mapping[str, Any]], inputs: Inputs
+) -> None:
+    """Raise ``ExportError`` unless the artefact answers ``inputs`` as the engine does."""
+    engine = Engine(sdn, policy, backend="torch")
+    rows = num_rows(inputs)
+    if rows < max(CHECKED):
+        raise ExportError(f"To compare an export give at least {max(CHECKED)} real rows, found {rows}.")
+    for size in (*CHECKED, rows):
+        batch = take(inputs, slice(0, size))
+        expected, found = engine(batch), exported(*(leaf.cpu().numpy() for leaf in tensors(batch)))
+        same_B = torch.from_numpy(found["exit"]) == expected.exit_B.cpu()
+        if int((~same_B).sum()) > max(1, DIFFER * size):
+            raise ExportError(
+                f"The export sends {int((~same_B).sum())} of {size} rows to another exit than the engine."
+            )
+        softmax_BC = expected.logits_BC.cpu().double().softmax(1)
+        far_BC = (torch.from_numpy(found["probabilities"]) - softmax_BC)[same_B & expected.valid_B.cpu()].abs()
+        if far_BC.numel() and float(far_BC.max()) > 1e-3:
+            raise ExportError(f"The export's probabilities are {float(far_BC.max()):.2g} away from the engine's.")
+
+
+@contextmanager
+def _put_in_place(folder: Path) -> Iterator[Path]:
+    """A fresh folder that takes the place of ``folder`` when all went well; else nothing is left of it."""
+    if folder.exists() and not (folder / "manifest.json").is_file():
+        raise ExportError(f"{folder} is there and is no export: give another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as room:
+        fresh = Path(room) / "new"
+        fresh.mkdir()
+        yield fresh
+        if folder.exists():
+            os.replace(folder, Path(room) / "old")
+        os.replace(fresh, folder)

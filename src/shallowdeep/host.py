@@ -1,0 +1,86 @@
+"""Answers of an exported early-exit network, with NumPy and ONNX Runtime alone. The policy is in the graphs.
+
+from host import EarlyExits
+answer = EarlyExits("folder")(images)    # arrays, rows first, as the network takes them
+answer["label"], answer["exit"], answer["probabilities"], answer["confidence"], answer["confusion"]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+
+class EarlyExits:
+    """The network in ``folder``. Raises ``ValueError`` for files other than those that the manifest names."""
+
+    def __init__(self, folder: str | Path, *, threads: int = 1) -> None:
+        manifest = Path(folder) / "manifest.json"
+        if not manifest.is_file():
+            raise ValueError(f"{folder} holds no manifest.json: it is not an exported network.")
+        self.manifest: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+        if self.manifest.get("format") != 1:
+            raise ValueError(f"{manifest} has the format {self.manifest.get('format')!r}; this loop reads format 1.")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.sessions = []
+        for step in self.manifest["steps"]:
+            file = Path(folder) / step["file"]
+            if not file.is_file():
+                raise ValueError(f"{file} is missing: the export is incomplete.")
+            model = file.read_bytes()
+            if hashlib.sha256(model).hexdigest() != step["sha256"]:
+                raise ValueError(f"{file} is not the file that was exported: its hash has changed.")
+            self.sessions.append(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
+
+    def __call__(self, *inputs: Any) -> dict[str, Any]:
+        """Arrays with a row for each of the inputs, which come in the order of the manifest."""
+        about, rows = self.manifest, self._checked(inputs)
+        batch = len(inputs[0])
+        rows |= {name: np.repeat(np.array(row["row"], row["dtype"]), batch, 0) for name, row in about["fresh"].items()}
+        where, answer = np.arange(batch), {"probabilities": np.zeros((batch, about["num_classes"]))}
+        answer |= {name: np.zeros(batch) for name in ("confidence", "confusion", "cost")}
+        answer |= {name: np.zeros(batch, np.int64) for name in ("label", "exit")}
+        for place, (step, session) in enumerate(zip(about["steps"], self.sessions, strict=True)):
+            if not len(where):
+                break
+            found = session.run(None, {name: rows[name] for name in step["takes"]})
+            rows |= dict(zip(step["gives"], found, strict=True))
+            finite = np.isfinite(rows[f"logits.{place}"]).all(1)
+            stop = rows.pop("stop", np.ones(len(where), bool))
+            if place + 1 < len(
+                self.sessions
+            ):  # a stop counts where logits are numbers; where they are not, the end does
+                stop = stop | ~finite if step["exit"] == about["full_exit"] else stop & finite
+            said = rows.get("answer.softmax", rows[f"softmax.{place}"])[stop]
+            out = where[stop]
+            answer["probabilities"][out], answer["confidence"][out], answer["exit"][out] = (
+                said,
+                said.max(1),
+                step["exit"],
+            )
+            answer["label"][out] = rows.get("answer.logits", rows[f"logits.{place}"])[stop].argmax(1)
+            apart = [np.abs(rows[f"softmax.{k}"][stop] - said).sum(1) for k in range(place + 1)]
+            answer["confusion"][out] = (np.sum(np.nan_to_num(apart, nan=2.0), 0) - step["mean"]) * step["scale"]
+            answer["cost"][out] = step["cost"]
+            where = where[~stop]
+            rows = {name: x if name in about["rowless"] else x[~stop] for name, x in rows.items()}
+        answer["valid"] = np.isfinite(answer["confidence"])
+        return answer
+
+    def _checked(self, inputs: tuple[Any, ...]) -> dict[str, Any]:
+        wanted = self.manifest["inputs"]
+        if len(inputs) != len(wanted):
+            raise ValueError(f"The network takes {[one['name'] for one in wanted]}, found {len(inputs)} arrays.")
+        for x, one in zip(inputs, wanted, strict=True):
+            shape, dtype = getattr(x, "shape", None), str(getattr(x, "dtype", type(x).__name__))
+            if shape is None or len(shape) != len(one["shape"]) + 1 or dtype != one["dtype"]:
+                found = f"{dtype} {list(shape) if shape is not None else ''}"
+                raise ValueError(f"{one['name']} is {one['dtype']} [rows, *{one['shape']}], found {found}.")
+        return {f"input.{one['name']}": x for x, one in zip(inputs, wanted, strict=True)}

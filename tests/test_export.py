@@ -1,0 +1,180 @@
+"""Exports: they answer as the engine does, without this library, and refuse what is broken in one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import shallowdeep as sd
+from nets import ZOO, planned
+from shallowdeep import export as export_module
+from shallowdeep.export import export_file, export_folder, export_programs
+from shallowdeep.host import EarlyExits
+from shallowdeep.inputs import take, tensors
+from shallowdeep.policies import Confidence
+from shallowdeep.runtime.engine import Engine
+from shallowdeep.types import Answer, ExportError
+from test_backends import NAMES, middle, policies, rows, tiny
+
+
+def same(found: Mapping[str, Any], expected: Answer) -> None:
+    good_B, found = expected.valid_B, {name: torch.from_numpy(array) for name, array in found.items()}
+    assert found["exit"].tolist() == expected.exit_B.tolist()
+    assert found["label"][good_B].tolist() == expected.labels_B[good_B].tolist()
+    for name in set(found) & {"confidence", "confusion", "cost"}:
+        right_B = getattr(expected, f"{name}_B")[good_B].double()
+        torch.testing.assert_close(found[name][good_B].double(), right_B, rtol=1e-4, atol=1e-5)
+    if "valid" in found:
+        assert found["valid"].tolist() == good_B.tolist()
+    softmax_BC = expected.logits_BC.double().softmax(1)[good_B]
+    torch.testing.assert_close(found["probabilities"][good_B].double(), softmax_BC, rtol=1e-4, atol=1e-5)
+
+
+def openvino_of(file: Path) -> Any:
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    names = [output.get_any_name() for output in compiled.outputs]
+    return lambda *arrays: dict(zip(names, map(np.array, compiled(list(arrays)).values()), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_law_4_every_policy(name: str, tmp_path: Path) -> None:
+    policy = policies()[name]
+    engine = Engine(tiny(), policy, backend="torch")
+    export_folder(tiny(), policy, tmp_path / "folder", rows(60))
+    export_file(tiny(), policy, tmp_path / "file", rows(60))
+    exported, single = EarlyExits(tmp_path / "folder"), export_module._runner(tmp_path / "file/model.onnx")
+    in_openvino = openvino_of(tmp_path / "file/model.onnx")
+    broken = rows(7)
+    broken[[1, 4]] = torch.nan
+    for batch in (rows(1), rows(2), rows(7), rows(60), broken):
+        expected = engine(batch)
+        same(exported(batch.numpy()), expected)
+        same(single(batch.numpy()), expected)
+        if bool(expected.valid_B.all()):
+            same(in_openvino(batch.numpy()), expected)
+    assert exported(np.zeros((0, 6), np.float32))["label"].shape == (0,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["residual", "masked_tokens"])
+def test_law_4_nasty_networks(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    sdn, inputs = sd.attach(ZOO[name].make(), planned(name)).eval(), ZOO[name].batch(60)
+    policy = Confidence(threshold=middle(sdn, inputs))
+    export_folder(sdn, policy, tmp_path / "folder", inputs)
+    export_file(sdn, policy, tmp_path / "file", inputs)
+    exported, single = EarlyExits(tmp_path / "folder"), export_module._runner(tmp_path / "file/model.onnx")
+    engine = Engine(sdn, policy, backend="torch")
+    for size in (1, 2, 7, 60):
+        batch = take(inputs, slice(0, size))
+        arrays = [leaf.numpy() for leaf in tensors(batch)]
+        same(exported(*arrays), engine(batch))
+        same(single(*arrays), engine(batch))
+
+
+def test_programs_for_others(tmp_path: Path) -> None:
+    policy = policies()["patience"]
+    export_programs(tiny(), policy, tmp_path / "out", rows(60))
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    first = manifest["steps"][0]
+    assert first["takes"] == ["input.0", "state.0", "state.1"]
+    program = torch.export.load(tmp_path / "out" / first["file"]).module()
+    fresh = [torch.tensor(manifest["fresh"][name]["row"] * 5) for name in ("state.0", "state.1")]
+    found = dict(zip(first["gives"], program(rows(5), *fresh), strict=True))
+    with torch.no_grad():
+        torch.testing.assert_close(found["logits.0"], tiny()(rows(5))[0])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "out"
+    export_folder(tiny(), policies()["confidence"], folder, rows(60))
+    return folder
+
+
+def test_it_runs_where_neither_torch_nor_this_library_is(exported: Path) -> None:
+    code = (
+        "import sys; sys.modules.update(torch=None, shallowdeep=None); sys.path.insert(0, sys.argv[1])\n"
+        "import numpy as np; from host import EarlyExits; x = np.load(sys.argv[2])\n"
+        "print(EarlyExits(sys.argv[1])(x)['exit'].tolist())"
+    )
+    np.save(exported.parent / "x.npy", rows(7).numpy())
+    command = [sys.executable, "-c", code, str(exported), str(exported.parent / "x.npy")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=exported.parent).stdout
+    engine = Engine(tiny(), policies()["confidence"], backend="torch")
+    assert json.loads(said) == engine(rows(7)).exit_B.tolist()
+
+
+def test_the_manifest_says_what_it_is(exported: Path) -> None:
+    manifest = json.loads((exported / "manifest.json").read_text())
+    assert manifest["policy"]["kind"] == "Confidence"
+    assert [step["name"] for step in manifest["steps"]] == list(tiny().plan.exit_names)
+    assert manifest["inputs"] == [{"name": "0", "shape": [6], "dtype": "float32"}]
+    assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in manifest["versions"]["torch"]
+    assert sorted(p.name for p in exported.iterdir()) == [
+        "host.py", "manifest.json", "step0.onnx", "step1.onnx", "step2.onnx"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ((np.zeros((2, 6)),), r"0 is float32 \[rows, \*\[6\]\], found float64 \[2, 6\]"),
+        ((np.zeros((2, 6, 1), np.float32),), r"found float32 \[2, 6, 1\]"),
+        (([[0.0]],), "found list "),
+        ((), r"The network takes \['0'\], found 0 arrays"),
+    ],
+)
+def test_inputs_that_do_not_fit(exported: Path, inputs: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        EarlyExits(exported)(*inputs)
+
+
+def test_files_that_are_not_what_was_exported(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no manifest"):
+        EarlyExits(tmp_path)
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    (folder / "step1.onnx").write_bytes((folder / "step0.onnx").read_bytes())
+    with pytest.raises(ValueError, match=r"step1\.onnx is not the file that was exported: its hash has changed"):
+        EarlyExits(folder)
+    (folder / "step1.onnx").unlink()
+    with pytest.raises(ValueError, match=r"step1\.onnx is missing"):
+        EarlyExits(folder)
+    (folder / "manifest.json").write_text('{"format": 9}')
+    with pytest.raises(ValueError, match="has the format 9; this loop reads format 1"):
+        EarlyExits(folder)
+
+
+def test_nothing_is_left_of_an_export_that_answers_otherwise(tmp_path: Path, monkeypatch: Any) -> None:
+    policy = policies()["confidence"]
+    export_folder(tiny(), policy, tmp_path / "out", rows(60))
+    before = (tmp_path / "out/manifest.json").read_text()
+    real = export_module._step
+    monkeypatch.setattr(export_module, "_step", lambda *args: {**real(*args), "exit": 1})
+    with pytest.raises(ExportError, match=r"The export sends .* of .* rows to another exit than the engine"):
+        export_folder(tiny(), policy, tmp_path / "out", rows(60))
+    assert (tmp_path / "out/manifest.json").read_text() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ExportError, match="give at least 7 real rows, found 3"):
+        export_folder(tiny(), policy, tmp_path / "out", rows(3))
+
+
+def test_what_is_not_exported(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    sdn = sd.attach(ZOO["control_flow"].make(), planned("control_flow")).eval()
+    with pytest.raises(ExportError, match="ControlFlow cannot be exported: only its own modules run it"):
+        export_folder(sdn, Confidence(threshold=0.5), tmp_path / "out", ZOO["control_flow"].batch(8))
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ExportError, match="photos is there and is no export"):
+        export_folder(tiny(), policies()["never"], tmp_path / "photos", rows(60))
