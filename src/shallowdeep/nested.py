@@ -67,10 +67,12 @@ class _Nodes:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     weights: list[onnx.TensorProto] = field(default_factory=list)
 
-    def add(self, kind: str, *inputs: str, **attributes: Any) -> str:
+    def add(
+        self, kind: str, *inputs: str, axis: int | None = None, keepdims: int | None = None, to: int | None = None
+    ) -> str:
         """The name of what a new node answers."""
         name = f"{self.prefix}.{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
+        self.nodes.append(helper.make_node(kind, inputs, [name], name=name, axis=axis, keepdims=keepdims, to=to))
         return name
 
     def constant(self, value: Any) -> str:
