@@ -98,7 +98,9 @@ def test_all_verbs_one_after_another(
     assert 0 < evaluated["mean_cost"] < 1.1
     tuned = run(capsys, "tune", "--max-accuracy-drop", "0.05", "--backend", "torch")
     assert tuned["asked"][-1] is True  # type: ignore[index]
-    asked = run(capsys, "calibrate", "--max-accuracy-drop", "0.05", "--exits-of", "runs/calibrate", "--out", "runs/again")
+    asked = run(
+        capsys, "calibrate", "--max-accuracy-drop", "0.05", "--exits-of", "runs/calibrate", "--out", "runs/again"
+    )
     assert asked["kind"] in ("Confidence", "Margin", "Fixed")
     words = ("--backends", "torch", "--batch-sizes", "1", "8", "--threads", "1", "--blocks", "2")
     benched = run(capsys, "bench", photos, "--half", "b", *words, "--rival", "test_cli:tiny")

@@ -20,7 +20,7 @@ RIVER = (
     "network costs progress collection rates checkpoints segments augment features convolutions training joint timing",
     "steps onnx runs",
     "runtime runtime.backends runtime.times runtime.loop runtime.on_torch runtime.on_onnxruntime runtime.on_openvino",
-    "runtime.programs runtime.modules runtime.engine",
+    "runtime.programs runtime.modules runtime.streams runtime.engine",
     "runtime.bench host nested export tuning explain cifar data models",
     "paper paper.networks paper.datasets paper.downloads paper.recipes paper.costs paper.records paper.experiments",
     "paper.figures paper.tables paper.backdoor paper.study paper.pictures",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -23,6 +23,7 @@ from shallowdeep.runtime.backends import Array, Backend, BackendName
 from shallowdeep.runtime.loop import Left, Limit, Program, walk
 from shallowdeep.runtime.modules import walk_modules
 from shallowdeep.runtime.programs import make_backend, make_program, measure
+from shallowdeep.runtime.streams import Stream
 from shallowdeep.runtime.times import StepTimes
 from shallowdeep.steps import needed_ics
 from shallowdeep.types import (
@@ -106,6 +107,35 @@ class Engine:
                 found = walk(program, self._named(part), num_rows(part), self.times, limit)
                 left += found if first == 0 else [some._replace(row_S=some.row_S + first) for some in found]
             return self._answer(left)
+
+    def map(
+        self,
+        requests: Iterable[object],
+        *,
+        batch_size: int = 64,
+        max_wait_ms: float = 20.0,
+        max_rows: int = 1024,
+    ) -> Stream:
+        """The answers to a stream of batches, in its order; rows of many are computed together, at every depth.
+
+        An answer is an exception where a request could not be answered; the others do not notice. See ``Stream``.
+        Raises ``CutError`` for a network that runs through its own modules.
+        """
+        if not self._exported:
+            raise CutError(f"{self.sdn.plan.model} cannot be exported, so its rows cannot wait between steps.")
+        return Stream(
+            requests, self._prepared, self._answered, batch_size=batch_size, max_wait_ms=max_wait_ms, max_rows=max_rows
+        )
+
+    def _prepared(self, inputs: object) -> tuple[Program, dict[str, Array], int]:
+        """A request as its program takes it, and its number of rows."""
+        batch = self._checked(inputs)
+        rows, program = num_rows(batch), self._program(signature_of(batch))
+        fresh = {name: self._backend.repeated(row, rows) for name, row in program.fresh.items()}
+        return program, self._named(batch) | fresh, rows
+
+    def _answered(self, left: Sequence[Left]) -> Answer:
+        return self._answer(left) if left else self._nothing()
 
     def collect(self, data: Batches | tuple[Inputs, Tensor], *, batch_size: int = 256) -> Trace:
         """What every exit says about every row of ``data``, as this backend computes it: a trace at full depth.

@@ -109,6 +109,27 @@ def walk(
     return left
 
 
+def advance(
+    program: Program, place: int, rows: dict[str, Array], row_S: Array
+) -> tuple[Left | None, dict[str, Array], Array | None]:
+    """One step for rows that all want an answer: who left, and arrays and places of those that go on (None: none)."""
+    backend, step = program.backend, program.steps[place]
+    rows = {**rows, **dict(zip(step.gives, step.run([rows[name] for name in step.takes]), strict=True))}
+    if place + 1 == len(program.steps):
+        return _leave(program, place, rows, row_S, None), {}, None
+    stop_S = program.rule.heed(step.exit, rows.pop("stop"), backend.finite(rows[f"logits.{place}"]))
+    stops, needed = int(stop_S.sum()), program.needed[place]
+    if stops == len(row_S):
+        return _leave(program, place, rows, row_S, None), {}, None
+    if not stops:
+        return None, {name: x for name, x in rows.items() if name in needed}, row_S
+    out, stay = backend.split(stop_S, stops, None, len(row_S))
+    picked = {name: x[out] for name, x in rows.items() if name.startswith(_SAID)}
+    left = _leave(program, place, picked, row_S[out], None)
+    kept = {name: x if name in program.rowless else x[stay] for name, x in rows.items() if name in needed}
+    return left, kept, row_S[stay]
+
+
 _SAID = ("logits.", "softmax.", "answer.")
 
 

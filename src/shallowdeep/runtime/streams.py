@@ -1,0 +1,271 @@
+"""Many requests at once: survivors of all of them wait in a pool per depth, so that deep steps run full batches.
+
+It refuses to change an answer: who is computed with whom never does. Order is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from shallowdeep.runtime.backends import Array
+from shallowdeep.runtime.loop import Left, Program, advance
+from shallowdeep.types import Answer
+
+_END = object()
+POLL_SECONDS = 0.05
+
+
+@dataclass(eq=False)
+class _Request:
+    """One item of the stream on its way: when it came, how many of its rows have no answer yet, and what came of it."""
+
+    inputs: object
+    arrived: float
+    waiting: int = 0
+    left: list[Left] = field(default_factory=list)
+    result: Answer | Exception | None = None
+
+
+class _Waiting(NamedTuple):
+    """Rows of one request before one step: their arrays by name, and their places in the request."""
+
+    request: _Request
+    rows: dict[str, Array]
+    row_S: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamReport:
+    """What a stream did: milliseconds from a request's reading to its answer, the share of rows that were computed in a
+    step together with rows of another request, and the most rows that ever waited before each step.
+    """
+
+    requests: int
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    regrouped: float
+    depth_P: tuple[int, ...]
+
+
+class Stream(Iterator[Answer | Exception]):
+    """Answers to ``requests``, in their order, with an exception in place of an answer that could not be given.
+
+    Made by ``Engine.map``. A thread reads ahead; at most ``max_rows`` rows wait, and two requests more have been read.
+    Rows wait for company at most ``max_wait_ms`` after their request was read. After ``close`` (or a ``with``),
+    ``unanswered`` holds the requests that were read and not answered.
+    """
+
+    def __init__(
+        self,
+        requests: Iterable[object],
+        prepare: Callable[[object], tuple[Program, dict[str, Array], int]],
+        finish: Callable[[Sequence[Left]], Answer],
+        *,
+        batch_size: int,
+        max_wait_ms: float,
+        max_rows: int,
+    ) -> None:
+        self._prepare, self._finish = prepare, finish
+        self._batch, self._wait, self._limit = batch_size, max_wait_ms / 1e3, max_rows
+        self._pools: dict[tuple[int, int], list[_Waiting]] = {}
+        self._programs: dict[int, Program] = {}
+        self._order: deque[_Request] = deque()
+        self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
+        self._stopped, self._ended = threading.Event(), False
+        self._times: list[float] = []
+        self._computed = self._together = 0
+        self._deepest: dict[int, int] = {}
+        self.unanswered: list[object] = []
+        self._reader = threading.Thread(target=self._read, args=(requests,), daemon=True)
+        self._reader.start()
+
+    def __next__(self) -> Answer | Exception:
+        while not self._stopped.is_set():
+            if self._order and self._order[0].result is not None:
+                request = self._order.popleft()
+                assert request.result is not None
+                return request.result
+            if self._ended and not self._order:
+                break
+            with torch.inference_mode():
+                self._work()
+        self.close()
+        raise StopIteration
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop reading and computing."""
+        if self._stopped.is_set():
+            return
+        self._stopped.set()
+        self.unanswered += [request.inputs for request in self._order]
+        self._drain()
+
+    def _drain(self) -> None:
+        """Hand back what was read and not taken in."""
+        with suppress(queue.Empty):
+            item = self._ready.get_nowait()
+            if item is not _END and item[1] is not None:
+                self.unanswered.append(item[0])
+
+    @property
+    def report(self) -> StreamReport:
+        """What happened so far."""
+        times = sorted(self._times) or [0.0]
+        at = [times[min(len(times) - 1, int(share * len(times)))] for share in (0.5, 0.95, 0.99)]
+        depth_P = tuple(self._deepest.get(place, 0) for place in range(max(self._deepest, default=-1) + 1))
+        regrouped = self._together / max(self._computed, 1)
+        return StreamReport(
+            requests=len(self._times), p50_ms=at[0], p95_ms=at[1], p99_ms=at[2], regrouped=regrouped, depth_P=depth_P
+        )
+
+    def _read(self, requests: Iterable[object]) -> None:
+        """In a thread of its own, so that a slow source does not hold up rows that wait."""
+        source = iter(requests)
+        while not self._stopped.is_set():
+            try:
+                item: Any = (next(source), time.perf_counter())
+            except StopIteration:
+                item = _END
+            except Exception as error:
+                item = (error, None)
+            while not self._stopped.is_set():
+                try:
+                    self._ready.put(item, timeout=POLL_SECONDS)
+                    break
+                except queue.Full:
+                    continue
+            else:
+                if item is not _END and item[1] is not None:
+                    self.unanswered.append(item[0])
+            if self._stopped.is_set():
+                self._drain()  # it may have been put where nobody looks any more
+            if item is _END or item[1] is None:
+                return
+
+    def _work(self) -> None:
+        """One thing: a full step, the next request, or a step that can wait no longer."""
+        sizes = {key: sum(len(waiting.row_S) for waiting in pool) for key, pool in self._pools.items()}
+        full = [key for key, size in sizes.items() if size >= self._batch]
+        if full:
+            self._run(max(full, key=lambda key: key[1]))  # what is nearly done makes room
+        elif self._ended or sum(sizes.values()) >= self._limit:
+            self._run(min(sizes, key=lambda key: key[1]))  # on its way it gathers company
+        elif not self._accept(min((w.request.arrived for pool in self._pools.values() for w in pool), default=None)):
+            oldest = min((w.request for pool in self._pools.values() for w in pool), key=lambda one: one.arrived)
+            late = [key for key, pool in self._pools.items() if any(w.request is oldest for w in pool)]
+            self._run(min(late, key=lambda key: key[1]))
+
+    def _accept(self, oldest: float | None) -> bool:
+        """Take in the next request; False when the oldest row can wait no longer."""
+        while not self._stopped.is_set():
+            left = math.inf if oldest is None else oldest + self._wait - time.perf_counter()
+            if left <= 0 and self._ready.empty():
+                return False
+            try:
+                item = self._ready.get(timeout=max(0.0, min(left, POLL_SECONDS)) if left > 0 else 0)
+            except queue.Empty:
+                continue
+            if item is _END:
+                self._ended = True
+            elif item[1] is None:
+                self._ended = True
+                self._order.append(_Request(None, time.perf_counter(), result=item[0]))
+            else:
+                self._admit(_Request(*item))
+            return left > 0 or oldest is None
+        return True
+
+    def _admit(self, request: _Request) -> None:
+        self._order.append(request)
+        try:
+            program, rows, request.waiting = self._prepare(request.inputs)
+        except Exception as error:
+            self._done(request, error)
+            return
+        if not request.waiting:
+            self._done(request, self._finish([]))
+            return
+        self._programs[id(program)] = program
+        self._put((id(program), 0), _Waiting(request, rows, program.backend.counted(request.waiting)))
+
+    def _put(self, key: tuple[int, int], waiting: _Waiting) -> None:
+        pool = self._pools.setdefault(key, [])
+        pool.append(waiting)
+        depth = sum(len(one.row_S) for one in pool)
+        self._deepest[key[1]] = max(depth, self._deepest.get(key[1], 0))
+
+    def _run(self, key: tuple[int, int]) -> None:
+        """The step for the rows that have waited longest before it, as many as a batch."""
+        pool, taken, count = self._pools[key], list[_Waiting](), 0
+        while pool and (not taken or count + len(pool[0].row_S) <= self._batch):
+            taken.append(pool.pop(0))
+            count += len(taken[-1].row_S)
+        if not pool:
+            del self._pools[key]
+        self._computed += count
+        self._together += count if len({id(waiting.request) for waiting in taken}) > 1 else 0
+        try:
+            self._step(key, taken)
+        except Exception as error:
+            if len(taken) == 1:
+                self._done(taken[0].request, error)
+                return
+            for waiting in taken:  # the others shall not suffer
+                try:
+                    self._step(key, [waiting])
+                except Exception as own:
+                    self._done(waiting.request, own)
+
+    def _step(self, key: tuple[int, int], taken: Sequence[_Waiting]) -> None:
+        program, backend = self._programs[key[0]], self._programs[key[0]].backend
+        names = taken[0].rows
+        rows = {
+            name: taken[0].rows[name]
+            if name in program.rowless
+            else backend.joined([waiting.rows[name] for waiting in taken])
+            for name in names
+        }
+        total = sum(len(waiting.row_S) for waiting in taken)
+        left, rows, stay_S = advance(program, key[1], rows, backend.counted(total))
+        first = 0
+        for waiting in taken:
+            last = first + len(waiting.row_S)
+            if left is not None:
+                mine = (left.row_S >= first) & (left.row_S < last)
+                own = Left(*(array[mine] for array in left))
+                self._left(waiting.request, own._replace(row_S=waiting.row_S[own.row_S - first]))
+            if stay_S is not None and waiting.request.result is None:
+                mine = (stay_S >= first) & (stay_S < last)
+                row_S = waiting.row_S[stay_S[mine] - first]
+                if len(row_S):
+                    own_rows = {name: x if name in program.rowless else x[mine] for name, x in rows.items()}
+                    self._put((key[0], key[1] + 1), _Waiting(waiting.request, own_rows, row_S))
+            first = last
+
+    def _left(self, request: _Request, left: Left) -> None:
+        request.left.append(left)
+        request.waiting -= len(left.row_S)
+        if not request.waiting:
+            self._done(request, self._finish(request.left))
+
+    def _done(self, request: _Request, result: Answer | Exception) -> None:
+        if request.result is None:
+            request.result = result
+            self._times.append(1e3 * (time.perf_counter() - request.arrived))

@@ -1,0 +1,157 @@
+"""Streams: the same answers in the same order, in full batches, and nothing is lost, late or poisoned."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import shallowdeep as sd
+from nets import ZOO, images, planned
+from shallowdeep.inputs import each
+from shallowdeep.policies import Confidence
+from shallowdeep.runtime.engine import Engine
+from shallowdeep.types import Answer, CutError, DataError
+from test_backends import made, middle, policies, rows, same, tiny
+
+
+def engine_of(name: str = "confidence", backend: Any = "torch") -> Engine:
+    return Engine(tiny(), policies()[name], backend=backend)
+
+
+def answered(found: Answer | Exception) -> Answer:
+    assert isinstance(found, Answer), found
+    return found
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("name", ["confidence", "most confident", "patience"])
+def test_the_same_answers_in_the_same_order(name: str, backend: Any) -> None:
+    engine = engine_of(name, backend)
+    requests = [rows(count) for count in (1, 5, 0, 17, 2, 1, 40, 3)] * 2
+    stream = engine.map(requests, batch_size=8)
+    for request, found in zip(requests, stream, strict=True):
+        same(answered(found), engine(request))
+    report = stream.report
+    assert report.requests == 16
+    assert 0 < report.p50_ms <= report.p95_ms <= report.p99_ms
+    assert 0 < report.regrouped <= 1
+    assert len(report.depth_P) == 3
+    assert stream.unanswered == []
+
+
+def test_masks_and_side_tensors_travel_along() -> None:
+    sdn, policy, inputs = made("masked_tokens")
+    engine = Engine(sdn, policy, backend="torch")
+    requests = [each(inputs, lambda tensor, i=i: tensor[i : i + 3]) for i in range(0, 33, 3)]
+    for request, found in zip(requests, engine.map(requests, batch_size=7), strict=True):
+        same(answered(found), engine(request))
+
+
+def test_deep_steps_run_full_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shallowdeep.steps import Step
+
+    engine, sizes = engine_of(), dict[int, list[int]]()
+    real = Step.forward
+
+    def forward(self: Step, *arrays: Tensor) -> tuple[Tensor, ...]:
+        sizes.setdefault(self.place, []).append(len(arrays[0]))
+        return real(self, *arrays)
+
+    monkeypatch.setattr(Step, "forward", forward)
+    singles = list(rows(200).split(1))
+    assert len(list(engine.map(singles, batch_size=16, max_wait_ms=1e6))) == 200
+    for place in range(3):
+        assert set(sizes[place][:-1]) == {16}, "all but the last batch are full"
+    assert sum(sizes[2]) < sum(sizes[1]) < sum(sizes[0]) == 200
+
+
+def test_nobody_waits_longer_than_asked_for_company() -> None:
+    go_on = threading.Event()
+
+    def slow() -> Iterator[Tensor]:
+        yield rows(1)
+        go_on.wait(60)
+        yield rows(2)
+
+    with engine_of().map(slow(), batch_size=64, max_wait_ms=5) as stream:
+        start = time.perf_counter()
+        same(answered(next(stream)), engine_of()(rows(1)))
+        assert time.perf_counter() - start < 30, "the source is still asleep"
+        go_on.set()
+        same(answered(next(stream)), engine_of()(rows(2)))
+
+
+def test_memory_is_bounded_and_nothing_is_lost_when_the_consumer_stops() -> None:
+    drawn: list[Tensor] = []
+
+    def endless() -> Iterator[Tensor]:
+        for i in itertools.count():
+            drawn.append(rows(4) + i)
+            yield drawn[-1]
+
+    with engine_of().map(endless(), batch_size=1000, max_wait_ms=1e6, max_rows=40) as stream:
+        for i in range(3):
+            same(answered(next(stream)), engine_of()(rows(4) + i))
+            waiting = sum(len(one.row_S) for pool in stream._pools.values() for one in pool)
+            assert waiting <= 40 + 4
+        assert len(drawn) <= 3 + 11 + 40
+    stream._reader.join(10)
+    assert not stream._reader.is_alive()
+    lost = [request for request in drawn[3:] if not any(request is kept for kept in stream.unanswered)]
+    ready = len(drawn) - 3 - len(stream.unanswered)
+    assert not lost, f"{ready} requests are neither answered nor handed back"
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_a_request_that_is_no_input_harms_nobody() -> None:
+    requests: list[Any] = [rows(2), rows(2).double(), "photo.png", rows(3)]
+    first, wrong, none, last = engine_of().map(requests)
+    same(answered(first), engine_of()(rows(2)))
+    assert isinstance(wrong, DataError)
+    assert "float64" in str(wrong)
+    assert isinstance(none, DataError)
+    same(answered(last), engine_of()(rows(3)))
+
+
+def test_a_row_on_which_a_step_breaks_poisons_no_other() -> None:
+    engine = engine_of()
+    program = engine._program(tiny().plan.inputs)
+    run = program.steps[0].run
+
+    def fragile(arrays: Any) -> Any:
+        if float(arrays[0].max()) > 1e6:
+            raise RuntimeError("no memory for this row")
+        return run(arrays)
+
+    object.__setattr__(program.steps[0], "run", fragile)
+    requests = [rows(2), torch.full((2, 6), 1e7), rows(3)]
+    first, broken, last = engine.map(requests, batch_size=8, max_wait_ms=1e6)
+    same(answered(first), engine_of()(rows(2)))
+    assert str(broken) == "no memory for this row"
+    same(answered(last), engine_of()(rows(3)))
+
+
+def test_a_source_that_breaks_is_the_last_to_be_heard() -> None:
+    def breaking() -> Iterator[Tensor]:
+        yield rows(2)
+        raise OSError("the camera is gone")
+
+    found = list(engine_of().map(breaking()))
+    same(answered(found[0]), engine_of()(rows(2)))
+    assert str(found[1]) == "the camera is gone"
+    assert len(found) == 2
+
+
+def test_a_network_without_steps_has_no_streams() -> None:
+    torch.manual_seed(1)
+    sdn = sd.attach(ZOO["control_flow"].make(), planned("control_flow")).eval()
+    with pytest.raises(CutError, match="so its rows cannot wait between steps"):
+        Engine(sdn, Confidence(threshold=middle(sdn, images(9)))).map([images(2)])
