@@ -89,7 +89,7 @@ class Engine:
         ``capped_B`` True. Raises ``ValueError`` for a limit that the first exit asked exceeds.
         """
         started = time.perf_counter()
-        batch = self._checked(inputs)
+        batch, signature = self._checked(inputs)
         rows = num_rows(batch)
         limit = self._limit(max_cost, max_ms, rows, started)
         if rows == 0:
@@ -99,7 +99,7 @@ class Engine:
                 batch = each(batch, lambda tensor: tensor.to(self._device))
                 runs = needed_ics(self._rule.asked, feeds(self.sdn))
                 return self._answer(walk_modules(self.sdn, self._rule, runs, batch, limit))
-            program = self._program(signature_of(batch))
+            program = self._program(signature)
             chunk = ROWS_AT_ONCE if self.times is None else self.times.chunk(rows)
             left: list[Left] = []
             for first in range(0, rows, chunk):
@@ -129,8 +129,8 @@ class Engine:
 
     def _prepared(self, inputs: object) -> tuple[Program, dict[str, Array], int]:
         """A request as its program takes it, and its number of rows."""
-        batch = self._checked(inputs)
-        rows, program = num_rows(batch), self._program(signature_of(batch))
+        batch, signature = self._checked(inputs)
+        rows, program = num_rows(batch), self._program(signature)
         fresh = {name: self._backend.repeated(row, rows) for name, row in program.fresh.items()}
         return program, self._named(batch) | fresh, rows
 
@@ -155,13 +155,12 @@ class Engine:
         """
         if not self._exported:
             raise CutError(f"{self.sdn.plan.model} cannot be exported, so it has no steps to measure.")
-        rows = (
-            self._checked(inputs) if inputs is not None else example_of(self.sdn.plan.inputs, max(sizes), self._device)
-        )
+        given = example_of(self.sdn.plan.inputs, max(sizes), self._device) if inputs is None else inputs
+        rows, signature = self._checked(given)
         if num_rows(rows) < max(sizes):
             raise DataError(f"To measure batches of {max(sizes)} give as many rows, found {num_rows(rows)}.")
         with torch.inference_mode():
-            self.times = measure(self._program(signature_of(rows)), self._named(rows), sorted(sizes), rounds)
+            self.times = measure(self._program(signature), self._named(rows), sorted(sizes), rounds)
         return self.times
 
     def _chosen(self, name: BackendName, threads: int) -> Backend:
@@ -193,7 +192,7 @@ class Engine:
         self._programs[self.sdn.plan.inputs, all(self._rule.asked)] = program
         return best
 
-    def _checked(self, inputs: object) -> Inputs:
+    def _checked(self, inputs: object) -> tuple[Inputs, InputSignature]:
         """``inputs`` in the network's order of names, and the SDN unchanged."""
         now = time.perf_counter()
         if not self._exported or now > self._looked + LOOK_SECONDS:
@@ -213,7 +212,7 @@ class Engine:
             )
         if tuple(map(len, found.shapes)) != tuple(map(len, planned.shapes)):
             raise DataError(f"{self.sdn.plan.model} takes rows of shape {planned.shapes}, found {found.shapes}.")
-        return batch
+        return batch, found
 
     def _named(self, batch: Inputs) -> dict[str, Array]:
         return {name: self._backend.enter(tensor) for name, tensor in self._leaves(batch).items()}
@@ -236,9 +235,9 @@ class Engine:
 
     def _said(self, inputs: Inputs) -> Tensor:
         """Logits [E, B, C] of every exit."""
-        batch = self._checked(inputs)
+        batch, signature = self._checked(inputs)
         with torch.inference_mode():
-            program = self._program(signature_of(batch), every_exit=True)
+            program = self._program(signature, every_exit=True)
             rows, answers = self._named(batch), list[Tensor]()
             for step in program.steps:
                 rows.update(zip(step.gives, step.run([rows[name] for name in step.takes]), strict=True))
