@@ -89,7 +89,7 @@ def plan_verb(
     network = load_model(model, weights=weights, num_classes=num_classes or len(rows.class_names))
     preprocessing = _preprocessing(rows, mean, std)
     found = plan(
-        network, _ready(rows.rows(torch.arange(min(2, len(rows)))), preprocessing), at=at, classifier=classifier
+        network, ready(rows.rows(torch.arange(min(2, len(rows)))), preprocessing), at=at, classifier=classifier
     )
     print(found)
     write_text(out / "plan.json", json.dumps(plan_to_json(found), indent=1))
@@ -126,7 +126,7 @@ def train_verb(
     sdn = attach(network, plan_from_json(read_json(plan_dir / "plan.json")))
     sdn.class_names, sdn.preprocessing = tuple(about["class_names"]), about["preprocessing"] or {}
     print(sdn)
-    pair = (_ready(rows, preprocessing), rows.labels_N)
+    pair = (ready(rows, preprocessing), rows.labels_N)
     views_of = _augmentation(augment, preprocessing)
     start = time.perf_counter()
     result: Result = {"rows": len(rows), "regime": "joint" if jointly else "exits"}
@@ -163,9 +163,9 @@ def collect_verb(
     """What every exit says about every row: writes ``trace.safetensors``. ``reference`` stores the confusion's
     moments.
     """
-    sdn, preprocessing = _load_sdn(sdn_dir)
+    sdn, preprocessing = load_sdn(sdn_dir)
     rows = data.read()
-    trace = collect(sdn, (_ready(rows, preprocessing), rows.labels_N), batch_size=batch_size)
+    trace = collect(sdn, (ready(rows, preprocessing), rows.labels_N), batch_size=batch_size)
     if reference:
         fit_confusion(sdn, trace)
         save(sdn, sdn_dir)
@@ -233,7 +233,7 @@ def tune_verb(
     """Exits and thresholds for the least time on this machine: writes ``policy.json`` and, where training fewer exits
     anew would pay, their plan as ``plan.json``.
     """
-    sdn, _ = _load_sdn(sdn_dir)
+    sdn, _ = load_sdn(sdn_dir)
     trace = Trace.load(trace_dir / "trace.safetensors")
     costs = machine_costs(sdn, backend=backend, threads=threads, batch_size=batch_size)
     tuned = tune(sdn, trace, costs, max_accuracy_drop=max_accuracy_drop)
@@ -269,7 +269,7 @@ def bench_verb(
     rival_weights: Path | None = None,
 ) -> Result:
     """Seconds of early exits against the fastest whole network, on real rows: writes ``bench.json``."""
-    sdn, preprocessing = _load_sdn(sdn_dir)
+    sdn, preprocessing = load_sdn(sdn_dir)
     rows = data.read()
     rivals = {}
     if rival is not None:
@@ -277,7 +277,7 @@ def bench_verb(
     found = bench(
         sdn,
         from_json(read_json(policy_dir / "policy.json")),
-        (_ready(rows, preprocessing), rows.labels_N),
+        (ready(rows, preprocessing), rows.labels_N),
         backends=backends,
         batch_sizes=batch_sizes,
         threads=threads,
@@ -312,8 +312,8 @@ def export_verb(
     """Artefacts that run without this library, compared with the engine on real rows before they are left behind."""
     from shallowdeep import export  # its libraries are an extra
 
-    sdn, preprocessing = _load_sdn(sdn_dir)
-    rows = _ready(data.read(), preprocessing)
+    sdn, preprocessing = load_sdn(sdn_dir)
+    rows = ready(data.read(), preprocessing)
     ways = {"folder": export.export_folder, "file": export.export_file, "programs": export.export_programs}
     ways[kind](sdn, from_json(read_json(policy_dir / "policy.json")), out, take(rows, slice(0, EXPORT_ROWS)))
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
@@ -335,10 +335,10 @@ def predict_verb(
     """Answers that stop early: writes ``predictions.csv``; measures seconds against the whole backbone on the same
     rows.
     """
-    sdn, preprocessing = _load_sdn(sdn_dir)
+    sdn, preprocessing = load_sdn(sdn_dir)
     engine = Engine(sdn, from_json(read_json(policy_dir / "policy.json")), backend=backend, threads=threads)
     rows = data.read()
-    inputs = _ready(rows, preprocessing)
+    inputs = ready(rows, preprocessing)
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["row", "label", "class", "exit", "confidence", "confusion", "cost", "valid"])
@@ -416,7 +416,7 @@ def _saved_preprocessing(about: dict[str, Any] | None) -> Preprocessing | None:
     return Preprocessing.from_json(about) if about else None
 
 
-def _ready(rows: Dataset, preprocessing: Preprocessing | None) -> Inputs:
+def ready(rows: Dataset, preprocessing: Preprocessing | None) -> Inputs:
     if preprocessing is None:
         return rows.inputs
     return each(rows.inputs, preprocessing.apply)
@@ -436,7 +436,7 @@ def _network(about: dict[str, Any]) -> nn.Module:
     return load_model(about["model"], weights=weights, num_classes=about["num_classes"])
 
 
-def _load_sdn(folder: Path) -> tuple[ShallowDeepNetwork, Preprocessing | None]:
+def load_sdn(folder: Path) -> tuple[ShallowDeepNetwork, Preprocessing | None]:
     about = read_run(folder)["choices"]
     return load(folder, _network(about)).eval(), _saved_preprocessing(about["preprocessing"])
 
