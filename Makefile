@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check format gpu-paper clean
+.PHONY: demo test check format gpu-paper bench clean
 
 demo: .venv/core
 	$(BIN)/sdn demo
@@ -33,6 +33,18 @@ gpu-paper:
 	printf '%s\n' $(PAIRS) | xargs -P $(JOBS) -I RUN sh -c 'run=RUN; rest=$${run#*:}; \
 	  $(SDN) paper run $(DATA) --datasets $${run%%:*} --networks $${rest%%:*} --recipe $${rest#*:} --minutes $(MINUTES) \
   --results $(RESULTS) --work $(WORK)'
+
+# Seconds of early exits on a public ResNet-56: it is converted once, and what is there is not made again.
+BENCH ?= runs/bench
+AT ?= 0.2 0.35 0.5 0.75
+BATCH ?= 1
+bench: .venv/dev
+	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "Say where things are: make bench DATA=cifar-10-batches-py WEIGHTS=resnet56-4bfd9763.th"; exit 2; }
+	test -f $(BENCH)/plan/plan.json || $(SDN) plan shallowdeep.paper.networks:resnet56 $(DATA) --split train --weights $(WEIGHTS) --at $(AT) --out $(BENCH)/plan
+	test -f $(BENCH)/train/sdn.json || $(SDN) train $(DATA) --split train --plan $(BENCH)/plan --augment flip-crop --views 6 --out $(BENCH)/train
+	test -f $(BENCH)/trace/run.json || $(SDN) collect $(DATA) --split test --half a --sdn $(BENCH)/train --out $(BENCH)/trace
+	$(SDN) tune --sdn $(BENCH)/train --trace $(BENCH)/trace --batch-size $(BATCH) --out $(BENCH)/tune-$(BATCH)
+	$(SDN) bench $(DATA) --split test --half b --sdn $(BENCH)/train --policy $(BENCH)/tune-$(BATCH) --out $(BENCH)/batch-$(BATCH)
 
 clean:
 	rm -rf .venv runs demo-run build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -153,9 +153,8 @@ def _bare(backend: Backend, piece: Joined, inputs: Inputs) -> Call:
 
     def call(batch: Inputs) -> None:
         leaves = tensors(batch)
-        with torch.inference_mode():
-            run([backend.enter(leaves[place]) for place in places])
-            backend.wait()
+        run([backend.enter(leaves[place]) for place in places])
+        backend.wait()
 
     return call
 

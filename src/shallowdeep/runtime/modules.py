@@ -27,7 +27,7 @@ class _AllLeft(Exception):
 
 
 def walk_modules(
-    sdn: ShallowDeepNetwork, rule: Rule, runs: tuple[int, ...], inputs: Inputs, limit: Limit
+    sdn: ShallowDeepNetwork, rule: Rule, runs: tuple[int, ...], inputs: Inputs, limit: Limit | None
 ) -> list[Left]:
     """The exits and answers of a batch, in the order of stopping; ``runs`` are the ICs that run."""
     if any(module.training for module in sdn.backbone.modules()):
@@ -39,9 +39,9 @@ class _Pass:
     """One batch's pass."""
 
     def __init__(
-        self, sdn: ShallowDeepNetwork, rule: Rule, runs: tuple[int, ...], inputs: Inputs, limit: Limit
+        self, sdn: ShallowDeepNetwork, rule: Rule, runs: tuple[int, ...], inputs: Inputs, limit: Limit | None
     ) -> None:
-        self.sdn, self.rule, self.runs, self.limit = sdn, rule, runs, limit
+        self.sdn, self.rule, self.runs, self.limit = sdn, rule, runs, limit or Limit(sdn.num_exits)
         self.inputs = self.alive = inputs
         device = next(sdn.parameters()).device
         self.memory = rule.start(num_rows(inputs), None, device)

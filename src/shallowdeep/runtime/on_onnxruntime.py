@@ -23,7 +23,9 @@ class OnNumpy:
     """Counting and picking rows of NumPy arrays."""
 
     def enter(self, tensor: Tensor) -> Any:
-        return tensor.detach().cpu().contiguous().numpy()
+        if tensor.requires_grad or tensor.device.type != "cpu":
+            tensor = tensor.detach().cpu()
+        return tensor.contiguous().numpy()
 
     def leave(self, array: Any) -> Tensor:
         return torch.from_numpy(array)

@@ -26,10 +26,10 @@ class OnTorch:
     def compile(self, step: Step | Joined, example: Sequence[Tensor]) -> Run:
         # Compiled as a graph of its own: dynamo would count all steps as recompilations of one function.
         run: Any = torch.compile(export_step(step, example).module(), dynamic=True) if self.compiled else step
-        return lambda arrays: run(*arrays)
+        return torch.inference_mode()(lambda arrays: run(*arrays))
 
     def enter(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device)
+        return tensor.detach().to(self.device)
 
     def leave(self, array: Tensor) -> Tensor:
         return array

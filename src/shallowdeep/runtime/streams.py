@@ -15,8 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-
 from shallowdeep.runtime.backends import Array
 from shallowdeep.runtime.loop import Left, Program, advance
 from shallowdeep.types import Answer
@@ -98,8 +96,7 @@ class Stream(Iterator[Answer | Exception]):
                 return request.result
             if self._ended and not self._order:
                 break
-            with torch.inference_mode():
-                self._work()
+            self._work()
         self.close()
         raise StopIteration
 
