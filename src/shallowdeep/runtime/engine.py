@@ -45,7 +45,7 @@ PROGRAMS_KEPT = 8
 ROWS_AT_ONCE = 1024
 """Rows of one call that are computed together where no times are known."""
 LOOK_SECONDS = 0.1
-"""How often an engine with its own weights looks whether the SDN's have changed: a look takes up to 400 microseconds."""
+"""How often an engine with its own weights looks whether the SDN's have changed, which takes up to 0.4 ms."""
 
 
 class Engine:
