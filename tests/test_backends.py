@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import time
@@ -269,6 +270,23 @@ def test_a_trace_of_the_engine_is_that_of_the_network() -> None:
         assert torch.equal(found.hash_N, expected.hash_N)  # type: ignore[arg-type]
 
 
+def test_a_trace_under_a_policy_that_remembers() -> None:
+    data = rows(9), torch.zeros(9, dtype=torch.int64)
+    found = Engine(tiny(), Patience(patience=2), backend="torch").collect(data)
+    torch.testing.assert_close(found.logits_ENC, sd.collect(tiny(), data).logits_ENC)
+
+
+def test_a_hidden_layer_that_begins_after_the_first_exit() -> None:
+    model = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 64), nn.Linear(64, 64), nn.Linear(64, 4))
+    small = sd.plan(model, torch.zeros(1, 6), at=("0:out", "1:out", "2:out"))
+    first = dataclasses.replace(small.classifiers[0], hidden=0)
+    later = [dataclasses.replace(spec, fed_hidden=0) for spec in small.classifiers[1:2]]
+    mixed = dataclasses.replace(small, classifiers=(first, *later, *small.classifiers[2:]))
+    sdn = sd.attach(model, mixed).eval()
+    policy = Confidence(threshold=math.inf)
+    assert Engine(sdn, policy, backend="torch")(rows(5)).exit_B.tolist() == [3] * 5
+
+
 # ---------------------------------------------------------------- times
 
 
@@ -294,7 +312,8 @@ def test_which_size_is_quickest() -> None:
 def test_into_which_parts_a_batch_is_cut() -> None:
     assert TIMES.chunk(1) == 1
     assert TIMES.chunk(1000) == 8
-    assert StepTimes(sizes=(1, 8), ms_PS=((1.0, 4.0),), move_ms_P=(0.0,)).chunk(1000) == 1000
+    assert TIMES.chunk(64) == 64, "within the sizes measured nothing is cut"
+    assert StepTimes(sizes=(1, 8), ms_PS=((1.0, 4.0),), move_ms_P=(0.0,)).chunk(1000) == 8, "memory stays bounded"
 
 
 def test_engines_measure_themselves() -> None:

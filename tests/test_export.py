@@ -52,7 +52,7 @@ def test_law_4_every_policy(name: str, tmp_path: Path) -> None:
     engine = Engine(tiny(), policy, backend="torch")
     export_folder(tiny(), policy, tmp_path / "folder", rows(60))
     export_file(tiny(), policy, tmp_path / "file", rows(60))
-    exported, single = EarlyExits(tmp_path / "folder"), export_module._runner(tmp_path / "file/model.onnx")
+    exported, single = EarlyExits(tmp_path / "folder"), export_module._runner(tmp_path / "file/model.onnx", ("0",))
     in_openvino = openvino_of(tmp_path / "file/model.onnx")
     broken = rows(7)
     broken[[1, 4]] = torch.nan
@@ -73,7 +73,10 @@ def test_law_4_nasty_networks(name: str, tmp_path: Path) -> None:
     policy = Confidence(threshold=middle(sdn, inputs))
     export_folder(sdn, policy, tmp_path / "folder", inputs)
     export_file(sdn, policy, tmp_path / "file", inputs)
-    exported, single = EarlyExits(tmp_path / "folder"), export_module._runner(tmp_path / "file/model.onnx")
+    exported, single = (
+        EarlyExits(tmp_path / "folder"),
+        export_module._runner(tmp_path / "file/model.onnx", sdn.plan.inputs.names),
+    )
     engine = Engine(sdn, policy, backend="torch")
     for size in (1, 2, 7, 60):
         batch = take(inputs, slice(0, size))

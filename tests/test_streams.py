@@ -150,6 +150,13 @@ def test_a_source_that_breaks_is_the_last_to_be_heard() -> None:
     assert len(found) == 2
 
 
+def test_what_is_no_stream() -> None:
+    with pytest.raises(TypeError, match="not iterable"):
+        engine_of().map(5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch_size and max_rows are at least 1, found 0 and 1024"):
+        engine_of().map([], batch_size=0)
+
+
 def test_a_network_without_steps_has_no_streams() -> None:
     torch.manual_seed(1)
     sdn = sd.attach(ZOO["control_flow"].make(), planned("control_flow")).eval()

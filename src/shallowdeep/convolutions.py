@@ -48,6 +48,7 @@ def _convolved(
     low = torch.bfloat16
     if groups > 1:
         with torch.autocast("cpu", enabled=False):
+            bias = bias if bias is None else bias.float()
             return F.conv2d(x.float(), weight.float(), bias, stride, padding, dilation, groups).to(low)
     kernel = weight.shape[2:]
     same = stride == dilation == (1, 1) and padding == tuple(k // 2 for k in kernel) and all(k % 2 for k in kernel)

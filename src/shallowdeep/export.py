@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shallowdeep.costs import feeds, own_costs
 from shallowdeep.graph import silence
-from shallowdeep.inputs import Inputs, example_of, num_rows, take, tensors
+from shallowdeep.inputs import Inputs, example_of, in_order, num_rows, take, tensors
 from shallowdeep.network import ShallowDeepNetwork, fingerprint, plan_to_json
 from shallowdeep.onnx import onnx_program
 from shallowdeep.policies import Policy, to_json
@@ -55,6 +55,7 @@ def export_folder(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.Path
     """
     with _put_in_place(Path(folder)) as fresh:
         steps, examples, state = _steps(sdn, policy)
+        inputs = in_order(inputs, sdn.plan.inputs.names)
         files = []
         for step, given in zip(steps, examples, strict=True):
             files.append(fresh / f"step{step.place}.onnx")
@@ -71,7 +72,7 @@ def export_programs(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.Pa
     """
     with _put_in_place(Path(folder)) as fresh, torch.no_grad():
         steps, examples, state = _steps(sdn, policy)
-        batch = num_rows(inputs)
+        inputs, batch = in_order(inputs, sdn.plan.inputs.names), num_rows(inputs)
         rows = dict(zip((f"input.{name}" for name in sdn.plan.inputs.names), tensors(inputs), strict=True))
         rows |= {name: x.repeat(batch, *(1,) * (x.ndim - 1)) for name, x in state.items()}
         files = []
@@ -96,6 +97,7 @@ def export_file(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.PathLi
     """
     with _put_in_place(Path(folder)) as fresh:
         steps, examples, state = _steps(sdn, policy)
+        inputs = in_order(inputs, sdn.plan.inputs.names)
         questions = []
         for step, given in zip(steps, examples, strict=True):
             facts = _step(sdn, policy, step)
@@ -109,13 +111,15 @@ def export_file(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.PathLi
         exits = [_step(sdn, policy, step) for step in steps]
         manifest["exits"] = [{name: one[name] for name in ("exit", "name", "cost")} for one in exits]
         _write(fresh, _about(sdn, policy) | manifest)
-        _compare(sdn, policy, _runner(fresh / "model.onnx"), inputs)
+        _compare(sdn, policy, _runner(fresh / "model.onnx", sdn.plan.inputs.names), inputs)
 
 
 def _steps(sdn: ShallowDeepNetwork, policy: Policy) -> tuple[list[Step], list[list[Tensor]], dict[str, Tensor]]:
     """The steps, what each is exported with, and a row of what the policy remembers at first."""
     if sdn.plan.via != "export":
         raise ExportError(f"{sdn.plan.model} cannot be exported: only its own modules run it.")
+    if next(sdn.parameters()).device.type != "cpu":
+        raise ExportError("Exports are made on the CPU: call sdn.cpu() first.")
     example = example_of(sdn.plan.inputs, 2, torch.device("cpu"))
     state = {f"state.{i}": x for i, x in enumerate(policy.init(1, None, torch.device("cpu")))}
     rows = dict(zip((f"input.{name}" for name in sdn.plan.inputs.names), tensors(example), strict=True))
@@ -141,12 +145,14 @@ def _loop_facts(
     return {"fresh": fresh, "rowless": sorted(steps[0].rowless), "steps": about}
 
 
-def _runner(file: Path) -> Callable[..., Mapping[str, Any]]:
+def _runner(file: Path, names: Sequence[str]) -> Callable[..., Mapping[str, Any]]:
+    """The single file as a function of arrays in the order of ``names``; inputs that it does not read are left out."""
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
+    read = {given.name for given in session.get_inputs()}
 
     def run(*arrays: Any) -> dict[str, Any]:
-        return dict(zip(OUTPUTS, session.run(list(OUTPUTS), dict(zip(names, arrays, strict=True))), strict=True))
+        feed = {f"input.{name}": x for name, x in zip(names, arrays, strict=True) if f"input.{name}" in read}
+        return dict(zip(OUTPUTS, session.run(list(OUTPUTS), feed), strict=True))
 
     return run
 
@@ -232,4 +238,9 @@ def _put_in_place(folder: Path) -> Iterator[Path]:
         yield fresh
         if folder.exists():
             os.replace(folder, Path(room) / "old")
-        os.replace(fresh, folder)
+        try:
+            os.replace(fresh, folder)
+        except OSError:
+            if (Path(room) / "old").exists():
+                os.replace(Path(room) / "old", folder)
+            raise

@@ -46,7 +46,7 @@ class EarlyExits:
         rows |= {name: np.repeat(np.array(row["row"], row["dtype"]), batch, 0) for name, row in about["fresh"].items()}
         where, answer = np.arange(batch), {"probabilities": np.zeros((batch, about["num_classes"]))}
         answer |= {name: np.zeros(batch) for name in ("confidence", "confusion", "cost")}
-        answer |= {name: np.zeros(batch, np.int64) for name in ("label", "exit")}
+        answer |= {name: np.zeros(batch, np.int64) for name in ("label", "exit")} | {"valid": np.zeros(batch, bool)}
         for place, (step, session) in enumerate(zip(about["steps"], self.sessions, strict=True)):
             if not len(where):
                 break
@@ -65,13 +65,13 @@ class EarlyExits:
                 said.max(1),
                 step["exit"],
             )
-            answer["label"][out] = rows.get("answer.logits", rows[f"logits.{place}"])[stop].argmax(1)
+            logits = rows.get("answer.logits", rows[f"logits.{place}"])[stop]
+            answer["label"][out], answer["valid"][out] = logits.argmax(1), np.isfinite(logits).all(1)
             apart = [np.abs(rows[f"softmax.{k}"][stop] - said).sum(1) for k in range(place + 1)]
             answer["confusion"][out] = (np.sum(np.nan_to_num(apart, nan=2.0), 0) - step["mean"]) * step["scale"]
             answer["cost"][out] = step["cost"]
             where = where[~stop]
             rows = {name: x if name in about["rowless"] else x[~stop] for name, x in rows.items()}
-        answer["valid"] = np.isfinite(answer["confidence"])
         return answer
 
     def _checked(self, inputs: tuple[Any, ...]) -> dict[str, Any]:

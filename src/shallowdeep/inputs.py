@@ -88,6 +88,13 @@ def signature_of(inputs: Inputs) -> InputSignature:
     )
 
 
+def in_order(inputs: Inputs, names: Sequence[str]) -> Inputs:
+    """``inputs``, a dict of them in the order of ``names`` where it has just those."""
+    if isinstance(inputs, dict) and inputs.keys() == set(names):
+        return {name: inputs[name] for name in names}
+    return inputs
+
+
 def inputs_from(signature: InputSignature, leaves: Sequence[Tensor]) -> Inputs:
     """``leaves`` put together as ``signature`` says."""
     if signature.kind == "tensor":

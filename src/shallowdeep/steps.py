@@ -128,7 +128,8 @@ def make_steps(sdn: ShallowDeepNetwork, policy: Policy, example: Inputs) -> list
         gives = [*([] if last else ["stop"]), f"logits.{place}", f"softmax.{place}"]
         gives += ["answer.logits", "answer.softmax"] if rule.falls_back(group[-1].exit) else []
         made = ("said.log_probs", "said.hidden", *states, *_names_of(group[-1].segment))
-        gives += [name for name in made if name in later]
+        at_once = set(takes[place + 1]) if not last else set()  # said.* is replaced by every step
+        gives += [name for name in made if name in (at_once if name.startswith("said.") else later)]
         step = Step(group, rule, place=place, carried=carried[place], takes=takes[place], gives=gives, rowless=rowless)
         steps.append(step)
     return steps

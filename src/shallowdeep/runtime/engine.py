@@ -16,7 +16,18 @@ from torch import Tensor
 
 from shallowdeep.collection import collect, collect_answers
 from shallowdeep.costs import feeds, own_costs
-from shallowdeep.inputs import Batches, Inputs, as_inputs, each, example_of, num_rows, signature_of, take, tensors
+from shallowdeep.inputs import (
+    Batches,
+    Inputs,
+    as_inputs,
+    each,
+    example_of,
+    in_order,
+    num_rows,
+    signature_of,
+    take,
+    tensors,
+)
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Confidence, Policy
 from shallowdeep.runtime.backends import Array, Backend, BackendName
@@ -89,27 +100,35 @@ class Engine:
         ``max_ms`` milliseconds, by the measured ``times``. Rows which that stops are answered where they are, with
         ``capped_B`` True. Raises ``ValueError`` for a limit that the first exit asked exceeds.
         """
-        started = time.perf_counter()
         batch, signature = self._checked(inputs)
         rows = num_rows(batch)
-        limit = self._limit(max_cost, max_ms, rows, started)
         if rows == 0:
             return self._nothing()
-        if not self._exported:
+        program = self._program(signature) if self._exported else None
+        if max_ms is not None and self._exported and self.times is None:
+            self.measure()
+        limit = self._limit(max_cost, max_ms, rows)
+        if program is None:
             batch = each(batch, lambda tensor: tensor.to(self._device))
             runs = needed_ics(self._rule.asked, feeds(self.sdn))
             with torch.inference_mode():
                 return self._answer(walk_modules(self.sdn, self._rule, runs, batch, limit))
-        program = self._program(signature)
         chunk = ROWS_AT_ONCE if self.times is None else self.times.chunk(rows)
         if rows <= chunk:
             return self._answer(walk(program, self._named(batch), rows, self.times, limit))
         left: list[Left] = []
         for first in range(0, rows, chunk):
             part = take(batch, slice(first, first + chunk))
-            found = walk(program, self._named(part), num_rows(part), self.times, limit)
+            own = self._before_others(limit, rows - first - num_rows(part))
+            found = walk(program, self._named(part), num_rows(part), self.times, own)
             left += [some._replace(row_S=some.row_S + first) for some in found]
         return self._answer(left)
+
+    def _before_others(self, limit: Limit | None, rows: int) -> Limit | None:
+        """``limit`` less the time that ``rows`` rows to come need for their first step."""
+        if limit is None or self.times is None or limit.until == math.inf:
+            return limit
+        return Limit(limit.place, limit.until - self.times.ms(0, rows) / 1e3 if rows else limit.until)
 
     def map(
         self,
@@ -134,8 +153,7 @@ class Engine:
         """A request as its program takes it, and its number of rows."""
         batch, signature = self._checked(inputs)
         rows, program = num_rows(batch), self._program(signature)
-        fresh = {name: self._backend.repeated(row, rows) for name, row in program.fresh.items()}
-        return program, self._named(batch) | fresh, rows
+        return program, self._named(batch) | program.fresh_rows(rows), rows
 
     def _answered(self, left: Sequence[Left]) -> Answer:
         return self._answer(left) if left else self._nothing()
@@ -206,9 +224,7 @@ class Engine:
         planned = self.sdn.plan.inputs
         if isinstance(inputs, Tensor) and self._as_planned(inputs):
             return inputs, planned  # a look, not a description: after a pass the processor has forgotten our code
-        batch = as_inputs(inputs)
-        if isinstance(batch, dict) and batch.keys() == set(planned.names):
-            batch = {name: batch[name] for name in planned.names}
+        batch = in_order(as_inputs(inputs), planned.names)
         found = signature_of(batch)
         if (found.kind, found.names, found.dtypes) != (planned.kind, planned.names, planned.dtypes):
             raise DataError(
@@ -245,14 +261,14 @@ class Engine:
     def _said(self, inputs: Inputs) -> Tensor:
         """Logits [E, B, C] of every exit."""
         batch, signature = self._checked(inputs)
-        program = self._program(signature, every_exit=True)
-        rows, answers = self._named(batch), list[Tensor]()
+        program, answers = self._program(signature, every_exit=True), list[Tensor]()
+        rows = self._named(batch) | program.fresh_rows(num_rows(batch))
         for step in program.steps:
             rows.update(zip(step.gives, step.run([rows[name] for name in step.takes]), strict=True))
             answers.append(self._backend.leave(rows[f"logits.{len(answers)}"]))
         return torch.stack(answers)
 
-    def _limit(self, max_cost: float | None, max_ms: float | None, rows: int, started: float) -> Limit | None:
+    def _limit(self, max_cost: float | None, max_ms: float | None, rows: int) -> Limit | None:
         if max_cost is None and max_ms is None:
             return None
         asked = [exit for exit, on in enumerate(self._rule.asked) if on]
@@ -264,11 +280,9 @@ class Engine:
                 raise ValueError(f"max_cost={max_cost:g} is below {first:.3f}, the cost of the first exit asked.")
         if max_ms is None:
             return Limit(place)
-        if self._exported and rows:
-            times = self.times or self.measure()
-            if times.up_to(0, rows) > max_ms:
-                raise ValueError(f"max_ms={max_ms:g} is below {times.up_to(0, rows):.3f}, the time to the first exit.")
-        return Limit(place, started + max_ms / 1e3)
+        if self.times is not None and self.times.up_to(0, rows) > max_ms:
+            raise ValueError(f"max_ms={max_ms:g} is below {self.times.up_to(0, rows):.3f}, the time to the first exit.")
+        return Limit(place, time.perf_counter() + max_ms / 1e3)
 
     def _answer(self, left: Sequence[Left]) -> Answer:
         """What the rows of a batch are answered, in its order."""

@@ -42,6 +42,10 @@ class Program:
     needed: tuple[frozenset[str], ...]
     rowless: frozenset[str]
 
+    def fresh_rows(self, batch: int) -> dict[str, Array]:
+        """What the policy remembers of ``batch`` rows before its first question."""
+        return {name: self.backend.repeated(row, batch) for name, row in self.fresh.items()}
+
 
 class Left(NamedTuple):
     """Rows that stopped together: their places in the batch, exits, answers, and which of them a limit stopped."""
@@ -71,13 +75,13 @@ def walk(
 ) -> list[Left]:
     """The exits and answers of ``batch`` rows, given the inputs by name (``input.NAME``), in the order of stopping."""
     backend, rule, last = program.backend, program.rule, len(program.steps) - 1
-    rows = {**inputs, **{name: backend.repeated(row, batch) for name, row in program.fresh.items()}}
+    rows = {**inputs, **program.fresh_rows(batch)}
     row_S, alive, present = backend.counted(batch), batch, batch
     left: list[Left] = []
     for place, step in enumerate(program.steps):
         rows.update(zip(step.gives, step.run([rows[name] for name in step.takes]), strict=True))
         live_S = row_S >= 0 if alive < present else None  # places below 0: answered already, or there to fill up
-        ends = place == last or (limit is not None and _must_end(limit, times, place, alive))
+        ends = place == last or (limit is not None and _must_end(limit, times, place, present))
         stop_S, stops = None, alive
         if place < last:
             stop_S = rows.pop("stop")
@@ -145,8 +149,8 @@ def _leave(program: Program, place: int, rows: Mapping[str, Array], row_S: Array
     return Left(row_S, row_S * 0 + exit, logits_SC, program.backend.largest(answer_SC), confusion_S, capped_S)
 
 
-def _must_end(limit: Limit, times: StepTimes | None, place: int, alive: int) -> bool:
+def _must_end(limit: Limit, times: StepTimes | None, place: int, rows: int) -> bool:
     if place >= limit.place or limit.until == math.inf:
         return place >= limit.place
-    next_ms = times.ms(place + 1, alive) if times is not None else 0.0
+    next_ms = times.ms(place + 1, rows) if times is not None else 0.0
     return time.perf_counter() + next_ms / 1e3 > limit.until

@@ -112,12 +112,15 @@ class _Single:
         if [x.shape for x in arrays] != self.shapes:
             self.out: list[Any] = self.session.run(None, dict(zip(self.names, arrays, strict=True)))
             self.binding, self.bound = self.session.io_binding(), [None] * len(arrays)
+            self.kept_alive = list(arrays)
             self.shapes = [x.shape for x in arrays]
             for output, x in zip(self.session.get_outputs(), self.out, strict=True):
                 self.binding.bind_output(output.name, "cpu", 0, x.dtype, x.shape, x.ctypes.data)
         for place, (name, x) in enumerate(zip(self.names, arrays, strict=True)):
             if x is not self.bound[place]:
-                self.bound[place] = x = np.ascontiguousarray(x)
+                self.bound[place] = x
+                x = x if x.flags.c_contiguous else np.ascontiguousarray(x)
+                self.kept_alive[place] = x
                 self.binding.bind_cpu_input(name, x)
         self.session.run_with_iobinding(self.binding)
         return [x.copy() if kept else x for x, kept in zip(self.out, self.kept, strict=True)]

@@ -1,7 +1,7 @@
 """Steps in OpenVINO, on the processor's cores.
 
-It refuses to know anything but arrays. OpenVINO computes scores in float32 whatever the graph says, so thresholds finer
-than float32 are refused by the engine's own check.
+It refuses to know anything but arrays. OpenVINO computes scores in float32 whatever the graph says: a threshold
+closer to 1 than 1e-6 means nothing here.
 """
 
 from __future__ import annotations

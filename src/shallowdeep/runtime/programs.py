@@ -100,8 +100,7 @@ def measure(program: Program, inputs: Mapping[str, Array], sizes: Sequence[int],
     moved: dict[int, list[float]] = {}
     for turn in range(rounds + 1):
         for size in sizes:
-            rows = {name: x[:size] for name, x in inputs.items()}
-            rows |= {name: backend.repeated(row, size) for name, row in program.fresh.items()}
+            rows = {name: x[:size] for name, x in inputs.items()} | program.fresh_rows(size)
             for place, step in enumerate(program.steps):
                 start = time.perf_counter()
                 found = step.run([rows[name] for name in step.takes])

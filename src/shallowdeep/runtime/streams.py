@@ -34,6 +34,10 @@ class _Request:
     result: Answer | Exception | None = None
 
 
+class _Broken:
+    """What stands for the requests of a source that failed."""
+
+
 class _Waiting(NamedTuple):
     """Rows of one request before one step: their arrays by name, and their places in the request."""
 
@@ -61,7 +65,7 @@ class Stream(Iterator[Answer | Exception]):
 
     Made by ``Engine.map``. A thread reads ahead; at most ``max_rows`` rows wait, and two requests more have been read.
     Rows wait for company at most ``max_wait_ms`` after their request was read. After ``close`` (or a ``with``),
-    ``unanswered`` holds the requests that were read and not answered.
+    ``unanswered`` holds the requests that were read and whose answer was not fetched.
     """
 
     def __init__(
@@ -74,6 +78,8 @@ class Stream(Iterator[Answer | Exception]):
         max_wait_ms: float,
         max_rows: int,
     ) -> None:
+        if batch_size < 1 or max_rows < 1:
+            raise ValueError(f"batch_size and max_rows are at least 1, found {batch_size} and {max_rows}.")
         self._prepare, self._finish = prepare, finish
         self._batch, self._wait, self._limit = batch_size, max_wait_ms / 1e3, max_rows
         self._pools: dict[tuple[int, int], list[_Waiting]] = {}
@@ -85,7 +91,7 @@ class Stream(Iterator[Answer | Exception]):
         self._computed = self._together = 0
         self._deepest: dict[int, int] = {}
         self.unanswered: list[object] = []
-        self._reader = threading.Thread(target=self._read, args=(requests,), daemon=True)
+        self._reader = threading.Thread(target=self._read, args=(iter(requests),), daemon=True)
         self._reader.start()
 
     def __next__(self) -> Answer | Exception:
@@ -111,8 +117,9 @@ class Stream(Iterator[Answer | Exception]):
         if self._stopped.is_set():
             return
         self._stopped.set()
-        self.unanswered += [request.inputs for request in self._order]
+        self.unanswered += [request.inputs for request in self._order if not isinstance(request.inputs, _Broken)]
         self._drain()
+        self._reader.join(4 * POLL_SECONDS)  # it may hold one more; a source that sleeps is not waited for
 
     def _drain(self) -> None:
         """Hand back what was read and not taken in."""
@@ -132,9 +139,8 @@ class Stream(Iterator[Answer | Exception]):
             requests=len(self._times), p50_ms=at[0], p95_ms=at[1], p99_ms=at[2], regrouped=regrouped, depth_P=depth_P
         )
 
-    def _read(self, requests: Iterable[object]) -> None:
+    def _read(self, source: Iterator[object]) -> None:
         """In a thread of its own, so that a slow source does not hold up rows that wait."""
-        source = iter(requests)
         while not self._stopped.is_set():
             try:
                 item: Any = (next(source), time.perf_counter())
@@ -183,7 +189,7 @@ class Stream(Iterator[Answer | Exception]):
                 self._ended = True
             elif item[1] is None:
                 self._ended = True
-                self._order.append(_Request(None, time.perf_counter(), result=item[0]))
+                self._order.append(_Request(_Broken(), time.perf_counter(), result=item[0]))
             else:
                 self._admit(_Request(*item))
             return left > 0 or oldest is None
@@ -260,7 +266,10 @@ class Stream(Iterator[Answer | Exception]):
         request.left.append(left)
         request.waiting -= len(left.row_S)
         if not request.waiting:
-            self._done(request, self._finish(request.left))
+            try:
+                self._done(request, self._finish(request.left))
+            except Exception as error:
+                self._done(request, error)
 
     def _done(self, request: _Request, result: Answer | Exception) -> None:
         if request.result is None:

@@ -47,10 +47,8 @@ class StepTimes:
         return min(moving)[1]
 
     def chunk(self, batch: int) -> int:
-        """Into how many rows at once a batch is cut: where a row costs least."""
-        if batch <= self.sizes[0]:
+        """Into how many rows at once a batch beyond the sizes measured is cut: where a row costs least."""
+        if batch <= self.sizes[-1]:
             return batch
         last = len(self.ms_PS) - 1
-        choices = [size for size in (*self.sizes, batch) if size <= max(batch, self.sizes[0])]
-        # A size that is not measured is taken for as good as the largest one: the fewer parts the better.
-        return min(choices, key=lambda size: (round(self.up_to(last, size) / size, 9), -size))
+        return min(self.sizes, key=lambda size: (self.up_to(last, size) / size, -size))
