@@ -97,8 +97,11 @@ def work_off(
     wanted = list(dict.fromkeys(one for run in runs for one in (run.cnn, run) if one is not None))
 
     def recorded(run: StudyRun) -> bool:
-        path = results / f"{run.name}.json"
-        return path.is_file() and read_json(path)["epochs"] == epochs_of(run, make_recipe(run.recipe, run.network))
+        path, recipe = results / f"{run.name}.json", make_recipe(run.recipe, run.network)
+        if not path.is_file():
+            return False
+        record, before = read_json(path), recipe.epochs if run.starts_trained else 0
+        return (record["epochs"], record["epochs_before"]) == (epochs_of(run, recipe), before)
 
     starting = {run.cnn for run in wanted if run.starts_trained and not recorded(run)}
     for run in wanted:
