@@ -24,7 +24,7 @@ RIVER = (
     "runtime.bench host nested export tuning explain cifar data models",
     "paper paper.networks paper.datasets paper.downloads paper.recipes paper.costs paper.records paper.experiments",
     "paper.figures paper.tables paper.backdoor paper.study paper.pictures",
-    "verbs demo paper.cli cli",
+    "verbs trust_verbs demo choices paper.cli engine_cli trust_cli cli",
 )
 
 

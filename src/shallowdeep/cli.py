@@ -9,16 +9,14 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from shallowdeep import engine_cli, trust_cli
+from shallowdeep.choices import RUNS, Rows
 from shallowdeep.paper.cli import app as paper_app
-
-if TYPE_CHECKING:
-    from shallowdeep.verbs import DataChoice
 
 app = App(
     name="sdn",
@@ -26,41 +24,8 @@ app = App(
     version_flags=["--version"],
 )
 app.command(paper_app)
-RUNS = Path("runs")
-Backend: TypeAlias = Literal["auto", "torch", "torch-compile", "onnxruntime", "openvino", "openvino-bf16"]
-BENCHED: tuple[Backend, ...] = ("torch", "onnxruntime", "openvino")
-
-
-@Parameter(name="*")
-@dataclass(frozen=True)
-class Rows:
-    """Which rows to read.
-
-    Parameters
-    ----------
-    data
-        A folder of class folders of images, an .npz of named arrays, parquet of images, or the CIFAR python files.
-    split
-        The part to read where the data has several (train, test, ...).
-    size
-        Height and width to which images are resized.
-    limit
-        Use so many rows, spread evenly.
-    half
-        A fixed random half of the rows: choose thresholds on "a", report on "b".
-    """
-
-    data: str
-    _: KW_ONLY
-    split: str | None = None
-    size: Annotated[tuple[int, int] | None, Parameter(negative=())] = None
-    limit: int | None = None
-    half: Literal["all", "a", "b"] = "all"
-
-    def choice(self) -> DataChoice:
-        from shallowdeep.verbs import DataChoice
-
-        return DataChoice(source=self.data, split=self.split, size=self.size, limit=self.limit, half=self.half)
+for door in (*engine_cli.DOORS, *trust_cli.DOORS):
+    app.command(door)
 
 
 @app.command
@@ -244,102 +209,6 @@ def calibrate(
 
 
 @app.command
-def tune(
-    *,
-    sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
-    trace: Path = RUNS / "collect",
-    out: Path = RUNS / "tune",
-    max_accuracy_drop: float = 0.005,
-    backend: Backend = "auto",
-    threads: int | None = None,
-    batch_size: int = 1,
-) -> dict[str, Any]:
-    """Choose exits and thresholds for the least time on this machine.
-
-    Parameters
-    ----------
-    sdn_dir
-        Folder of `sdn train`.
-    trace
-        Folder of `sdn collect`, of rows that nothing was trained on.
-    out
-        Folder to write.
-    max_accuracy_drop
-        Drop allowed, as a fraction (0.005 is half a point); an aim.
-    backend
-        What runs the network; auto measures.
-    threads
-        Threads of the backend.
-    batch_size
-        Rows answered at once.
-    """
-    from shallowdeep import verbs
-
-    return verbs.tune_verb(
-        sdn_dir,
-        trace,
-        out,
-        max_accuracy_drop=max_accuracy_drop,
-        backend=backend,
-        threads=threads,
-        batch_size=batch_size,
-    )
-
-
-@app.command
-def bench(
-    rows: Rows,
-    *,
-    sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
-    policy: Path = RUNS / "tune",
-    out: Path = RUNS / "bench",
-    backends: Annotated[tuple[Backend, ...], Parameter(consume_multiple=True, negative=())] = BENCHED,
-    batch_sizes: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = (1, 8, 64, 256),
-    threads: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = (1, 2),
-    blocks: int = 12,
-    rival: str | None = None,
-    rival_weights: Path | None = None,
-) -> dict[str, Any]:
-    """Measure early exits against the fastest whole network, in seconds, on real rows.
-
-    Parameters
-    ----------
-    sdn_dir
-        Folder of `sdn train`.
-    policy
-        Folder of `sdn tune` or `sdn calibrate`.
-    out
-        Folder to write.
-    backends
-        What to compare.
-    batch_sizes
-        Rows answered at once.
-    threads
-        Numbers of threads.
-    blocks
-        How often every contender's turn comes.
-    rival
-        A smaller network to beat: module:callable, timm:NAME or hf:FOLDER.
-    rival_weights
-        Its weights.
-    """
-    from shallowdeep import verbs
-
-    return verbs.bench_verb(
-        sdn_dir,
-        policy,
-        rows.choice(),
-        out,
-        backends=backends,
-        batch_sizes=batch_sizes,
-        threads=threads,
-        blocks=blocks,
-        rival=rival,
-        rival_weights=rival_weights,
-    )
-
-
-@app.command
 def evaluate(
     *, policy: Path = RUNS / "calibrate", trace: Path = RUNS / "collect", out: Path = RUNS / "evaluate"
 ) -> dict[str, Any]:
@@ -357,69 +226,6 @@ def evaluate(
     from shallowdeep import verbs
 
     return verbs.evaluate_verb(policy, trace, out)
-
-
-@app.command
-def export(
-    rows: Rows,
-    *,
-    sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
-    policy: Path = RUNS / "calibrate",
-    out: Path = RUNS / "export",
-    kind: Literal["folder", "file", "programs"] = "folder",
-) -> dict[str, Any]:
-    """Write the network with its exits and its policy as files that run without this library.
-
-    Parameters
-    ----------
-    sdn_dir
-        Folder of `sdn train`.
-    policy
-        Folder of `sdn calibrate` or `sdn tune`.
-    out
-        Folder to write; an earlier export there is replaced.
-    kind
-        folder: an ONNX file a step, and a loop that needs NumPy and ONNX Runtime alone; file: one ONNX file that skips
-        by itself; programs: torch.export programs.
-    """
-    from shallowdeep import verbs
-
-    return verbs.export_verb(sdn_dir, policy, rows.choice(), out, kind=kind)
-
-
-@app.command
-def predict(
-    rows: Rows,
-    *,
-    sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
-    policy: Path = RUNS / "calibrate",
-    out: Path = RUNS / "predict",
-    batch_size: int = 64,
-    backend: Backend = "auto",
-    threads: int | None = None,
-) -> dict[str, Any]:
-    """Answer rows, stopping early, and time it against the whole network.
-
-    Parameters
-    ----------
-    sdn_dir
-        Folder of `sdn train`.
-    policy
-        Folder of `sdn calibrate`.
-    out
-        Folder to write.
-    batch_size
-        Rows answered at once.
-    backend
-        What runs the network; auto measures.
-    threads
-        Threads of the backend.
-    """
-    from shallowdeep import verbs
-
-    return verbs.predict_verb(
-        sdn_dir, policy, rows.choice(), out, batch_size=batch_size, backend=backend, threads=threads
-    )
 
 
 @app.command

@@ -1,0 +1,50 @@
+"""What several verbs of the command line are asked: which rows, which backend, where to write.
+
+It refuses to do any work itself, and imports torch only when rows are chosen, so that help does not wait for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from shallowdeep.verbs import DataChoice
+
+RUNS = Path("runs")
+Backend: TypeAlias = Literal["auto", "torch", "torch-compile", "onnxruntime", "openvino", "openvino-bf16"]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Rows:
+    """Which rows to read.
+
+    Parameters
+    ----------
+    data
+        A folder of class folders of images, an .npz of named arrays, parquet of images, or the CIFAR python files.
+    split
+        The part to read where the data has several (train, test, ...).
+    size
+        Height and width to which images are resized.
+    limit
+        Use so many rows, spread evenly.
+    half
+        A fixed random half of the rows: choose thresholds on "a", report on "b".
+    """
+
+    data: str
+    _: KW_ONLY
+    split: str | None = None
+    size: Annotated[tuple[int, int] | None, Parameter(negative=())] = None
+    limit: int | None = None
+    half: Literal["all", "a", "b"] = "all"
+
+    def choice(self) -> DataChoice:
+        from shallowdeep.verbs import DataChoice
+
+        return DataChoice(source=self.data, split=self.split, size=self.size, limit=self.limit, half=self.half)

@@ -1,0 +1,174 @@
+"""The command line's doors to the engine: choosing exits for its seconds, timing it, exporting, answering.
+
+It refuses to do any work itself, and imports torch only inside a verb, so that help does not wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from shallowdeep.choices import RUNS, Backend, Rows
+
+BENCHED: tuple[Backend, ...] = ("torch", "onnxruntime", "openvino")
+
+
+def tune(
+    *,
+    sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
+    trace: Path = RUNS / "collect",
+    out: Path = RUNS / "tune",
+    max_accuracy_drop: float = 0.005,
+    backend: Backend = "auto",
+    threads: int | None = None,
+    batch_size: int = 1,
+) -> dict[str, Any]:
+    """Choose exits and thresholds for the least time on this machine.
+
+    Parameters
+    ----------
+    sdn_dir
+        Folder of `sdn train`.
+    trace
+        Folder of `sdn collect`, of rows that nothing was trained on.
+    out
+        Folder to write.
+    max_accuracy_drop
+        Drop allowed, as a fraction (0.005 is half a point); an aim.
+    backend
+        What runs the network; auto measures.
+    threads
+        Threads of the backend.
+    batch_size
+        Rows answered at once.
+    """
+    from shallowdeep import verbs
+
+    return verbs.tune_verb(
+        sdn_dir,
+        trace,
+        out,
+        max_accuracy_drop=max_accuracy_drop,
+        backend=backend,
+        threads=threads,
+        batch_size=batch_size,
+    )
+
+
+def bench(
+    rows: Rows,
+    *,
+    sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
+    policy: Path = RUNS / "tune",
+    out: Path = RUNS / "bench",
+    backends: Annotated[tuple[Backend, ...], Parameter(consume_multiple=True, negative=())] = BENCHED,
+    batch_sizes: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = (1, 8, 64, 256),
+    threads: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = (1, 2),
+    blocks: int = 12,
+    rival: str | None = None,
+    rival_weights: Path | None = None,
+) -> dict[str, Any]:
+    """Measure early exits against the fastest whole network, in seconds, on real rows.
+
+    Parameters
+    ----------
+    sdn_dir
+        Folder of `sdn train`.
+    policy
+        Folder of `sdn tune` or `sdn calibrate`.
+    out
+        Folder to write.
+    backends
+        What to compare.
+    batch_sizes
+        Rows answered at once.
+    threads
+        Numbers of threads.
+    blocks
+        How often every contender's turn comes.
+    rival
+        A smaller network to beat: module:callable, timm:NAME or hf:FOLDER.
+    rival_weights
+        Its weights.
+    """
+    from shallowdeep import verbs
+
+    return verbs.bench_verb(
+        sdn_dir,
+        policy,
+        rows.choice(),
+        out,
+        backends=backends,
+        batch_sizes=batch_sizes,
+        threads=threads,
+        blocks=blocks,
+        rival=rival,
+        rival_weights=rival_weights,
+    )
+
+
+def export(
+    rows: Rows,
+    *,
+    sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
+    policy: Path = RUNS / "calibrate",
+    out: Path = RUNS / "export",
+    kind: Literal["folder", "file", "programs"] = "folder",
+) -> dict[str, Any]:
+    """Write the network with its exits and its policy as files that run without this library.
+
+    Parameters
+    ----------
+    sdn_dir
+        Folder of `sdn train`.
+    policy
+        Folder of `sdn calibrate` or `sdn tune`.
+    out
+        Folder to write; an earlier export there is replaced.
+    kind
+        folder: an ONNX file a step, and a loop that needs NumPy and ONNX Runtime alone; file: one ONNX file that skips
+        by itself; programs: torch.export programs.
+    """
+    from shallowdeep import verbs
+
+    return verbs.export_verb(sdn_dir, policy, rows.choice(), out, kind=kind)
+
+
+def predict(
+    rows: Rows,
+    *,
+    sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
+    policy: Path = RUNS / "calibrate",
+    out: Path = RUNS / "predict",
+    batch_size: int = 64,
+    backend: Backend = "auto",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Answer rows, stopping early, and time it against the whole network.
+
+    Parameters
+    ----------
+    sdn_dir
+        Folder of `sdn train`.
+    policy
+        Folder of `sdn calibrate`.
+    out
+        Folder to write.
+    batch_size
+        Rows answered at once.
+    backend
+        What runs the network; auto measures.
+    threads
+        Threads of the backend.
+    """
+    from shallowdeep import verbs
+
+    return verbs.predict_verb(
+        sdn_dir, policy, rows.choice(), out, batch_size=batch_size, backend=backend, threads=threads
+    )
+
+
+DOORS: tuple[Callable[..., dict[str, Any]], ...] = (tune, bench, export, predict)
