@@ -1,0 +1,290 @@
+"""Rows of numbers -> Altair charts, one function per picture; needs the extra ``report``.
+
+It refuses to compute: what is drawn is what the tables show. Names of exits and classes enter as data alone, never as
+parts of an expression. Charts that follow the slider name the data that the page's script replaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from shallowdeep.calibration import Tradeoff
+from shallowdeep.report.facts import Row
+from shallowdeep.report.style import DASHES, INKS, RIGHT, TEXT, WALKING, WRONG, altair
+
+Span = tuple[float, float]
+HEIGHT = 250
+CLASSES = 20
+"""So many classes are drawn; the table shows all."""
+FLOW = {"goes on": WALKING, "leaves, right": RIGHT, "leaves, wrong": WRONG}
+PERCENT = ".0%"
+
+
+def exits_chart(rows: Sequence[Row], accuracy: Span) -> Any:
+    """Accuracy of every exit over what reaching it costs."""
+    alt = altair()
+    base = alt.Chart(_data(rows)).encode(
+        x=alt.X("cost:Q", title="cost of stopping there (whole network = 1)", scale=alt.Scale(domainMin=0)),
+        y=_share("accuracy:Q", "accuracy", accuracy),
+        tooltip=["exit:N", "name:N", alt.Tooltip("accuracy:Q", format=".2%"), alt.Tooltip("cost:Q", format=".3f")],
+    )
+    line = base.mark_line(color=INKS[0], strokeWidth=1.5, opacity=0.5)
+    dots = base.mark_point(filled=True, size=70, color=INKS[0], opacity=1)
+    names = base.mark_text(dy=-13, fontSize=12, color=TEXT).encode(text="exit:N")
+    return _sized(line + dots + names)
+
+
+def tradeoff_chart(found: Tradeoff, exits: Sequence[Row], chosen: Row, accuracy: Span) -> Any:
+    """Accuracy over mean cost: curves of thresholds, networks cut at one exit, the full network, the chosen policy."""
+    alt = altair()
+    curves = [
+        {"what": curve.family, "cost": cost, "accuracy": right}
+        for curve in found.curves
+        for cost, right in zip(curve.cost_P.tolist(), curve.accuracy_P.tolist(), strict=True)
+    ]
+    full = {"what": "full network", "cost": found.full_cost, "accuracy": found.full_accuracy}
+    marks = [{**row, "what": "everything stops at one exit"} for row in exits[:-1]]
+    marks += [full, {**chosen, "what": "the chosen policy"}]
+    encoded = {
+        "x": alt.X("cost:Q", title="mean cost (whole network = 1)", scale=alt.Scale(domainMin=0)),
+        "y": _share("accuracy:Q", "accuracy", accuracy, ".1%"),
+    }
+    families = [curve.family for curve in found.curves]
+    lines = (
+        alt.Chart(_data(curves))
+        .mark_line(clip=True, color=INKS[0], strokeWidth=1.8)
+        .encode(**encoded, strokeDash=alt.StrokeDash("what:N", scale=alt.Scale(domain=families, range=DASHES[:2])))
+    )
+    kinds = ["everything stops at one exit", "full network", "the chosen policy", "where the slider is"]
+    shaped = alt.Shape("what:N", scale=alt.Scale(domain=kinds, range=["square", "cross", "diamond", "triangle-up"]))
+    inked = alt.Color("what:N", scale=alt.Scale(domain=kinds, range=[INKS[2], TEXT, WRONG, INKS[4]]))
+    dots = alt.Chart(_data(marks)).mark_point(clip=True, filled=True, opacity=1, size=90, stroke="white", strokeWidth=1)
+    now = alt.Chart(_data([], "now")).mark_point(clip=True, filled=True, opacity=1, size=130, stroke="white", strokeWidth=1)
+    drawn = [chart.encode(**encoded, shape=shaped, color=inked) for chart in (dots, now)]
+    return _sized(alt.layer(lines, *drawn).resolve_scale(shape="shared", color="shared"))
+
+
+def flow_chart(rows: Sequence[Row]) -> Any:
+    """The stream of rows from exit to exit: what goes on, and what leaves, right and wrong."""
+    alt = altair()
+    order = [row["exit"] for row in rows]
+    encoded = {
+        "y": alt.Y("low:Q", title="share of all rows", axis=alt.Axis(format=PERCENT), scale=alt.Scale(domain=[0, 1])),
+        "y2": "high:Q",
+        "color": alt.Color("part:N", scale=alt.Scale(domain=list(FLOW), range=list(FLOW.values()))),
+    }
+    x = alt.X("exit:N", sort=order, title="exit", scale=alt.Scale(domain=order, paddingInner=0.45, paddingOuter=0.15))
+    shares = alt.Tooltip("share:Q", format=".1%")
+    bars = (
+        alt.Chart(_data(flow_parts(rows), "flow"))
+        .mark_bar(stroke="white", strokeWidth=0.5)
+        .encode(x=x, tooltip=["exit:N", "part:N", shares], **encoded)
+    )
+    links = (
+        alt.Chart(_data(flow_links(rows), "links"))
+        .mark_bar(opacity=0.55)
+        .encode(x=alt.X("exit:N", sort=order, bandPosition=1, title="exit"), x2=alt.X2("next:N", bandPosition=0), **encoded)
+    )
+    return _sized(alt.layer(links, bars))
+
+
+def flow_parts(rows: Sequence[Row]) -> list[Row]:
+    """Every exit's bar in three parts, from the bottom."""
+    parts = []
+    for row in rows:
+        low = 0.0
+        for what, share in zip(FLOW, (row["on"], row["right"], row["wrong"]), strict=True):
+            parts.append({"exit": row["exit"], "part": what, "low": low, "high": low + share, "share": share})
+            low += share
+    return parts
+
+
+def flow_links(rows: Sequence[Row]) -> list[Row]:
+    """The stream between neighbouring exits."""
+    pairs = zip(rows, rows[1:], strict=False)
+    return [{"exit": a["exit"], "next": b["exit"], "part": "goes on", "low": 0.0, "high": a["on"]} for a, b in pairs]
+
+
+def overthinking_chart(rows: Sequence[Row]) -> Any:
+    """Per exit: right so far, right here, right here but wrong at the end."""
+    kinds = {"right at some exit so far": "so_far", "right at this exit": "accuracy", "right here, wrong at the end": "spoiled"}
+    long = [{"exit": row["exit"], "what": what, "share": row[key]} for what, key in kinds.items() for row in rows]
+    return _lines(long, "exit:O", "exit", "share:Q", "share of rows", (0.0, 1.0), sort=[row["exit"] for row in rows])
+
+
+def wasteful_chart(rows: Sequence[Row]) -> Any:
+    """Per class: the share of rows that some exit before the end gets right."""
+    alt = altair()
+    shown = _worst(rows)
+    bars = (
+        alt.Chart(_data(shown))
+        .mark_bar(color=WALKING, stroke=INKS[2], strokeWidth=1, height={"band": 0.6})
+        .encode(
+            x=_share("wasteful:Q", "right before the end (share of the class)", (0.0, 1.0), axis="x"),
+            y=_classes(shown),
+            tooltip=["class:N", alt.Tooltip("wasteful:Q", format=".1%")],
+        )
+    )
+    return _sized(bars, 40 + 22 * len(shown))
+
+
+def destructive_chart(rows: Sequence[Row]) -> Any:
+    """Per class: errors of the full network, and those of them that were right earlier."""
+    alt = altair()
+    shown = _worst(rows)
+    kinds = {"wrong at the end": "errors", "of these, right earlier": "destructive"}
+    long = [{"class": row["class"], "what": what, "share": row[key]} for row in shown for what, key in kinds.items()]
+    y = _classes(shown)
+    dots = (
+        alt.Chart(_data(long))
+        .mark_point(filled=True, size=80, opacity=1, stroke=TEXT, strokeWidth=1)
+        .encode(
+            x=_share("share:Q", "share of the class", None, axis="x"),
+            y=y,
+            color=alt.Color("what:N", scale=alt.Scale(domain=list(kinds), range=["#ffffff", INKS[0]])),
+            shape=alt.Shape("what:N", scale=alt.Scale(domain=list(kinds), range=["circle", "circle"])),
+            tooltip=["class:N", "what:N", alt.Tooltip("share:Q", format=".1%")],
+        )
+    )
+    links = alt.Chart(_data(shown)).mark_rule(color=INKS[2]).encode(x="destructive:Q", x2="errors:Q", y=y)
+    return _sized(links + dots, 40 + 22 * len(shown))
+
+
+def confusion_chart(rows: Sequence[Row]) -> Any:
+    """How confusion is spread over right and over wrong answers."""
+    alt = altair()
+    long = [
+        {"confusion": row["from"], "end": row["to"], "share": row[what], "what": f"{what} answers"}
+        for what in ("right", "wrong")
+        for row in rows
+    ]
+    kinds = ["right answers", "wrong answers"]
+    base = alt.Chart(_data(long)).encode(
+        x=alt.X("confusion:Q", title="confusion of the full network's answer"),
+        color=alt.Color("what:N", scale=alt.Scale(domain=kinds, range=[RIGHT, WRONG])),
+    )
+    y = {"axis": alt.Axis(format=PERCENT), "stack": None, "title": "share of the right, of the wrong answers"}
+    filled = base.mark_area(interpolate="step-after", opacity=0.35).encode(y=alt.Y("share:Q", **y))
+    lined = base.mark_line(interpolate="step-after").encode(
+        y=alt.Y("share:Q", **y), strokeDash=alt.StrokeDash("what:N", scale=alt.Scale(domain=kinds, range=DASHES[:2]))
+    )
+    return _sized(filled + lined)
+
+
+def risk_chart(rows: Sequence[Row]) -> Any:
+    """Errors among the answers kept, over the share kept."""
+    return _lines(rows, "coverage:Q", "share of rows answered, surest first", "risk:Q", "errors among them", None, name="risk")
+
+
+def reliability_chart(rows: Sequence[Row], labels: Sequence[str]) -> Any:
+    """Accuracy over confidence of four exits at most, and the diagonal of honesty."""
+    alt = altair()
+    last = len(labels) - 1
+    chosen = list(dict.fromkeys(labels[place] for place in (0, last // 3, 2 * last // 3, last)))
+    called = {label: "full network" if label == "full" else f"exit {label}" for label in chosen}
+    long = [{**row, "what": called[row["exit"]]} for row in rows if row["exit"] in called and row["rows"] >= 5]
+    honest = alt.Chart(_data([{"confidence": v, "accuracy": v} for v in (0, 1)])).mark_line(color=INKS[2], strokeWidth=1)
+    honest = honest.encode(x="confidence:Q", y="accuracy:Q")
+    drawn = _lines(long, "confidence:Q", "confidence", "accuracy:Q", "accuracy", (0.0, 1.0), kinds=list(called.values()))
+    return _sized(alt.layer(honest, drawn))
+
+
+def honesty_chart(rows: Sequence[Row]) -> Any:
+    """Per exit: mean confidence minus accuracy."""
+    alt = altair()
+    order = [row["exit"] for row in rows]
+    long = [{"exit": row["exit"], "gap": row["sure"] - row["accuracy"], "ece": row["ece"]} for row in rows]
+    bars = (
+        alt.Chart(_data(long))
+        .mark_bar(color=INKS[0], width={"band": 0.6})
+        .encode(
+            x=alt.X("exit:N", sort=order, title="exit"),
+            y=alt.Y("gap:Q", title="mean confidence − accuracy", axis=alt.Axis(format="+.1%")),
+            tooltip=["exit:N", alt.Tooltip("gap:Q", format="+.2%"), alt.Tooltip("ece:Q", format=".2%")],
+        )
+    )
+    zero = alt.Chart(_data([{"gap": 0}])).mark_rule(color=TEXT).encode(y="gap:Q")
+    return _sized(bars + zero)
+
+
+def milliseconds_chart(rows: Sequence[Row]) -> Any:
+    """Milliseconds a row: the whole network, early exits as measured, and as they ideally would be."""
+    alt = altair()
+    kinds = {"whole network": "whole", "early exits": "early", "early exits, ideally": "ideal"}
+    long = [{"where": row["where"], "what": what, "ms": row[key]} for row in rows for what, key in kinds.items()]
+    scales = {
+        "shape": alt.Shape("what:N", scale=alt.Scale(domain=list(kinds), range=["square", "circle", "triangle-up"])),
+        "color": alt.Color("what:N", scale=alt.Scale(domain=list(kinds), range=[INKS[2], INKS[0], WRONG])),
+    }
+    order = [row["where"] for row in rows]
+    dots = (
+        alt.Chart(_data(long))
+        .mark_point(filled=True, size=100, opacity=1)
+        .encode(
+            x=alt.X("ms:Q", title="milliseconds per row", scale=alt.Scale(domainMin=0)),
+            y=alt.Y("where:N", sort=order, title=None, axis=alt.Axis(grid=True)),
+            tooltip=["where:N", "what:N", alt.Tooltip("ms:Q", format=".3f")],
+            **scales,
+        )
+    )
+    return _sized(dots, 60 + 34 * len(rows))
+
+
+def _lines(
+    rows: Sequence[Row],
+    x: str,
+    x_title: str,
+    y: str,
+    y_title: str,
+    span: Span | None,
+    *,
+    kinds: Sequence[str] = (),
+    sort: Sequence[str] | None = None,
+    name: str | None = None,
+) -> Any:
+    """Lines by ``what``, told apart by ink, dash and, where there are few points, their shape."""
+    alt = altair()
+    kinds = list(kinds) or list(dict.fromkeys(row["what"] for row in rows))
+    scale = {"domain": kinds, "range": INKS[: len(kinds)]}
+    base = alt.Chart(_data(rows, name)).encode(
+        x=alt.X(x, title=x_title, sort=sort, **({} if sort else {"axis": alt.Axis(format=PERCENT)})),
+        y=_share(y, y_title, span),
+        color=alt.Color("what:N", scale=alt.Scale(**scale)),
+    )
+    lines = base.mark_line(strokeWidth=2).encode(
+        strokeDash=alt.StrokeDash("what:N", scale=alt.Scale(domain=kinds, range=DASHES[: len(kinds)]))
+    )
+    if len(rows) > 20 * len(kinds):
+        return _sized(lines)
+    shapes = ["circle", "square", "triangle-up", "diamond", "cross"][: len(kinds)]
+    dots = base.mark_point(filled=True, size=50, opacity=1).encode(
+        shape=alt.Shape("what:N", scale=alt.Scale(domain=kinds, range=shapes))
+    )
+    return _sized(lines + dots)
+
+
+def _worst(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: -row["destructive"])[:CLASSES]
+
+
+def _classes(shown: Sequence[Row]) -> Any:
+    alt = altair()
+    axis = alt.Axis(labelLimit=110, grid=False)
+    return alt.Y("class:N", sort=[row["class"] for row in shown], title=None, axis=axis)
+
+
+def _share(field: str, title: str, span: Span | None, format: str = PERCENT, *, axis: str = "y") -> Any:
+    alt = altair()
+    scale = alt.Scale(zero=False) if span is None else alt.Scale(domain=list(span), zero=False)
+    channel = alt.Y if axis == "y" else alt.X
+    return channel(field, title=title, axis=alt.Axis(format=format, tickCount=6), scale=scale)
+
+
+def _data(rows: Sequence[Row], name: str | None = None) -> Any:
+    alt = altair()
+    return alt.InlineData(values=list(rows), name=name) if name else alt.InlineData(values=list(rows))
+
+
+def _sized(chart: Any, height: int = HEIGHT) -> Any:
+    return chart.properties(width="container", height=height)

@@ -1,0 +1,85 @@
+"""The command line's door to the report: traces in, one page out.
+
+It refuses to do any work itself, and imports torch only inside a verb, so that help does not wait for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from shallowdeep.choices import RUNS
+
+
+def report(
+    *traces: Path,
+    out: Annotated[Path, Parameter(name=("--out", "-o"))] = RUNS / "report.html",
+    policy: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative=())] = (),
+    bench: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative=())] = (),
+    names: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
+    title: str = "",
+    images: str | None = None,
+    split: str | None = None,
+    size: Annotated[tuple[int, int] | None, Parameter(negative=())] = None,
+    limit: int | None = None,
+    half: Literal["all", "a", "b"] = "all",
+    sdn_dir: Annotated[Path | None, Parameter(name="--sdn")] = None,
+    thumbnails: int = 2000,
+    heats: int = 24,
+) -> dict[str, Any]:
+    """Make one page to look at, of one trace or of several side by side.
+
+    Parameters
+    ----------
+    traces
+        Folders of `sdn collect`, or trace files.
+    out
+        File to write.
+    policy
+        Folder of `sdn calibrate` or `sdn tune`, or its file: one for all traces, or one each. Without it one is chosen
+        on half of the rows, and the page is about the other half.
+    bench
+        Folder of `sdn bench`, or its file: one for all traces, or one each.
+    names
+        What to call the traces.
+    title
+        The page's title.
+    images
+        The rows of the first trace, to be looked at one by one: the data that `sdn collect` was given.
+    split
+        The part of the images to read.
+    size
+        Height and width to which images are resized.
+    limit
+        Use so many images, spread evenly.
+    half
+        The half of the images that was collected.
+    sdn_dir
+        Folder of `sdn train`: names of classes, and maps of where each exit looked.
+    thumbnails
+        Samples shown at most.
+    heats
+        Samples with maps of where each exit looked; needs SDN_DIR and the extra explain.
+    """
+    from shallowdeep import report_verbs
+    from shallowdeep.verbs import DataChoice
+
+    rows = DataChoice(source=images, split=split, size=size, limit=limit, half=half) if images is not None else None
+    return report_verbs.report_verb(
+        traces,
+        out,
+        policies=policy,
+        benches=bench,
+        names=names,
+        title=title,
+        images=rows,
+        sdn_dir=sdn_dir,
+        thumbnails=thumbnails,
+        heats=heats,
+    )
+
+
+DOORS: tuple[Callable[..., dict[str, Any]], ...] = (report,)
