@@ -18,14 +18,17 @@ HEIGHT = 250
 CLASSES = 20
 """So many classes are drawn; the table shows all."""
 FLOW = {"goes on": WALKING, "leaves, right": RIGHT, "leaves, wrong": WRONG}
-PERCENT = ".0%"
+PERCENT, SHORT = ".0%", ".1f"
+LEAST = 20
+"""Rows that a bin must have to be drawn."""
+LINK = "#edf1f3"
 
 
 def exits_chart(rows: Sequence[Row], accuracy: Span) -> Any:
     """Accuracy of every exit over what reaching it costs."""
     alt = altair()
     base = alt.Chart(_data(rows)).encode(
-        x=alt.X("cost:Q", title="cost of stopping there (whole network = 1)", scale=alt.Scale(domainMin=0)),
+        x=_cost("cost of stopping there (whole network = 1)"),
         y=_share("accuracy:Q", "accuracy", accuracy),
         tooltip=["exit:N", "name:N", alt.Tooltip("accuracy:Q", format=".2%"), alt.Tooltip("cost:Q", format=".3f")],
     )
@@ -47,7 +50,7 @@ def tradeoff_chart(found: Tradeoff, exits: Sequence[Row], chosen: Row, accuracy:
     marks = [{**row, "what": "everything stops at one exit"} for row in exits[:-1]]
     marks += [full, {**chosen, "what": "the chosen policy"}]
     encoded = {
-        "x": alt.X("cost:Q", title="mean cost (whole network = 1)", scale=alt.Scale(domainMin=0)),
+        "x": _cost("mean cost (whole network = 1)"),
         "y": _share("accuracy:Q", "accuracy", accuracy, ".1%"),
     }
     families = [curve.family for curve in found.curves]
@@ -58,9 +61,9 @@ def tradeoff_chart(found: Tradeoff, exits: Sequence[Row], chosen: Row, accuracy:
     )
     kinds = ["everything stops at one exit", "full network", "the chosen policy", "where the slider is"]
     shaped = alt.Shape("what:N", scale=alt.Scale(domain=kinds, range=["square", "cross", "diamond", "triangle-up"]))
-    inked = alt.Color("what:N", scale=alt.Scale(domain=kinds, range=[INKS[2], TEXT, WRONG, INKS[4]]))
-    dots = alt.Chart(_data(marks)).mark_point(clip=True, filled=True, opacity=1, size=90, stroke="white", strokeWidth=1)
-    now = alt.Chart(_data([], "now")).mark_point(clip=True, filled=True, opacity=1, size=130, stroke="white", strokeWidth=1)
+    inked = alt.Color("what:N", scale=alt.Scale(domain=kinds, range=["#a9b5ba", TEXT, INKS[1], INKS[4]]))
+    dots = alt.Chart(_data(marks)).mark_point(clip=True, filled=True, opacity=1, size=150, stroke="white", strokeWidth=1)
+    now = alt.Chart(_data([], "now")).mark_point(clip=True, filled=True, opacity=1, size=170, stroke="white", strokeWidth=1)
     drawn = [chart.encode(**encoded, shape=shaped, color=inked) for chart in (dots, now)]
     return _sized(alt.layer(lines, *drawn).resolve_scale(shape="shared", color="shared"))
 
@@ -83,8 +86,13 @@ def flow_chart(rows: Sequence[Row]) -> Any:
     )
     links = (
         alt.Chart(_data(flow_links(rows), "links"))
-        .mark_bar(opacity=0.55)
-        .encode(x=alt.X("exit:N", sort=order, bandPosition=1, title="exit"), x2=alt.X2("next:N", bandPosition=0), **encoded)
+        .mark_bar(color=LINK)
+        .encode(
+            x=alt.X("exit:N", sort=order, bandPosition=1, title="exit"),
+            x2=alt.X2("next:N", bandPosition=0),
+            y=encoded["y"],
+            y2="high:Q",
+        )
     )
     return _sized(alt.layer(links, bars))
 
@@ -106,11 +114,27 @@ def flow_links(rows: Sequence[Row]) -> list[Row]:
     return [{"exit": a["exit"], "next": b["exit"], "part": "goes on", "low": 0.0, "high": a["on"]} for a, b in pairs]
 
 
-def overthinking_chart(rows: Sequence[Row]) -> Any:
-    """Per exit: right so far, right here, right here but wrong at the end."""
-    kinds = {"right at some exit so far": "so_far", "right at this exit": "accuracy", "right here, wrong at the end": "spoiled"}
+def overthinking_chart(rows: Sequence[Row], span: Span) -> Any:
+    """Per exit: right so far, and right here."""
+    kinds = {"right at some exit so far": "so_far", "right at this exit": "accuracy"}
     long = [{"exit": row["exit"], "what": what, "share": row[key]} for what, key in kinds.items() for row in rows]
-    return _lines(long, "exit:O", "exit", "share:Q", "share of rows", (0.0, 1.0), sort=[row["exit"] for row in rows])
+    return _lines(long, "exit:O", "exit", "share:Q", "share of rows", span, sort=[row["exit"] for row in rows])
+
+
+def spoiled_chart(rows: Sequence[Row]) -> Any:
+    """Per exit but the full one: the share of rows that are right there and wrong at the end."""
+    alt = altair()
+    shown = [row for row in rows if row["exit"] != "full"]
+    bars = (
+        alt.Chart(_data(shown))
+        .mark_bar(color=WRONG, stroke=INKS[1], strokeWidth=1, width={"band": 0.6})
+        .encode(
+            x=alt.X("exit:N", sort=[row["exit"] for row in shown], title="exit"),
+            y=alt.Y("spoiled:Q", title="right here, wrong at the end", axis=alt.Axis(format=".1%", tickCount=5)),
+            tooltip=["exit:N", alt.Tooltip("spoiled:Q", format=".2%")],
+        )
+    )
+    return _sized(bars)
 
 
 def wasteful_chart(rows: Sequence[Row]) -> Any:
@@ -183,7 +207,7 @@ def reliability_chart(rows: Sequence[Row], labels: Sequence[str]) -> Any:
     last = len(labels) - 1
     chosen = list(dict.fromkeys(labels[place] for place in (0, last // 3, 2 * last // 3, last)))
     called = {label: "full network" if label == "full" else f"exit {label}" for label in chosen}
-    long = [{**row, "what": called[row["exit"]]} for row in rows if row["exit"] in called and row["rows"] >= 5]
+    long = [{**row, "what": called[row["exit"]]} for row in rows if row["exit"] in called and row["rows"] >= LEAST]
     honest = alt.Chart(_data([{"confidence": v, "accuracy": v} for v in (0, 1)])).mark_line(color=INKS[2], strokeWidth=1)
     honest = honest.encode(x="confidence:Q", y="accuracy:Q")
     drawn = _lines(long, "confidence:Q", "confidence", "accuracy:Q", "accuracy", (0.0, 1.0), kinds=list(called.values()))
@@ -257,10 +281,13 @@ def _lines(
     )
     if len(rows) > 20 * len(kinds):
         return _sized(lines)
+    flat = alt.Legend(symbolStrokeWidth=0)  # dashes would fray the shapes in the legend
+    lines.encoding.color.legend = lines.encoding.strokeDash.legend = flat
     shapes = ["circle", "square", "triangle-up", "diamond", "cross"][: len(kinds)]
     dots = base.mark_point(filled=True, size=50, opacity=1).encode(
-        shape=alt.Shape("what:N", scale=alt.Scale(domain=kinds, range=shapes))
+        shape=alt.Shape("what:N", legend=flat, scale=alt.Scale(domain=kinds, range=shapes))
     )
+    dots.encoding.color.legend = flat
     return _sized(lines + dots)
 
 
@@ -272,6 +299,11 @@ def _classes(shown: Sequence[Row]) -> Any:
     alt = altair()
     axis = alt.Axis(labelLimit=110, grid=False)
     return alt.Y("class:N", sort=[row["class"] for row in shown], title=None, axis=axis)
+
+
+def _cost(title: str) -> Any:
+    alt = altair()
+    return alt.X("cost:Q", title=title, scale=alt.Scale(domainMin=0), axis=alt.Axis(format=SHORT, tickCount=6))
 
 
 def _share(field: str, title: str, span: Span | None, format: str = PERCENT, *, axis: str = "y") -> Any:

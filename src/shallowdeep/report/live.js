@@ -100,8 +100,7 @@ const report = (() => {
   const views = [];
   const drawn = [...document.querySelectorAll(".chart")].map(async (place) => {
     const spec = specs[Number(place.dataset.chart)];
-    const made = await vegaEmbed(place, spec, { ast: true, mode: "vega", actions: false, renderer: "svg", tooltip: false, defaultStyle: false });
-    made.view.logLevel(0);
+    const made = await vegaEmbed(place, spec, { ast: true, mode: "vega", actions: false, renderer: "svg", tooltip: false, defaultStyle: false, logLevel: 1 });
     views.push({ view: made.view, live: place.dataset.live, trace: Number(place.dataset.trace) });
   });
   const fixedRisks = new Map();
@@ -154,9 +153,9 @@ const report = (() => {
     const at = levelAt(Number(slider.value));
     outcomes = traces.map((trace) => moved ? walk(trace, at) : chosen(trace));
     const found = traces.map((trace, i) => figures(trace, outcomes[i]));
-    const name = at === NEVER ? "never" : sureness(at);
+    const name = at === NEVER ? "nobody leaves early" : `${sureness(at)} confidence`;
     say(level, moved ? name : null);
-    slider.setAttribute("aria-valuetext", moved ? (at === NEVER ? "nobody leaves early" : `confidence ${name}`) : "the chosen policy");
+    slider.setAttribute("aria-valuetext", moved ? name : "the chosen policy");
     say(rule, moved ? "The plain confidence rule: one threshold for all exits, not the chosen policy." : null);
     reset.disabled = !moved;
     document.body.classList.toggle("moved", moved);

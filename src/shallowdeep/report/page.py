@@ -224,12 +224,14 @@ class _Writer:
         cells = [(row["class"], f"{row['rows']:,}", *(percent(row[name]) for name in shares)) for row in classes]
         head = ("class", "rows", "wasteful", "destructive", "full network wrong", "policy wrong")
         by_class = Table(title="The numbers, per class", head=head, rows=tuple(cells))
+        span = _span([row["accuracy"] for mine in self.rows.values() for row in mine])
         drawn = [
-            self.chart(charts.overthinking_chart(rows), "Right so far, right here and spoiled, per exit", title="Per exit"),
+            self.chart(charts.overthinking_chart(rows, span), "Right so far and right here, per exit", title="Wasteful, per exit"),
+            self.chart(charts.spoiled_chart(rows), "Right here and wrong at the end, per exit", title="Destructive, per exit"),
+            self.chart(charts.wasteful_chart(classes), "Right before the end, per class", title="Wasteful, per class"),
             self.chart(
                 charts.destructive_chart(classes), "Errors, and errors that were right earlier", title="Destructive, per class"
             ),
-            self.chart(charts.wasteful_chart(classes), "Right before the end, per class", title="Wasteful, per class"),
         ]
         caption = f"{words.on_overthinking(one)} {words.on_classes(classes, min(charts.CLASSES, len(classes)))}"
         return _said(caption, drawn, by_exit, by_class)

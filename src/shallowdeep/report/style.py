@@ -10,7 +10,7 @@ from typing import Any
 
 from shallowdeep.types import MissingExtra
 
-INKS = ["#0b4f6c", "#d9722e", "#7f8c8d", "#b8860b", "#6c3483"]
+INKS = ["#0b4f6c", "#d9722e", "#67757c", "#b8860b", "#6c3483"]
 RIGHT, WRONG, WALKING, TEXT, FAINT = INKS[0], "#eda15f", "#d7dfe3", "#1d2b33", "#e6eaec"
 DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [1, 3]]
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
@@ -43,6 +43,8 @@ CONFIG = {
         "columns": 1,
         "rowPadding": 3,
         "offset": 10,
+        "symbolOpacity": 1,
+        "layout": {"bottom": {"direction": "vertical", "anchor": "start"}},
     },
     "title": {"anchor": "start", "fontSize": 13, "color": TEXT},
     "range": {"category": INKS},

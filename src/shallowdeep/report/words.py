@@ -122,7 +122,7 @@ def on_tradeoff(facts: Facts) -> str:
     words += f"{percent(found.harm, 2)} of the rows are right at the end and wrong where they stop. "
     record = facts.policy.calibrated_on
     note = record.info.get("note") if record is not None else None
-    return f"{words}{note}" if note else f"{words}The policy carries no certificate."
+    return f"{words}Its record says: {note}" if note else f"{words}The policy carries no certificate."
 
 
 def on_flow(facts: Facts, rows: Sequence[Row]) -> str:
