@@ -48,7 +48,7 @@ def report_verb(
     measured = _one_each(benches, len(traces), "--bench")
     data = images.read() if images is not None else None
     class_names = data.class_names if data is not None else _class_names(sdn_dir)
-    found = []
+    found: list[Facts] = []
     for path, policy, bench, name in zip(traces, given, measured, named, strict=True):
         trace = Trace.load(_inside(path, "trace.safetensors"))
         if data is not None and not found:
@@ -57,7 +57,9 @@ def report_verb(
         facts = facts_of(trace, _policy(policy), name=name, class_names=fits, bench=_bench(bench))
         found.append(facts)
     explorer = _explorer(found, data, sdn_dir, thumbnails, heats) if data is not None else None
-    page = page_of(found, title=title or " and ".join(named), made=_made(traces, given, benches, images), explorer=explorer)
+    page = page_of(
+        found, title=title or ", ".join(named), made=_made(traces, given, benches, images), explorer=explorer
+    )
     write_text(out, page)
     shown = found[0].evaluation
     return {
@@ -81,7 +83,8 @@ def _inside(path: Path, name: str) -> Path:
 def _one_each(paths: Sequence[Path], traces: int, option: str) -> list[Path | None]:
     if len(paths) not in (0, 1, traces):
         raise ValueError(f"{option} was given {len(paths)} times for {traces} traces: give one for all, or one each.")
-    return [None] * traces if not paths else list(paths) * (traces if len(paths) == 1 else 1)
+    found: list[Path | None] = [*paths] or [None]
+    return found * (traces if len(found) == 1 else 1)
 
 
 def _names(traces: Sequence[Path], names: Sequence[str]) -> list[str]:
@@ -117,9 +120,7 @@ def _same_rows(trace: Trace, data: Dataset, path: Path) -> None:
         raise DataError(f"{found}: give the data, split, half and limit that `sdn collect` was given.")
 
 
-def _explorer(
-    found: Sequence[Facts], data: Dataset, sdn_dir: Path | None, thumbnails: int, heats: int
-) -> Explorer:
+def _explorer(found: Sequence[Facts], data: Dataset, sdn_dir: Path | None, thumbnails: int, heats: int) -> Explorer:
     facts = found[0]
     kept = kept_rows(facts, len(found))
     chosen_G = _gallery(facts, kept, thumbnails)
@@ -129,7 +130,9 @@ def _explorer(
     top, share = top_three(facts, kept[chosen_G])
     heat = _heat(facts, data, sdn_dir, kept, chosen_G, heats) if sdn_dir is not None and heats else {}
     how = f"{len(chosen_G):,} of {facts.trace.num_samples:,} rows"
-    how += "" if len(chosen_G) == facts.trace.num_samples else ": every error and oddity first, then others, spread evenly"
+    how += (
+        "" if len(chosen_G) == facts.trace.num_samples else ": every error and oddity first, then others, spread evenly"
+    )
     how += f". Click a sample, or press Enter, to see what each exit says of it{' and where it looks' if heat else ''}."
     return Explorer(
         how=f"{how} The slider above moves where samples stop.",
@@ -176,13 +179,13 @@ def _spread(rows: Tensor, count: int) -> Tensor:
     return rows[torch.arange(count) * len(rows) // max(count, 1)]
 
 
-def _heat(
-    facts: Facts, data: Dataset, sdn_dir: Path, kept: Tensor, chosen_G: Tensor, heats: int
-) -> dict[str, str]:
+def _heat(facts: Facts, data: Dataset, sdn_dir: Path, kept: Tensor, chosen_G: Tensor, heats: int) -> dict[str, str]:
     """Where every exit looked, for so many of the rows shown: destructive ones first, then the most confused."""
     sdn, preprocessing = load_sdn(sdn_dir)
     if sdn.num_exits > facts.trace.num_exits:
-        raise DataError(f"{sdn_dir} has {sdn.num_exits} exits, the trace {facts.trace.num_exits}: they do not belong together.")
+        raise DataError(
+            f"{sdn_dir} has {sdn.num_exits} exits, the trace {facts.trace.num_exits}: they do not belong together."
+        )
     rows_G = kept[chosen_G]
     score_G = facts.confusion_N[rows_G].nan_to_num(nan=0.0) + 1e6 * facts.destructive_N[rows_G]
     picked = score_G.argsort(descending=True, stable=True)[:heats].sort().values
@@ -193,7 +196,9 @@ def _heat(
     return {str(g): eights(one) for g, one in zip(picked.tolist(), found, strict=True)}
 
 
-def _made(traces: Sequence[Path], policies: Sequence[Path | None], benches: Sequence[Path], images: DataChoice | None) -> str:
+def _made(
+    traces: Sequence[Path], policies: Sequence[Path | None], benches: Sequence[Path], images: DataChoice | None
+) -> str:
     parts = [f"sdn report {' '.join(path.name for path in traces)}"]
     parts += [f"policy {path.name}" for path in dict.fromkeys(policies) if path is not None]
     parts += [f"bench {path.name}" for path in benches]

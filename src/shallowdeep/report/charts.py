@@ -7,10 +7,11 @@ parts of an expression. Charts that follow the slider name the data that the pag
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from shallowdeep.calibration import Tradeoff
-from shallowdeep.report.facts import Row
+from shallowdeep.report.numbers import Row
 from shallowdeep.report.style import DASHES, INKS, RIGHT, TEXT, WALKING, WRONG, altair
 
 Span = tuple[float, float]
@@ -24,11 +25,11 @@ LEAST = 20
 LINK = "#edf1f3"
 
 
-def exits_chart(rows: Sequence[Row], accuracy: Span) -> Any:
+def exits_chart(rows: Sequence[Row], accuracy: Span, most: float) -> Any:
     """Accuracy of every exit over what reaching it costs."""
     alt = altair()
     base = alt.Chart(_data(rows)).encode(
-        x=_cost("cost of stopping there (whole network = 1)"),
+        x=_cost("cost of stopping there (whole network = 1)", most),
         y=_share("accuracy:Q", "accuracy", accuracy),
         tooltip=["exit:N", "name:N", alt.Tooltip("accuracy:Q", format=".2%"), alt.Tooltip("cost:Q", format=".3f")],
     )
@@ -38,7 +39,7 @@ def exits_chart(rows: Sequence[Row], accuracy: Span) -> Any:
     return _sized(line + dots + names)
 
 
-def tradeoff_chart(found: Tradeoff, exits: Sequence[Row], chosen: Row, accuracy: Span) -> Any:
+def tradeoff_chart(found: Tradeoff, exits: Sequence[Row], chosen: Row, accuracy: Span, most: float) -> Any:
     """Accuracy over mean cost: curves of thresholds, networks cut at one exit, the full network, the chosen policy."""
     alt = altair()
     curves = [
@@ -50,7 +51,7 @@ def tradeoff_chart(found: Tradeoff, exits: Sequence[Row], chosen: Row, accuracy:
     marks = [{**row, "what": "everything stops at one exit"} for row in exits[:-1]]
     marks += [full, {**chosen, "what": "the chosen policy"}]
     encoded = {
-        "x": _cost("mean cost (whole network = 1)"),
+        "x": _cost("mean cost (whole network = 1)", most),
         "y": _share("accuracy:Q", "accuracy", accuracy, ".1%"),
     }
     families = [curve.family for curve in found.curves]
@@ -62,8 +63,12 @@ def tradeoff_chart(found: Tradeoff, exits: Sequence[Row], chosen: Row, accuracy:
     kinds = ["everything stops at one exit", "full network", "the chosen policy", "where the slider is"]
     shaped = alt.Shape("what:N", scale=alt.Scale(domain=kinds, range=["square", "cross", "diamond", "triangle-up"]))
     inked = alt.Color("what:N", scale=alt.Scale(domain=kinds, range=["#a9b5ba", TEXT, INKS[1], INKS[4]]))
-    dots = alt.Chart(_data(marks)).mark_point(clip=True, filled=True, opacity=1, size=150, stroke="white", strokeWidth=1)
-    now = alt.Chart(_data([], "now")).mark_point(clip=True, filled=True, opacity=1, size=170, stroke="white", strokeWidth=1)
+    dots = alt.Chart(_data(marks)).mark_point(
+        clip=True, filled=True, opacity=1, size=150, stroke="white", strokeWidth=1
+    )
+    now = alt.Chart(_data([], "now")).mark_point(
+        clip=True, filled=True, opacity=1, size=170, stroke="white", strokeWidth=1
+    )
     drawn = [chart.encode(**encoded, shape=shaped, color=inked) for chart in (dots, now)]
     return _sized(alt.layer(lines, *drawn).resolve_scale(shape="shared", color="shared"))
 
@@ -77,7 +82,7 @@ def flow_chart(rows: Sequence[Row]) -> Any:
         "y2": "high:Q",
         "color": alt.Color("part:N", scale=alt.Scale(domain=list(FLOW), range=list(FLOW.values()))),
     }
-    x = alt.X("exit:N", sort=order, title="exit", scale=alt.Scale(domain=order, paddingInner=0.45, paddingOuter=0.15))
+    x = _place("exit:N", order, title="exit", padding=0.45)
     shares = alt.Tooltip("share:Q", format=".1%")
     bars = (
         alt.Chart(_data(flow_parts(rows), "flow"))
@@ -88,7 +93,7 @@ def flow_chart(rows: Sequence[Row]) -> Any:
         alt.Chart(_data(flow_links(rows), "links"))
         .mark_bar(color=LINK)
         .encode(
-            x=alt.X("exit:N", sort=order, bandPosition=1, title="exit"),
+            x=x.bandPosition(1),
             x2=alt.X2("next:N", bandPosition=0),
             y=encoded["y"],
             y2="high:Q",
@@ -110,8 +115,10 @@ def flow_parts(rows: Sequence[Row]) -> list[Row]:
 
 def flow_links(rows: Sequence[Row]) -> list[Row]:
     """The stream between neighbouring exits."""
-    pairs = zip(rows, rows[1:], strict=False)
-    return [{"exit": a["exit"], "next": b["exit"], "part": "goes on", "low": 0.0, "high": a["on"]} for a, b in pairs]
+    return [
+        {"exit": a["exit"], "next": b["exit"], "part": "goes on", "low": 0.0, "high": a["on"]}
+        for a, b in pairwise(rows)
+    ]
 
 
 def overthinking_chart(rows: Sequence[Row], span: Span) -> Any:
@@ -129,7 +136,7 @@ def spoiled_chart(rows: Sequence[Row]) -> Any:
         alt.Chart(_data(shown))
         .mark_bar(color=WRONG, stroke=INKS[1], strokeWidth=1, width={"band": 0.6})
         .encode(
-            x=alt.X("exit:N", sort=[row["exit"] for row in shown], title="exit"),
+            x=_place("exit:N", [row["exit"] for row in shown], title="exit"),
             y=alt.Y("spoiled:Q", title="right here, wrong at the end", axis=alt.Axis(format=".1%", tickCount=5)),
             tooltip=["exit:N", alt.Tooltip("spoiled:Q", format=".2%")],
         )
@@ -198,7 +205,9 @@ def confusion_chart(rows: Sequence[Row]) -> Any:
 
 def risk_chart(rows: Sequence[Row]) -> Any:
     """Errors among the answers kept, over the share kept."""
-    return _lines(rows, "coverage:Q", "share of rows answered, surest first", "risk:Q", "errors among them", None, name="risk")
+    return _lines(
+        rows, "coverage:Q", "share of rows answered, surest first", "risk:Q", "errors among them", None, name="risk"
+    )
 
 
 def reliability_chart(rows: Sequence[Row], labels: Sequence[str]) -> Any:
@@ -208,9 +217,13 @@ def reliability_chart(rows: Sequence[Row], labels: Sequence[str]) -> Any:
     chosen = list(dict.fromkeys(labels[place] for place in (0, last // 3, 2 * last // 3, last)))
     called = {label: "full network" if label == "full" else f"exit {label}" for label in chosen}
     long = [{**row, "what": called[row["exit"]]} for row in rows if row["exit"] in called and row["rows"] >= LEAST]
-    honest = alt.Chart(_data([{"confidence": v, "accuracy": v} for v in (0, 1)])).mark_line(color=INKS[2], strokeWidth=1)
+    honest = alt.Chart(_data([{"confidence": v, "accuracy": v} for v in (0, 1)])).mark_line(
+        color=INKS[2], strokeWidth=1
+    )
     honest = honest.encode(x="confidence:Q", y="accuracy:Q")
-    drawn = _lines(long, "confidence:Q", "confidence", "accuracy:Q", "accuracy", (0.0, 1.0), kinds=list(called.values()))
+    drawn = _lines(
+        long, "confidence:Q", "confidence", "accuracy:Q", "accuracy", (0.0, 1.0), kinds=list(called.values())
+    )
     return _sized(alt.layer(honest, drawn))
 
 
@@ -223,7 +236,7 @@ def honesty_chart(rows: Sequence[Row]) -> Any:
         alt.Chart(_data(long))
         .mark_bar(color=INKS[0], width={"band": 0.6})
         .encode(
-            x=alt.X("exit:N", sort=order, title="exit"),
+            x=_place("exit:N", order, title="exit"),
             y=alt.Y("gap:Q", title="mean confidence − accuracy", axis=alt.Axis(format="+.1%")),
             tooltip=["exit:N", alt.Tooltip("gap:Q", format="+.2%"), alt.Tooltip("ece:Q", format=".2%")],
         )
@@ -247,7 +260,7 @@ def milliseconds_chart(rows: Sequence[Row]) -> Any:
         .mark_point(filled=True, size=100, opacity=1)
         .encode(
             x=alt.X("ms:Q", title="milliseconds per row", scale=alt.Scale(domainMin=0)),
-            y=alt.Y("where:N", sort=order, title=None, axis=alt.Axis(grid=True)),
+            y=alt.Y("where:N", sort=None, title=None, axis=alt.Axis(grid=True), scale=alt.Scale(domain=order)),
             tooltip=["where:N", "what:N", alt.Tooltip("ms:Q", format=".3f")],
             **scales,
         )
@@ -272,7 +285,7 @@ def _lines(
     kinds = list(kinds) or list(dict.fromkeys(row["what"] for row in rows))
     scale = {"domain": kinds, "range": INKS[: len(kinds)]}
     base = alt.Chart(_data(rows, name)).encode(
-        x=alt.X(x, title=x_title, sort=sort, **({} if sort else {"axis": alt.Axis(format=PERCENT)})),
+        x=_place(x, sort, title=x_title) if sort else alt.X(x, title=x_title, axis=alt.Axis(format=PERCENT)),
         y=_share(y, y_title, span),
         color=alt.Color("what:N", scale=alt.Scale(**scale)),
     )
@@ -291,19 +304,25 @@ def _lines(
     return _sized(lines + dots)
 
 
+def _place(field: str, order: Sequence[str], *, title: str, padding: float = 0.1) -> Any:
+    """Places along x in a given order: by a domain, which is data; of a list to sort by Vega-Lite makes code."""
+    alt = altair()
+    return alt.X(field, sort=None, title=title, scale=alt.Scale(domain=list(order), paddingInner=padding))
+
+
 def _worst(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: -row["destructive"])[:CLASSES]
 
 
 def _classes(shown: Sequence[Row]) -> Any:
     alt = altair()
-    axis = alt.Axis(labelLimit=110, grid=False)
-    return alt.Y("class:N", sort=[row["class"] for row in shown], title=None, axis=axis)
+    axis, names = alt.Axis(labelLimit=110, grid=False), [row["class"] for row in shown]
+    return alt.Y("class:N", sort=None, title=None, axis=axis, scale=alt.Scale(domain=names))
 
 
-def _cost(title: str) -> Any:
+def _cost(title: str, most: float) -> Any:
     alt = altair()
-    return alt.X("cost:Q", title=title, scale=alt.Scale(domainMin=0), axis=alt.Axis(format=SHORT, tickCount=6))
+    return alt.X("cost:Q", title=title, scale=alt.Scale(domain=[0, most]), axis=alt.Axis(format=SHORT, tickCount=6))
 
 
 def _share(field: str, title: str, span: Span | None, format: str = PERCENT, *, axis: str = "y") -> Any:

@@ -48,7 +48,7 @@ def kept_rows(facts: Facts, traces: int) -> Tensor:
 
 
 def packed(facts: Facts, kept: Tensor) -> dict[str, Any]:
-    """The rows ``kept`` for the script: answers and steps per exit, truth, and what the chosen policy does with them."""
+    """The rows ``kept`` for the script: answers and steps per exit, truth, and what the chosen policy does."""
     trace, outcome = facts.trace, facts.outcome
     asked = facts.policy.asks(trace.num_exits, trace.full_exit)
     said = facts.said_EN[:, kept]

@@ -23,7 +23,7 @@
 
   /* ---- what is shown */
   const options = (id, pairs) => { for (const [value, text] of pairs) { const option = make("option", "", text); option.value = value; by(id).append(option); } };
-  const kinds = [["all", "all samples"], ["wasteful", "overthought, wasteful: right before the end"], ["destructive", "overthought, destructive: right earlier, wrong at the end"],
+  const kinds = [["all", "all samples"], ["wasteful", "wasteful: right before the end"], ["destructive", "destructive: right earlier, wrong at the end"],
     ["first", "only the first exit right"], ["confused", "most confused twentieth"]];
   if (Object.keys(data.heat).length) kinds.push(["heat", "with maps of where exits looked"]);
   options("by-kind", kinds);
@@ -133,7 +133,7 @@
     const veil = document.createElement("canvas");
     veil.width = veil.height = data.grid;
     const dots = veil.getContext("2d").createImageData(data.grid, data.grid);
-    heat.forEach((value, i) => { dots.data[4 * i + 3] = Math.round(215 * (1 - value / 255)); });
+    heat.forEach((value, i) => { dots.data[4 * i + 3] = Math.round(170 * (1 - value / 255)); });
     veil.getContext("2d").putImageData(dots, 0, 0);
     pen.drawImage(veil, 0, 0, canvas.width, canvas.height);
   };
@@ -152,7 +152,7 @@
   };
   const fillSample = () => {
     const g = shown[opened], n = rows[g], stop = outcome.exit[n], right = outcome.right[n] === 1;
-    by("sample-title").textContent = `${className(trace.truth[n])}: answered “${className(outcome.answer[n])}” at ${exitName(stop)} ${right ? "✓" : "✗"}`;
+    by("sample-title").textContent = `${className(trace.truth[n])}: answered “${className(outcome.answer[n])}” at ${exitName(stop).replace("full", "the full")} ${right ? "✓" : "✗"}`;
     const picture = by("picture");
     picture.setAttribute("aria-label", `Row ${data.numbers[g]}, ${className(trace.truth[n])}`);
     paint(picture, g, 432);

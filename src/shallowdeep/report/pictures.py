@@ -84,6 +84,6 @@ def looks(sdn: ShallowDeepNetwork, inputs: Inputs) -> Tensor:
             tokens = heat.shape[1]
             side = math.isqrt(tokens)
             heat = heat[:, tokens - side * side :] if tokens - side * side <= 1 else heat
-            heat = heat.unflatten(1, (side, side)) if heat.shape[1] == side * side else heat[:, None]
+            heat = heat.reshape(-1, side, side) if heat.shape[1] == side * side else heat[:, None]
         found.append((enlarged(heat, (GRID, GRID)) * 255).round().to(torch.uint8))
     return torch.stack(found, 1)

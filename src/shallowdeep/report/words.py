@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shallowdeep.policies import Confidence, Fixed, Policy
-from shallowdeep.report.facts import Facts, Row
+from shallowdeep.report.facts import Facts
+from shallowdeep.report.numbers import Row
 
 Part = tuple[str, str]
 """A piece of a sentence and the name under which the page's script keeps it up to date ("" for fixed words)."""
@@ -130,10 +131,13 @@ def on_flow(facts: Facts, rows: Sequence[Row]) -> str:
     most = max(rows, key=lambda row: row["right"] + row["wrong"])
     end = rows[facts.trace.full_exit]
     early = 1 - end["arrive"]
-    words = f"{percent(early, 0)} of the rows never reach the full network; most leave at {_called(most['exit']).lower()}. "
+    words = (
+        f"{percent(early, 0)} of the rows never reach the full network; most leave at {_called(most['exit']).lower()}. "
+    )
     leaving = [row for row in rows if row["accuracy"] is not None]
     worst = min(leaving, key=lambda row: row["accuracy"])
-    return f"{words}The answers given at {_called(worst['exit']).lower()} are the least reliable: {percent(worst['accuracy'])} right."
+    words += f"The answers given at {_called(worst['exit']).lower()} are the least reliable: "
+    return f"{words}{percent(worst['accuracy'])} right."
 
 
 def on_overthinking(facts: Facts) -> str:
@@ -151,7 +155,8 @@ def on_classes(rows: Sequence[Row], shown: int) -> str:
     kept = f" The {shown} classes with the largest share of {len(rows)} are drawn." if shown < len(rows) else ""
     if worst["destructive"] == 0:
         return f"No class loses answers that an earlier exit had right.{kept}"
-    words = f"Thinking on harms “{worst['class']}” most: {percent(worst['destructive'])} of its rows were right earlier, "
+    words = f"Thinking on harms “{worst['class']}” most: {percent(worst['destructive'])} of its rows were right "
+    words += "earlier, "
     return f"{words}of {percent(worst['errors'])} that the full network gets wrong.{kept}"
 
 
@@ -169,11 +174,14 @@ def on_confusion(facts: Facts) -> str:
 def on_risks(rows: Sequence[Row]) -> str:
     """Risk against coverage."""
     curves = list(dict.fromkeys(row["what"] for row in rows))
+
     def at(what: str, coverage: float) -> float:
         mine = [row for row in rows if row["what"] == what]
         return float(min(mine, key=lambda row: abs(row["coverage"] - coverage))["risk"])
 
-    words = f"Declining the least sure fifth of the rows takes the full network's errors from {percent(at(curves[0], 1))}"
+    words = (
+        f"Declining the least sure fifth of the rows takes the full network's errors from {percent(at(curves[0], 1))}"
+    )
     words += f" to {percent(at(curves[0], 0.8))} by confidence and to {percent(at(curves[1], 0.8))} by confusion; "
     return f"{words}the early answers' from {percent(at(curves[2], 1))} to {percent(at(curves[2], 0.8))}."
 
@@ -183,7 +191,8 @@ def on_reliability(facts: Facts, rows: Sequence[Row]) -> str:
     worst = max(rows, key=lambda row: row["ece"])
     gap = worst["sure"] - worst["accuracy"]
     words = f"{_called(worst['exit'])} is furthest from honest: it claims {percent(worst['sure'])} and is right about "
-    words += f"{percent(worst['accuracy'])} ({'over' if gap > 0 else 'under'}-confident, calibration error {percent(worst['ece'])}). "
+    words += f"{percent(worst['accuracy'])} ({'over' if gap > 0 else 'under'}-confident, "
+    words += f"calibration error {percent(worst['ece'])}). "
     end = rows[facts.trace.full_exit]
     return f"{words}The full network's calibration error is {percent(end['ece'])}."
 
