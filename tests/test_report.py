@@ -19,17 +19,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_model
 
 from oracle import softmax
 from shallowdeep.calibration import evaluate
+from shallowdeep.cuts import plan
+from shallowdeep.demo import SmallNet
+from shallowdeep.explain import enlarged, grad_cam
 from shallowdeep.files import FormatError
+from shallowdeep.network import attach, save
 from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Patience, to_json
 from shallowdeep.report import numbers, words
 from shallowdeep.report.compact import NOBODY, kept_rows, packed, steps_of, threshold_of, top_three
 from shallowdeep.report.facts import Facts, facts_of
 from shallowdeep.report.page import page_of
-from shallowdeep.report.pictures import COLUMNS, as_pictures, sheets_of
+from shallowdeep.report.pictures import COLUMNS, GRID, as_pictures, sheets_of
 from shallowdeep.report_verbs import report_verb
+from shallowdeep.runs import write_run
 from shallowdeep.types import DataError, Trace
 from shallowdeep.verbs import DataChoice
 
@@ -186,6 +192,15 @@ def test_the_certificate_is_the_record() -> None:
     assert ("note", "A bound: so it is.") in words.certificate(facts.policy)
     assert "A bound: so it is." in words.on_tradeoff(facts)
     assert "no certificate" in words.on_tradeoff(some_facts())
+
+
+def test_the_drop_comes_with_its_doubt() -> None:
+    facts = some_facts()
+    end = (facts.trace.logits_ENC[-1].argmax(1) == facts.trace.labels_N).tolist()
+    gaps = [float(a) - float(b) for a, b in zip(end, facts.answered_right_N.tolist(), strict=True)]
+    doubt = 1.96 * (np.var(gaps) / 300) ** 0.5
+    said = f"The drop is {100 * np.mean(gaps):.2f} points, give or take {100 * doubt:.2f} (95 %)"
+    assert said in words.on_tradeoff(facts)
 
 
 # ---------------------------------------------------------------- rows for the script
@@ -355,6 +370,41 @@ def test_the_verb_writes_a_page_with_an_explorer(tmp_path: Path) -> None:
     wrong = (~facts.right_EN[3]).nonzero().flatten().tolist()
     assert len(wrong) > 50 or set(wrong) <= set(data["numbers"])
     assert str(tmp_path) not in out.read_text("utf-8")
+
+
+def small_net(num_classes: int) -> SmallNet:
+    return SmallNet(width=4, depth=3, num_classes=num_classes)
+
+
+def test_maps_of_where_exits_looked_come_with_an_sdn(tmp_path: Path) -> None:
+    pytest.importorskip("captum")
+    torch.manual_seed(0)
+    net = small_net(5).eval()
+    save_model(net, str(tmp_path / "weights.safetensors"))
+    sdn = attach(net, plan(net, torch.zeros(2, 1, 8, 8), at=(0.5,)))
+    sdn.class_names = (*HOSTILE, "dog")
+    save(sdn, tmp_path)
+    half = {"mean": [0.5], "std": [0.5], "size": [8, 8]}
+    about = {"model": "test_report:small_net", "num_classes": 5, "preprocessing": half}
+    write_run(tmp_path, "train", about | {"weights": tmp_path / "weights.safetensors"}, {})
+    trace = a_trace(samples=60, exits=2)
+    trace.save(tmp_path / "trace.safetensors")
+    grey = np.random.default_rng(0).integers(0, 255, (60, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "rows.npz", images=grey, labels=trace.labels_N.numpy(), class_names=np.array(sdn.class_names))
+    out = tmp_path / "report.html"
+    report_verb([tmp_path], out, images=DataChoice(source=str(tmp_path / "rows.npz")), sdn_dir=tmp_path, heats=3)
+    data = json.loads(re.findall(r'id="explorer-data">(.*?)</script>', out.read_text("utf-8"), re.S)[0])
+    assert len(data["heat"]) == 3
+    for g, packed_heat in data["heat"].items():
+        row = data["numbers"][int(g)]
+        image = torch.from_numpy(grey[row : row + 1]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        wanted = torch.stack([enlarged(grad_cam(sdn.eval(), image, exit), (GRID, GRID))[0] for exit in range(2)])
+        heat = np.frombuffer(base64.b64decode(packed_heat), np.uint8).reshape(2, GRID, GRID) / 255
+        assert np.abs(heat - wanted.numpy()).max() < 0.01
+    fewer = a_trace(samples=60, exits=1)
+    fewer.save(tmp_path / "trace.safetensors")
+    with pytest.raises(DataError, match="do not belong together"):
+        report_verb([tmp_path], out, images=DataChoice(source=str(tmp_path / "rows.npz")), sdn_dir=tmp_path, heats=3)
 
 
 def test_bad_requests_are_one_sentence(tmp_path: Path) -> None:

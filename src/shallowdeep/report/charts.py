@@ -193,12 +193,17 @@ def confusion_chart(rows: Sequence[Row]) -> Any:
     kinds = ["right answers", "wrong answers"]
     base = alt.Chart(_data(long)).encode(
         x=alt.X("confusion:Q", title="confusion of the full network's answer"),
-        color=alt.Color("what:N", scale=alt.Scale(domain=kinds, range=[RIGHT, WRONG])),
+        color=alt.Color(
+            "what:N",
+            scale=alt.Scale(domain=kinds, range=[RIGHT, WRONG]),
+            legend=alt.Legend(symbolStrokeWidth=0, symbolType="square"),
+        ),
     )
     y = {"axis": alt.Axis(format=PERCENT), "stack": None, "title": "share of the right, of the wrong answers"}
     filled = base.mark_area(interpolate="step-after", opacity=0.35).encode(y=alt.Y("share:Q", **y))
     lined = base.mark_line(interpolate="step-after").encode(
-        y=alt.Y("share:Q", **y), strokeDash=alt.StrokeDash("what:N", scale=alt.Scale(domain=kinds, range=DASHES[:2]))
+        y=alt.Y("share:Q", **y),
+        strokeDash=alt.StrokeDash("what:N", scale=alt.Scale(domain=kinds, range=DASHES[:2]), legend=None),
     )
     return _sized(filled + lined)
 

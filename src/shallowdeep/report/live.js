@@ -179,7 +179,10 @@ const report = (() => {
   home();
   slider.setAttribute("aria-valuetext", "the chosen policy");
   const ready = Promise.all(drawn);
-  /* A container has another width on paper. */
-  addEventListener("beforeprint", () => { for (const details of document.querySelectorAll("figure details")) details.open = true; });
+  /* Paper shows all tables. */
+  const folded = () => [...document.querySelectorAll("figure details:not([open])")];
+  let unfolded = [];
+  addEventListener("beforeprint", () => { unfolded = folded(); for (const details of unfolded) details.open = true; });
+  addEventListener("afterprint", () => { for (const details of unfolded) details.open = false; });
   return { read, bytes, sixteen, percent, traces, walk, figures, levelAt, confidence, ready, views, now: () => outcomes[0], follow: (listener) => listeners.push(listener) };
 })();
