@@ -50,7 +50,7 @@ bench: .venv/dev
 REPORT ?= runs/report.html
 report: .venv/dev
 	$(SDN) report results/demo-cifar10 --policy results/demo-cifar10 $(if $(wildcard results/demo-cifar10/bench.json),--bench results/demo-cifar10) \
-	  --title "A public ResNet-56 on CIFAR-10" $(if $(DATA),--images $(DATA) --split test) --out $(REPORT)
+	  --class-names airplane automobile bird cat deer dog frog horse ship truck --title "A public ResNet-56 on CIFAR-10" $(if $(DATA),--images $(DATA) --split test) --out $(REPORT)
 
 clean:
 	rm -rf .venv runs demo-run build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

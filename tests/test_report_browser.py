@@ -145,8 +145,17 @@ def test_slider_filter_and_keyboard(browser: Any, cifar_report: Path) -> None:
     assert 0 < count < stopped
     assert "✗" in tab.text_content("#gallery button")
     tab.focus("#gallery button")
-    for key in ("ArrowRight", "ArrowDown", "Home", "ArrowRight", "Enter"):
+    at = "[...document.getElementById('gallery').children].indexOf(document.activeElement)"
+    for key, place in {
+        "ArrowRight": 1,
+        "ArrowLeft": 0,
+        "End": count - 1,
+        "Home": 0,
+        "ArrowDown": None,
+        "Enter": None,
+    }.items():
         tab.keyboard.press(key)
+        assert place is None or tab.evaluate(at) == place
     assert tab.evaluate("document.getElementById('sample').open")
     assert tab.locator("#depth li").count() == 10
     assert tab.locator("#depth li.here").count() == 1

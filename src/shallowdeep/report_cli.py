@@ -20,6 +20,7 @@ def report(
     policy: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative=())] = (),
     bench: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative=())] = (),
     names: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
+    class_names: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
     title: str = "",
     images: str | None = None,
     split: str | None = None,
@@ -45,6 +46,8 @@ def report(
         Folder of `sdn bench`, or its file: one for all traces, or one each.
     names
         What to call the traces.
+    class_names
+        What to call the classes; default: as the images or the network with its exits call them.
     title
         The page's title.
     images
@@ -74,6 +77,7 @@ def report(
         policies=policy,
         benches=bench,
         names=names,
+        class_names=class_names,
         title=title,
         images=rows,
         sdn_dir=sdn_dir,

@@ -36,6 +36,7 @@ def report_verb(
     policies: Sequence[Path] = (),
     benches: Sequence[Path] = (),
     names: Sequence[str] = (),
+    class_names: Sequence[str] = (),
     title: str = "",
     images: DataChoice | None = None,
     sdn_dir: Path | None = None,
@@ -47,13 +48,13 @@ def report_verb(
     given = _one_each(policies, len(traces), "--policy")
     measured = _one_each(benches, len(traces), "--bench")
     data = images.read() if images is not None else None
-    class_names = data.class_names if data is not None else _class_names(sdn_dir)
+    called = class_names or (data.class_names if data is not None else _class_names(sdn_dir))
     found: list[Facts] = []
     for path, policy, bench, name in zip(traces, given, measured, named, strict=True):
         trace = Trace.load(_inside(path, "trace.safetensors"))
         if data is not None and not found:
             _same_rows(trace, data, path)
-        fits = class_names if len(class_names) == trace.num_classes else ()
+        fits = called if not found or len(called) == trace.num_classes else ()
         facts = facts_of(trace, _policy(policy), name=name, class_names=fits, bench=_bench(bench))
         found.append(facts)
     explorer = _explorer(found, data, sdn_dir, thumbnails, heats) if data is not None else None
