@@ -332,7 +332,7 @@ def _cost(title: str, most: float) -> Any:
 
 def _share(field: str, title: str, span: Span | None, format: str = PERCENT, *, axis: str = "y") -> Any:
     alt = altair()
-    scale = alt.Scale(zero=False) if span is None else alt.Scale(domain=list(span), zero=False)
+    scale = alt.Scale(zero=axis == "x") if span is None else alt.Scale(domain=list(span), zero=False)
     channel = alt.Y if axis == "y" else alt.X
     return channel(field, title=title, axis=alt.Axis(format=format, tickCount=6), scale=scale)
 
