@@ -6,27 +6,63 @@ It refuses to do any work itself, and imports torch only inside a verb, so that 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from shallowdeep.choices import RUNS
 
+if TYPE_CHECKING:
+    from shallowdeep.verbs import DataChoice
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Which images to show.
+
+    Parameters
+    ----------
+    images
+        The rows of the first trace, to be looked at one by one: the data that `sdn collect` was given.
+    split
+        The part of the images to read.
+    size
+        Height and width to which images are resized.
+    limit
+        Use so many images, spread evenly.
+    half
+        The half of the images that was collected.
+    """
+
+    images: str | None = None
+    split: str | None = None
+    size: Annotated[tuple[int, int] | None, Parameter(negative=())] = None
+    limit: int | None = None
+    half: Literal["all", "a", "b"] = "all"
+
+    def choice(self) -> DataChoice | None:
+        from shallowdeep.verbs import DataChoice
+
+        if self.images is None:
+            return None
+        return DataChoice(source=self.images, split=self.split, size=self.size, limit=self.limit, half=self.half)
+
+
+NO_IMAGES = Images()
+
 
 def report(
     *traces: Path,
+    rows: Images = NO_IMAGES,
     out: Annotated[Path, Parameter(name=("--out", "-o"))] = RUNS / "report.html",
     policy: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative=())] = (),
     bench: Annotated[tuple[Path, ...], Parameter(consume_multiple=True, negative=())] = (),
     names: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
     class_names: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
     title: str = "",
-    images: str | None = None,
-    split: str | None = None,
-    size: Annotated[tuple[int, int] | None, Parameter(negative=())] = None,
-    limit: int | None = None,
-    half: Literal["all", "a", "b"] = "all",
     sdn_dir: Annotated[Path | None, Parameter(name="--sdn")] = None,
     thumbnails: int = 2000,
     heats: int = 24,
@@ -50,16 +86,6 @@ def report(
         What to call the classes; default: as the images or the network with its exits call them.
     title
         The page's title.
-    images
-        The rows of the first trace, to be looked at one by one: the data that `sdn collect` was given.
-    split
-        The part of the images to read.
-    size
-        Height and width to which images are resized.
-    limit
-        Use so many images, spread evenly.
-    half
-        The half of the images that was collected.
     sdn_dir
         Folder of `sdn train`: names of classes, and maps of where each exit looked.
     thumbnails
@@ -68,9 +94,7 @@ def report(
         Samples with maps of where each exit looked; needs SDN_DIR and the extra explain.
     """
     from shallowdeep import report_verbs
-    from shallowdeep.verbs import DataChoice
 
-    rows = DataChoice(source=images, split=split, size=size, limit=limit, half=half) if images is not None else None
     return report_verbs.report_verb(
         traces,
         out,
@@ -79,7 +103,7 @@ def report(
         names=names,
         class_names=class_names,
         title=title,
-        images=rows,
+        images=rows.choice(),
         sdn_dir=sdn_dir,
         thumbnails=thumbnails,
         heats=heats,
