@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check format gpu-paper bench clean
+.PHONY: demo test check format gpu-paper bench report clean
 
 demo: .venv/core
 	$(BIN)/sdn demo
@@ -45,6 +45,12 @@ bench: .venv/dev
 	test -f $(BENCH)/trace/run.json || $(SDN) collect $(DATA) --split test --half a --sdn $(BENCH)/train --out $(BENCH)/trace
 	$(SDN) tune --sdn $(BENCH)/train --trace $(BENCH)/trace --batch-size $(BATCH) --out $(BENCH)/tune-$(BATCH)
 	$(SDN) bench $(DATA) --split test --half b --sdn $(BENCH)/train --policy $(BENCH)/tune-$(BATCH) --out $(BENCH)/batch-$(BATCH)
+
+# The page of the committed CIFAR-10 run, from files alone; with DATA=cifar-10-batches-py also its images.
+REPORT ?= runs/report.html
+report: .venv/dev
+	$(SDN) report results/demo-cifar10 --policy results/demo-cifar10 $(if $(wildcard results/demo-cifar10/bench.json),--bench results/demo-cifar10) \
+	  --class-names airplane automobile bird cat deer dog frog horse ship truck --title "A public ResNet-56 on CIFAR-10" $(if $(DATA),--images $(DATA) --split test) --out $(REPORT)
 
 clean:
 	rm -rf .venv runs demo-run build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from shallowdeep import engine_cli, trust_cli
+from shallowdeep import engine_cli, report_cli, trust_cli
 from shallowdeep.choices import RUNS, Rows
 from shallowdeep.paper.cli import app as paper_app
 
@@ -24,7 +24,7 @@ app = App(
     version_flags=["--version"],
 )
 app.command(paper_app)
-for door in (*engine_cli.DOORS, *trust_cli.DOORS):
+for door in (*engine_cli.DOORS, *trust_cli.DOORS, *report_cli.DOORS):
     app.command(door)
 
 

@@ -1,6 +1,6 @@
 """The study's figures, drawn from what the experiments say; needs the extra ``report`` (Altair and vl-convert).
 
-It refuses to compute anything. One style: readable in greyscale, by dash and by place, not by colour alone.
+It refuses to compute anything; how lines look is the report's, too.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from shallowdeep.files import write_text
-from shallowdeep.types import MissingExtra
+from shallowdeep.report.style import DASHES, INKS, altair, finished, vl_convert
 
 WIDTH, HEIGHT = 340, 220
-INKS = ["#0b4f6c", "#c0392b", "#7f8c8d", "#d68910", "#6c3483"]
 
 
 def overthinking_figure(found: Mapping[str, Any], title: str) -> Any:
@@ -70,33 +69,20 @@ def backdoor_figure(victims: Sequence[Mapping[str, Any]], title: str) -> Any:
 
 
 def _lines(rows: list[dict[str, Any]], x: str, x_title: str, y: str, y_title: str, title: str) -> Any:
-    altair = _altair()
+    alt = altair()
     kinds = list(dict.fromkeys(row["what"] for row in rows))
-    legend = altair.Legend(title=None, orient="bottom", columns=1, symbolStrokeWidth=2, labelLimit=300)
     return (
-        altair.Chart(altair.Data(values=rows), title=title, width=WIDTH, height=HEIGHT)
-        .mark_line(point=altair.OverlayMarkDef(size=12) if len(rows) < 60 else False)
+        alt.Chart(alt.Data(values=rows), title=title, width=WIDTH, height=HEIGHT)
+        .mark_line(point=alt.OverlayMarkDef(size=12) if len(rows) < 60 else False)
         .encode(
-            x=altair.X(x, title=x_title),
-            y=altair.Y(y, title=y_title, scale=altair.Scale(zero=False)),
-            color=altair.Color("what:N", scale=altair.Scale(domain=kinds, range=INKS[: len(kinds)]), legend=legend),
-            strokeDash=altair.StrokeDash("what:N", scale=altair.Scale(domain=kinds), legend=legend),
+            x=alt.X(x, title=x_title),
+            y=alt.Y(y, title=y_title, scale=alt.Scale(zero=False)),
+            color=alt.Color("what:N", scale=alt.Scale(domain=kinds, range=INKS[: len(kinds)])),
+            strokeDash=alt.StrokeDash("what:N", scale=alt.Scale(domain=kinds, range=DASHES[: len(kinds)])),
         )
     )
 
 
 def save_figure(chart: Any, path: Path) -> None:
     """Write the chart as SVG."""
-    try:
-        import vl_convert
-    except ImportError as error:
-        raise MissingExtra("Figures need the extra report: pip install 'shallowdeep[report]'.") from error
-    write_text(path, vl_convert.vegalite_to_svg(chart.to_dict()))
-
-
-def _altair() -> Any:
-    try:
-        import altair
-    except ImportError as error:
-        raise MissingExtra("Figures need the extra report: pip install 'shallowdeep[report]'.") from error
-    return altair
+    write_text(path, vl_convert().vegalite_to_svg(finished(chart)))

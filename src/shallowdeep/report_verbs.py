@@ -1,0 +1,209 @@
+"""The work behind ``sdn report``: files of traces, policies, measurements and images in, one page out.
+
+It refuses to know how choices are typed; that is the command line's.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shallowdeep.data import Dataset
+from shallowdeep.files import read_json, write_text
+from shallowdeep.inputs import take
+from shallowdeep.policies import Policy, from_json
+from shallowdeep.report.compact import eights, kept_rows, top_three
+from shallowdeep.report.facts import Facts, facts_of
+from shallowdeep.report.page import Explorer, page_of
+from shallowdeep.report.pictures import COLUMNS, GRID, SHEET, as_pictures, looks, sheets_of
+from shallowdeep.types import DataError, Trace
+from shallowdeep.verbs import DataChoice, load_sdn, ready
+
+CONFUSED = 0.05
+
+
+def report_verb(
+    traces: Sequence[Path],
+    out: Path,
+    *,
+    policies: Sequence[Path] = (),
+    benches: Sequence[Path] = (),
+    names: Sequence[str] = (),
+    class_names: Sequence[str] = (),
+    title: str = "",
+    images: DataChoice | None = None,
+    sdn_dir: Path | None = None,
+    thumbnails: int = 2000,
+    heats: int = 24,
+) -> dict[str, Any]:
+    """One page about ``traces``: writes ``out``. ``policies``, ``benches`` and ``names``: one each, or one for all."""
+    named = _names(traces, names)
+    given = _one_each(policies, len(traces), "--policy")
+    measured = _one_each(benches, len(traces), "--bench")
+    data = images.read() if images is not None else None
+    called = class_names or (data.class_names if data is not None else _class_names(sdn_dir))
+    found: list[Facts] = []
+    for path, policy, bench, name in zip(traces, given, measured, named, strict=True):
+        trace = Trace.load(_inside(path, "trace.safetensors"))
+        if data is not None and not found:
+            _same_rows(trace, data, path)
+        fits = called if not found or len(called) == trace.num_classes else ()
+        facts = facts_of(trace, _policy(policy), name=name, class_names=fits, bench=_bench(bench))
+        found.append(facts)
+    explorer = _explorer(found, data, sdn_dir, thumbnails, heats) if data is not None else None
+    page = page_of(
+        found, title=title or ", ".join(named), made=_made(traces, given, benches, images), explorer=explorer
+    )
+    write_text(out, page)
+    shown = found[0].evaluation
+    return {
+        "verb": "report",
+        "out": str(out),
+        "bytes": out.stat().st_size,
+        "traces": named,
+        "rows": shown.samples,
+        "accuracy": shown.accuracy_early_exit,
+        "drop": shown.drop,
+        "mean_cost": shown.mean_cost,
+        "samples_shown": len(explorer.data["rows"]) if explorer is not None else 0,
+    }
+
+
+def _inside(path: Path, name: str) -> Path:
+    """``path`` itself if it is a file, else the file ``name`` in that folder."""
+    return path / name if path.is_dir() else path
+
+
+def _one_each(paths: Sequence[Path], traces: int, option: str) -> list[Path | None]:
+    if len(paths) not in (0, 1, traces):
+        raise ValueError(f"{option} was given {len(paths)} times for {traces} traces: give one for all, or one each.")
+    found: list[Path | None] = [*paths] or [None]
+    return found * (traces if len(found) == 1 else 1)
+
+
+def _names(traces: Sequence[Path], names: Sequence[str]) -> list[str]:
+    if not traces:
+        raise ValueError("A report needs a trace: sdn report runs/collect.")
+    if names and len(names) != len(traces):
+        raise ValueError(f"{len(names)} names for {len(traces)} traces: give one each.")
+    found = list(names) or [path.stem if path.suffix else path.resolve().name for path in traces]
+    return [name if found.count(name) == 1 else f"{name} ({place + 1})" for place, name in enumerate(found)]
+
+
+def _policy(path: Path | None) -> Policy | None:
+    return None if path is None else from_json(read_json(_inside(path, "policy.json")))
+
+
+def _bench(path: Path | None) -> Mapping[str, Any] | None:
+    if path is None:
+        return None
+    found = read_json(_inside(path, "bench.json"))
+    if not isinstance(found, dict) or not found.get("measured"):
+        raise DataError(f"{path} holds no measurements; make them with `sdn bench`.")
+    return found
+
+
+def _class_names(sdn_dir: Path | None) -> tuple[str, ...]:
+    return tuple(read_json(sdn_dir / "sdn.json")["class_names"]) if sdn_dir is not None else ()
+
+
+def _same_rows(trace: Trace, data: Dataset, path: Path) -> None:
+    if len(data) != trace.num_samples or not torch.equal(data.labels_N, trace.labels_N):
+        found = f"{path} is of {trace.num_samples:,} rows, the images are {len(data):,}"
+        found += "" if len(data) != trace.num_samples else " with other labels"
+        raise DataError(f"{found}: give the data, split, half and limit that `sdn collect` was given.")
+
+
+def _explorer(found: Sequence[Facts], data: Dataset, sdn_dir: Path | None, thumbnails: int, heats: int) -> Explorer:
+    facts = found[0]
+    kept = kept_rows(facts, len(found))
+    chosen_G = _gallery(facts, kept, thumbnails)
+    pictures = as_pictures(data.inputs, data.source)
+    number_G = facts.row_N[kept[chosen_G]]
+    sheets = sheets_of(pictures[number_G])
+    top, share = top_three(facts, kept[chosen_G])
+    heat = _heat(facts, data, sdn_dir, kept, chosen_G, heats) if sdn_dir is not None and heats else {}
+    how = f"{len(chosen_G):,} of {facts.trace.num_samples:,} rows"
+    how += (
+        "" if len(chosen_G) == facts.trace.num_samples else ": every error and oddity first, then others, spread evenly"
+    )
+    how += f". Click a sample, or press Enter, to see what each exit says of it{' and where it looks' if heat else ''}."
+    return Explorer(
+        how=f"{how} The slider above moves where samples stop.",
+        data={
+            "rows": chosen_G,
+            "numbers": number_G,
+            "classes": facts.class_names,
+            "top": top,
+            "share": share,
+            "top3": min(3, facts.trace.num_classes),
+            "sheets": [uri.partition(",")[2] for uri in sheets.uris],
+            "columns": COLUMNS,
+            "perSheet": SHEET,
+            "width": sheets.width,
+            "height": sheets.height,
+            "grid": GRID,
+            "heat": heat,
+        },
+    )
+
+
+def _odd(facts: Facts) -> Tensor:
+    """Rows that nobody should miss: errors, overthought ones, the first exit's alone, the most confused twentieth."""
+    wrong_N = ~facts.answered_right_N | ~facts.right_EN[facts.trace.full_exit]
+    confused = facts.confusion_N.argsort(descending=True)[: max(1, round(CONFUSED * len(facts.confusion_N)))]
+    odd_N = wrong_N | facts.destructive_N | facts.first_right_only_N
+    odd_N[confused] = True
+    return odd_N
+
+
+def _gallery(facts: Facts, kept: Tensor, limit: int) -> Tensor:
+    """Positions among the rows ``kept`` that are shown, in order: all that fit, odd ones first."""
+    if limit < 1:
+        raise ValueError(f"thumbnails must be at least 1, found {limit}.")
+    if len(kept) <= limit:
+        return torch.arange(len(kept))
+    odd_K = _odd(facts)[kept]
+    odd, even = odd_K.nonzero().flatten(), (~odd_K).nonzero().flatten()
+    odd = _spread(odd, min(len(odd), limit))
+    return torch.cat([odd, _spread(even, min(len(even), limit - len(odd)))]).sort().values
+
+
+def _spread(rows: Tensor, count: int) -> Tensor:
+    return rows[torch.arange(count) * len(rows) // max(count, 1)]
+
+
+def _heat(facts: Facts, data: Dataset, sdn_dir: Path, kept: Tensor, chosen_G: Tensor, heats: int) -> dict[str, str]:
+    """Where every exit looked, for so many of the rows shown: destructive ones first, then the most confused."""
+    sdn, preprocessing = load_sdn(sdn_dir)
+    if sdn.num_exits > facts.trace.num_exits:
+        raise DataError(
+            f"{sdn_dir} has {sdn.num_exits} exits, the trace {facts.trace.num_exits}: they do not belong together."
+        )
+    rows_G = kept[chosen_G]
+    score_G = facts.confusion_N[rows_G].nan_to_num(nan=0.0) + 1e6 * facts.destructive_N[rows_G]
+    picked = score_G.argsort(descending=True, stable=True)[:heats].sort().values
+    inputs = ready(data.rows(facts.row_N[rows_G[picked]]), preprocessing)
+    found = torch.cat([looks(sdn, take(inputs, slice(i, i + 8))) for i in range(0, len(picked), 8)])
+    missing = facts.trace.num_exits - found.shape[1]  # a second look has no map of its own
+    found = torch.cat([found, found[:, -1:].expand(-1, missing, -1, -1)], 1) if missing else found
+    return {str(g): eights(one) for g, one in zip(picked.tolist(), found, strict=True)}
+
+
+def _made(
+    traces: Sequence[Path], policies: Sequence[Path | None], benches: Sequence[Path], images: DataChoice | None
+) -> str:
+    parts = [f"sdn report {' '.join(path.name for path in traces)}"]
+    parts += [f"policy {path.name}" for path in dict.fromkeys(policies) if path is not None]
+    parts += [f"bench {path.name}" for path in benches]
+    parts += [f"images {Path(images.source).name}"] if images is not None else []
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("shallowdeep", "torch", "altair", "vl-convert-python"))
+    when = datetime.now(UTC).strftime("%Y-%m-%d")
+    return f"{', '.join(parts)}. {libraries}, Python {platform.python_version()}; {when}."
