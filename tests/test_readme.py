@@ -22,6 +22,7 @@ RIVER = (
     "runtime runtime.backends runtime.times runtime.loop runtime.on_torch runtime.on_onnxruntime runtime.on_openvino",
     "runtime.programs runtime.modules runtime.streams runtime.engine",
     "runtime.bench host nested export tuning explain cifar data models",
+    "limits resistance attacks hardening attack_study",
     "paper paper.networks paper.datasets paper.downloads paper.recipes paper.costs paper.records paper.experiments",
     "paper.figures paper.tables paper.backdoor paper.study paper.pictures",
     "verbs trust_verbs demo choices paper.cli engine_cli trust_cli cli",

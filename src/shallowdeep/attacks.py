@@ -26,7 +26,7 @@ ROUNDING = 1e-4
 class Pixels:
     """How images became inputs: ``input = (pixel - mean) / std`` per channel (one entry: all alike).
 
-    Pixels lie in ``low``..``high``, and an attacker's images must, too. Without normalisation: ``Pixels()``.
+    Pixels lie in ``low``..``high``, and an attacker's images must, too.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -59,14 +59,19 @@ class Pixels:
         shape = (-1, *(1,) * (like.ndim - 2))
         mean_C, std_C = (torch.tensor(values, dtype=torch.float64).reshape(shape) for values in (self.mean, self.std))
         given = like.detach().double().cpu() * std_C + mean_C
-        if len(like) and not bool(((given >= self.low - ROUNDING) & (given <= self.high + ROUNDING)).all()):
+        if not bool(((given >= self.low - ROUNDING) & (given <= self.high + ROUNDING)).all()):
+            found = f"{float(given.min()):.3g}..{float(given.max()):.3g}"
             raise DataError(
-                f"Pixels lie in {float(given.min()):.3g}..{float(given.max()):.3g}, not in {self.low:g}..{self.high:g}; "
+                f"Pixels lie in {found}, not in {self.low:g}..{self.high:g}; "
                 "say how images became inputs: Pixels(mean=..., std=..., low=..., high=...)."
             )
         bounds = (self.low - mean_C) / std_C, (self.high - mean_C) / std_C, 1 / std_C
         low, high, unit = (bound.to(like.device, like.dtype) for bound in bounds)
         return low, high, unit
+
+
+PLAIN = Pixels()
+"""Images in [0, 1] that nobody normalised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +80,7 @@ class Attack:
 
     Sizes are in the units of pixels. A row starts at a random place within ``step_size`` of its image. ``exits`` are
     those pushed towards the uniform distribution; None: all but the last, where rows stop anyhow. The defaults are
-    those of DeepSloth's code. In ``bf16`` a CPU that knows it takes half of the time.
+    DeepSloth's. In ``bf16`` a CPU that knows it takes half of the time.
     """
 
     eps: float = 8 / 255
@@ -100,12 +105,15 @@ class Attack:
         return list(range(last)) if self.exits is None else list(self.exits)
 
 
+DEEPSLOTH = Attack()
+
+
 def slowdown(
     sdn: ShallowDeepNetwork,
     images_B: Tensor,
-    attack: Attack | None = None,
+    attack: Attack = DEEPSLOTH,
     *,
-    pixels: Pixels | None = None,
+    pixels: Pixels = PLAIN,
     batch_size: int = ATTACK_BATCH,
     seed: int = 0,
 ) -> Tensor:
@@ -123,14 +131,13 @@ def slowdown(
     >>> bool(((moved - 0.5).abs() <= 0.1 + 1e-6).all())
     True
     """
-    attack = attack or Attack()
     exits = attack.pushes(sdn)
-    low, high, unit = (pixels or Pixels()).per_channel(images_B)
+    low, high, unit = pixels.per_channel(images_B)
     images_B = images_B.detach()
     start = torch.rand(images_B.shape, generator=torch.Generator().manual_seed(seed)).to(images_B) * 2 - 1
     parts = [images_B[:0].clone()]
     with evaluating(sdn):
-        for x, start_B in zip(images_B.split(batch_size), start.split(batch_size), strict=True):
+        for x, start_B in zip(torch.split(images_B, batch_size), torch.split(start, batch_size), strict=True):
             # Rounding may have put a pixel a hair outside; it may stay where it is.
             lowest = torch.maximum(x - attack.eps * unit, torch.minimum(low, x))
             highest = torch.minimum(x + attack.eps * unit, torch.maximum(high, x))
@@ -145,9 +152,9 @@ def slowdown(
 def universal(
     sdn: ShallowDeepNetwork,
     images_B: Tensor,
-    attack: Attack | None = None,
+    attack: Attack = DEEPSLOTH,
     *,
-    pixels: Pixels | None = None,
+    pixels: Pixels = PLAIN,
     batch_size: int = 128,
     seed: int = 0,
 ) -> Tensor:
@@ -156,16 +163,14 @@ def universal(
     As ``slowdown``, but a step follows the gradient summed over a batch, and batches of ``images_B``, which are the
     attacker's own, take turns. Starts at random within ``eps``.
     """
-    attack = attack or Attack()
     exits = attack.pushes(sdn)
-    pixels = pixels or Pixels()
     low, high, unit = pixels.per_channel(images_B)
     if not len(images_B):
         raise DataError("A universal perturbation needs images to be made from, found none.")
     generator = torch.Generator().manual_seed(seed)
     delta = (torch.rand(images_B.shape[1:], generator=generator).to(images_B) * 2 - 1) * attack.eps
     order_B = torch.randperm(len(images_B), generator=generator).to(images_B.device)
-    batches = order_B.split(batch_size)
+    batches = torch.split(order_B, batch_size)
     with evaluating(sdn):
         for turn in range(attack.steps):
             x = images_B.detach()[batches[turn % len(batches)]] + delta * unit
@@ -175,18 +180,18 @@ def universal(
     return delta
 
 
-def added(images_B: Tensor, delta: Tensor, pixels: Pixels | None = None) -> Tensor:
+def added(images_B: Tensor, delta: Tensor, pixels: Pixels = PLAIN) -> Tensor:
     """``images_B`` (inputs [B, C, ...]) with ``delta`` (pixel units, [C, ...] or [B, C, ...]) added, kept in range.
 
     >>> added(torch.full((1, 1, 2), 0.9), torch.tensor([[0.25, -0.25]])).tolist()
     [[[1.0, 0.6499999761581421]]]
     """
-    low, high, unit = (pixels or Pixels()).per_channel(images_B)
+    low, high, unit = pixels.per_channel(images_B)
     moved = images_B + delta.to(images_B) * unit
     return torch.clamp(moved, torch.minimum(low, images_B), torch.maximum(high, images_B))
 
 
-def noise(images_B: Tensor, eps: float = 8 / 255, *, pixels: Pixels | None = None, seed: int = 0) -> Tensor:
+def noise(images_B: Tensor, eps: float = 8 / 255, *, pixels: Pixels = PLAIN, seed: int = 0) -> Tensor:
     """``images_B`` with every pixel moved up or down by ``eps``, at random: what an attack must beat.
 
     >>> (noise(torch.full((1, 1, 3), 0.5), 0.25) - 0.5).abs().tolist()
@@ -197,7 +202,7 @@ def noise(images_B: Tensor, eps: float = 8 / 255, *, pixels: Pixels | None = Non
 
 
 def _gradient(sdn: ShallowDeepNetwork, x: Tensor, exits: list[int], *, bf16: bool) -> Tensor:
-    """Of the summed cross-entropy of ``exits`` with the uniform distribution, at inputs ``x`` (0 where not a number)."""
+    """Of the summed cross-entropy of ``exits`` with the uniform distribution, at inputs ``x``; 0 where not a number."""
     # Whatever mode the caller runs in, gradients are needed here, and only those of the inputs are asked for.
     with torch.inference_mode(False), torch.enable_grad():
         leaf = placed(x, next(sdn.parameters()).device).clone().requires_grad_()
