@@ -74,12 +74,13 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(Path(test_cli.__file__).parent))
     draw = np.random.default_rng(0)
-    labels = np.arange(160) % 3
-    images = draw.integers(0, 120, (160, 12, 12, 3), dtype=np.uint8)
-    images[np.arange(160), :, :, labels] += 80
-    np.savez("photos.npz", images=images, labels=labels, class_names=np.array(["red", "green", "blue"]))
+    for name in ("photos.npz", "others.npz"):
+        labels = np.arange(160) % 3
+        images = draw.integers(0, 120, (160, 12, 12, 3), dtype=np.uint8)
+        images[np.arange(160), :, :, labels] += 80
+        np.savez(name, images=images, labels=labels, class_names=np.array(["red", "green", "blue"]))
     main(["plan", "test_cli:tiny", "photos.npz", "--at", "0.3", "0.6"])
-    main(["train", "photos.npz", "--epochs", "2"])
+    main(["train", "others.npz", "--epochs", "2"])
     capsys.readouterr()
     main(["attack", "slowdown", "photos.npz", "--attacked", "20", "--steps", "2", "--max-accuracy-drop", "0.3"])
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
