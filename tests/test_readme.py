@@ -24,6 +24,7 @@ RIVER = (
     "runtime.bench host nested export tuning explain cifar data models",
     "report report.style report.facts report.numbers report.words report.charts report.compact report.pictures",
     "report.sections report.page",
+    "limits resistance attacks hardening attack_study",
     "paper paper.networks paper.datasets paper.downloads paper.recipes paper.costs paper.records paper.experiments",
     "paper.figures paper.tables paper.backdoor paper.study paper.pictures",
     "verbs trust_verbs report_verbs demo choices paper.cli engine_cli report_cli trust_cli cli",

@@ -32,15 +32,17 @@ Factory = Callable[[tuple[int, ...], int], nn.Module]
 
 
 class Said(NamedTuple):
-    """What an exit passes on to the next IC, detached: log-probabilities [B, C] and its hidden layer [B, H], if any."""
+    """What an exit passes on to the next IC: log-probabilities [B, C] and its hidden layer [B, H], if any."""
 
     log_probs_BC: Tensor
     hidden_BH: Tensor | None
 
     @classmethod
-    def of(cls, logits_BC: Tensor, hidden_BH: Tensor | None) -> Said:
-        """What an exit with this answer passes on."""
-        return cls(logits_BC.detach().log_softmax(-1), None if hidden_BH is None else hidden_BH.detach())
+    def of(cls, logits_BC: Tensor, hidden_BH: Tensor | None, *, linked: bool = False) -> Said:
+        """What an exit with this answer passes on; gradients flow back through it only when ``linked``."""
+        if not linked:
+            logits_BC, hidden_BH = logits_BC.detach(), None if hidden_BH is None else hidden_BH.detach()
+        return cls(logits_BC.log_softmax(-1), hidden_BH)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Said:
         """``change`` applied to both: rows picked, or silenced by zeros."""

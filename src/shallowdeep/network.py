@@ -73,11 +73,12 @@ class ShallowDeepNetwork(nn.Module):
         return answers
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled pass would keep its first call's taps
-    def answers(self, inputs: Inputs, *, rescale_gradients: bool = False) -> Tensor:
+    def answers(self, inputs: Inputs, *, rescale_gradients: bool = False, linked: bool = False) -> Tensor:
         """As ``forward``; with ``rescale_gradients``, on the way back an exit and all behind it weigh the same.
 
         At a cut with k exits ahead the own IC's gradient counts 1/(k + 1) and what comes from behind k/(k + 1)
-        (gradient equilibrium, arXiv 1908.06294).
+        (gradient equilibrium, arXiv 1908.06294). With ``linked``, gradients also flow back through what an exit passes
+        on to the next IC: the whole truth, where training keeps ICs apart.
         """
         answers: list[tuple[Tensor, Tensor | None]] = []
         said: Said | None = None
@@ -93,7 +94,7 @@ class ShallowDeepNetwork(nn.Module):
                     ready = _scale_gradient(ready, 1 / ahead)
                     x.register_hook(lambda gradient: gradient * (ahead / (ahead + 1)))  # type: ignore[no-untyped-call]
             answers.append(self.classifier(position)(ready, said, self._mask(position, inputs)))
-            said = Said.of(*answers[-1])
+            said = Said.of(*answers[-1], linked=linked)
 
         full = self._pass(inputs, visit, answers)
         return torch.stack([*(logits.to(full.dtype) for logits, _ in answers), full])

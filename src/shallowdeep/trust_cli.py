@@ -5,7 +5,77 @@ It refuses to do any work itself, and imports torch only inside a verb, so that 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-DOORS: tuple[Callable[..., dict[str, Any]], ...] = ()
+from cyclopts import Parameter
+
+from shallowdeep.choices import RUNS, Rows
+
+
+def attack(
+    kind: Literal["slowdown"],
+    rows: Rows,
+    *,
+    sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
+    out: Path = RUNS / "attack",
+    attacked: int = 2000,
+    eps: float = 8 / 255,
+    steps: int = 30,
+    step_size: float = 0.002,
+    bf16: bool = False,
+    max_accuracy_drop: float = 0.005,
+    training_split: str | None = None,
+    training_limit: int = 10_000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Attack a network so that nothing leaves early, and measure what that costs and what helps; goes on if killed.
+
+    Parameters
+    ----------
+    kind
+        slowdown: push every exit to the uniform distribution.
+    sdn_dir
+        Folder of `sdn train`.
+    out
+        Folder to write.
+    attacked
+        Rows to attack, of one half of the data; the other half chooses the thresholds.
+    eps
+        The most a pixel moves, in units of [0, 1].
+    steps
+        Gradient steps an image.
+    step_size
+        Length of a step.
+    bf16
+        Compute gradients in bf16: half of the time where the processor knows it.
+    max_accuracy_drop
+        What the thresholds under attack were chosen to lose, as a fraction.
+    training_split
+        Split of the data on which exits are then hardened; none: they are not.
+    training_limit
+        Rows to harden them on.
+    seed
+        Of everything random.
+    """
+    from shallowdeep import trust_verbs
+    from shallowdeep.attacks import Attack
+
+    assert kind == "slowdown"
+    data = rows.choice()
+    training = dataclasses.replace(data, split=training_split, limit=training_limit, half="all")
+    return trust_verbs.attack_verb(
+        sdn_dir,
+        data,
+        out,
+        attack=Attack(eps=eps, steps=steps, step_size=step_size, bf16=bf16),
+        rows=attacked,
+        max_accuracy_drop=max_accuracy_drop,
+        training=training if training_split is not None else None,
+        seed=seed,
+    )
+
+
+DOORS: tuple[Callable[..., dict[str, Any]], ...] = (attack,)
