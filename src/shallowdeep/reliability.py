@@ -201,16 +201,19 @@ class Tempered:
     after: Reliability
 
     def __str__(self) -> str:
-        pairs = ((self.before.ece_E, self.after.ece_E), (self.before.brier_E, self.after.brier_E))
-        rows = [("exit", "temperature", "ECE", "after", "by chance", "Brier", "after", "NLL", "after")]
+        head = ("exit", "temperature", "ECE", "after", "by chance", "Brier", "after", "NLL", "after")
+        rows: list[tuple[str, ...]] = [head]
         for exit, name in enumerate(self.before.exit_names):
-            ece, brier = ([float(column_E[exit]) for column_E in pair] for pair in pairs)
-            chance, nll = float(self.after.chance_ece_E[exit]), (self.before.nll_E[exit], self.after.nll_E[exit])
-            shares = (f"{value:.2%}" for value in (*ece, chance))
-            rows.append(
-                (name, f"{self.temperature_E[exit]:.3f}", *shares, *(f"{value:.4f}" for value in (*brier, *nll)))
+            shares = self.before.ece_E[exit], self.after.ece_E[exit], self.after.chance_ece_E[exit]
+            numbers = (
+                self.before.brier_E[exit],
+                self.after.brier_E[exit],
+                self.before.nll_E[exit],
+                self.after.nll_E[exit],
             )
-        return f"{table(list(rows))}\nafter: every row by temperatures fitted without it; ECE in {BINS} equal widths"
+            cells = (*(f"{value:.2%}" for value in shares), *(f"{value:.4f}" for value in numbers))
+            rows.append((name, f"{self.temperature_E[exit]:.3f}", *cells))
+        return f"{table(rows)}\nafter: every row by temperatures fitted without it; ECE in {BINS} equal widths"
 
 
 def temper(trace: Trace) -> Tempered:
