@@ -109,7 +109,7 @@ def test_folds_are_judged_by_what_others_fitted() -> None:
         return dataclasses.replace(path, unit=unit)
 
     grid_P = ONE.fit(rows, None).grid_P
-    leaving_KN = thresholds._crossfit(Family("spy", fit), rows, grid_P)
+    leaving_KN = thresholds.crossfit(Family("spy", fit), rows, grid_P)
     assert all(a | b == set(range(100)) and not a & b for a, b in zip(fitted, judged, strict=True))
     assert set.union(*judged) == set(range(100))
     assert sum(map(len, judged)) == 100

@@ -21,7 +21,7 @@ FEW_ROWS = 100
 """With fewer rows only the single threshold is tried: there is nothing to fit more on."""
 
 
-def _crossfit(family: Family, rows: Rows, grid_P: Floats) -> Steps:
+def crossfit(family: Family, rows: Rows, grid_P: Floats) -> Steps:
     """When each row leaves ([K, N]), judged by paths that were fitted without it."""
     leaving_KN = np.empty((len(rows.right_LN) - 1, len(rows.full_N)), np.int64)
     fold_N = np.random.default_rng(0).permutation(len(rows.full_N)) % FOLDS
@@ -61,7 +61,7 @@ def choose(rows: Rows, reach: Callable[[Brings], int | None]) -> Choice | None:
     few = len(rows.full_N) < FEW_ROWS
     for family in FAMILIES[-1:] if few else FAMILIES:
         path = family.fit(rows, None)
-        brings = brings_of(_crossfit(family, rows, path.grid_P), rows, path.steps)
+        brings = brings_of(crossfit(family, rows, path.grid_P), rows, path.steps)
         step = reach(brings)
         if step is None:
             continue

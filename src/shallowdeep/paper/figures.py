@@ -14,6 +14,8 @@ from shallowdeep.types import MissingExtra
 
 WIDTH, HEIGHT = 340, 220
 INKS = ["#0b4f6c", "#c0392b", "#7f8c8d", "#d68910", "#6c3483"]
+# Seven, which shares no divisor with five: only the 36th line looks like the first.
+DASHES = [[1, 0], [4, 2], [2, 1], [1, 1], [1, 2, 4, 2], [8, 2], [8, 2, 2, 2]]
 
 
 def overthinking_figure(found: Mapping[str, Any], title: str) -> Any:
@@ -27,7 +29,7 @@ def overthinking_figure(found: Mapping[str, Any], title: str) -> Any:
         )
         for exit, value in enumerate(found[name])
     ]
-    return _lines(rows, "exit:O", "exit", "share:Q", "share of test rows", title)
+    return line_figure(rows, "exit:O", "exit", "share:Q", "share of test rows", title)
 
 
 def early_exits_figure(found: Mapping[str, Any], title: str) -> Any:
@@ -38,7 +40,7 @@ def early_exits_figure(found: Mapping[str, Any], title: str) -> Any:
         for cost, right in zip(curve["cost"], curve["accuracy"], strict=True)
     ]
     plain = [{"cost": cost, "accuracy": found["accuracy_cnn"], "what": "full network"} for cost in (0.0, 1.0)]
-    return _lines([*rows, *plain], "cost:Q", "mean cost (full network = 1)", "accuracy:Q", "accuracy", title)
+    return line_figure([*rows, *plain], "cost:Q", "mean cost (full network = 1)", "accuracy:Q", "accuracy", title)
 
 
 def confusion_figure(found: Mapping[str, Any], title: str) -> Any:
@@ -50,7 +52,7 @@ def confusion_figure(found: Mapping[str, Any], title: str) -> Any:
         for what in ("right", "wrong")
         for middle, value in zip(middles, bins[what], strict=True)
     ]
-    return _lines(rows, "confusion:Q", "confusion", "share:Q", "share of the answers", title)
+    return line_figure(rows, "confusion:Q", "confusion", "share:Q", "share of the answers", title)
 
 
 def backdoor_figure(victims: Sequence[Mapping[str, Any]], title: str) -> Any:
@@ -66,12 +68,14 @@ def backdoor_figure(victims: Sequence[Mapping[str, Any]], title: str) -> Any:
         for what, value in lines.items()
         for one in sorted(victims, key=lambda one: float(one["poisoning_rate"]))
     ]
-    return _lines(rows, "rate:O", "poisoned share of the training rows", "share:Q", "share of test rows", title)
+    return line_figure(rows, "rate:O", "poisoned share of the training rows", "share:Q", "share of test rows", title)
 
 
-def _lines(rows: list[dict[str, Any]], x: str, x_title: str, y: str, y_title: str, title: str) -> Any:
+def line_figure(rows: list[dict[str, Any]], x: str, x_title: str, y: str, y_title: str, title: str) -> Any:
+    """A line for every ``what`` among the rows, in the style of all figures."""
     altair = _altair()
     kinds = list(dict.fromkeys(row["what"] for row in rows))
+    inks, dashes = ([range_[i % len(range_)] for i in range(len(kinds))] for range_ in (INKS, DASHES))
     legend = altair.Legend(title=None, orient="bottom", columns=1, symbolStrokeWidth=2, labelLimit=300)
     return (
         altair.Chart(altair.Data(values=rows), title=title, width=WIDTH, height=HEIGHT)
@@ -79,8 +83,8 @@ def _lines(rows: list[dict[str, Any]], x: str, x_title: str, y: str, y_title: st
         .encode(
             x=altair.X(x, title=x_title),
             y=altair.Y(y, title=y_title, scale=altair.Scale(zero=False)),
-            color=altair.Color("what:N", scale=altair.Scale(domain=kinds, range=INKS[: len(kinds)]), legend=legend),
-            strokeDash=altair.StrokeDash("what:N", scale=altair.Scale(domain=kinds), legend=legend),
+            color=altair.Color("what:N", scale=altair.Scale(domain=kinds, range=inks), legend=legend),
+            strokeDash=altair.StrokeDash("what:N", scale=altair.Scale(domain=kinds, range=dashes), legend=legend),
         )
     )
 
