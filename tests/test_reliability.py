@@ -155,7 +155,7 @@ def test_scaling_changes_no_answer_and_says_so() -> None:
     )
     found = scaled(trace, [1.0, 2.0, 0.5, 3.0, 4.0])
     assert torch.equal(found.logits_ENC.argmax(2), trace.logits_ENC.argmax(2))
-    assert torch.equal(found.logits_ENC[3], trace.logits_ENC[3] / 3)
+    assert torch.equal(found.logits_ENC[3], trace.logits_ENC[3].double() / 3)
     assert found.info == {"backend": "torch", "temperature_E": "1 2 0.5 3 4"}
     assert found.confusion_reference is None
     assert trace.confusion_reference is not None

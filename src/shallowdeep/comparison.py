@@ -19,6 +19,7 @@ from torch import Tensor
 from shallowdeep.families import FAMILIES, Family
 from shallowdeep.paths import Bools, Brings, Floats, Rows, Steps, brings_of, read_rows
 from shallowdeep.policies import Entropy, Fixed, Oracle, Patience, Policy, asked_exits, finite_rows
+from shallowdeep.reliability import fit_temperatures, scaled
 from shallowdeep.thresholds import FEW_ROWS, crossfit, within_drop
 from shallowdeep.types import Trace, table
 from shallowdeep.walking import CHUNK_ELEMENTS, policy_costs, simulate
@@ -178,6 +179,7 @@ def compare(
 ) -> Comparison:
     """Every family of ``calibrate``, and ``policies`` in named lines from dear to cheap, on one accuracy-cost plane.
 
+    The first and the last family, the rule and the single threshold, also run on logits tempered exit by exit.
     ``policies`` are set by hand or calibrated on other rows (None: ``usual_policies``). In each of ``splits`` random
     halvings each half chooses, as ``calibrate`` would, a step of every line for every aim, and the other half reports:
     every row is reported ``splits`` times. Between aims, two policies are thought mixed at random. Differences are to
@@ -200,6 +202,8 @@ def compare(
     prices = _Prices(trace, clock)
     exits = [exit for exit, on in enumerate(asked) if on]
     contenders = {family.name: _fitted(family, rows, prices.of(asked)[:, exits]) for family in FAMILIES}
+    for family in (FAMILIES[0], FAMILIES[-1]):
+        contenders[f"{family.name}, tempered"] = _tempered(family, trace, asked, prices.of(asked)[:, exits])
     for name, line in (usual_policies(trace) if policies is None else policies).items():
         contenders[name] = _by_hand(line, trace, prices)
     full_N = rows.full_N.astype(np.float64)
@@ -269,6 +273,16 @@ def _fitted(family: Family, rows: Rows, paid_XL: Floats) -> Contender:
             return others.right_LN[stop_M, np.arange(len(stop_M))].astype(np.float64), paid_XL[:, stop_M]
 
         return brings_of(crossfit(family, mine, path.grid_P), mine, path.steps), report
+
+    return split
+
+
+def _tempered(family: Family, trace: Trace, asked: Sequence[bool], paid_XL: Floats) -> Contender:
+    """The family on logits divided by temperatures from the rows that choose (``policies.Tempered``)."""
+
+    def split(choosing: Steps, reporting: Steps) -> tuple[Brings, Callable[[int], tuple[Floats, Floats]]]:
+        temperature_E = fit_temperatures(trace.rows(torch.from_numpy(choosing)))
+        return _fitted(family, read_rows(scaled(trace, temperature_E), asked), paid_XL)(choosing, reporting)
 
     return split
 

@@ -69,10 +69,11 @@ def _temperature(trace: Trace, exit: int) -> float:
 
 
 def scaled(trace: Trace, temperature_E: Tensor | Sequence[float]) -> Trace:
-    """The same trace with every exit's logits divided by its temperature: same answers, other confidences.
+    """The same trace with every exit's logits divided by its temperature, in float64: same answers, other confidences.
 
-    ``info["temperature_E"]`` says so; a confusion reference, which speaks of the softmaxes before, is left behind.
-    Raises ``ValueError`` unless there is one finite temperature above 0 per exit.
+    ``policies.Tempered`` decides on the same numbers, bit for bit. ``info["temperature_E"]`` says so; a confusion
+    reference, which speaks of the softmaxes before, is left behind. Raises ``ValueError`` unless there is one finite
+    temperature above 0 per exit.
     >>> trace = Trace(logits_ENC=torch.ones(1, 1, 2), labels_N=torch.tensor([0]), cost_E=torch.ones(1))
     >>> scaled(trace, [2.0]).logits_ENC.tolist()
     [[[0.5, 0.5]]]
@@ -82,7 +83,7 @@ def scaled(trace: Trace, temperature_E: Tensor | Sequence[float]) -> Trace:
         raise ValueError(f"{trace.num_exits} exits need as many temperatures above 0, found {divisor_E.tolist()}.")
     return dataclasses.replace(
         trace,
-        logits_ENC=trace.logits_ENC / divisor_E.to(trace.logits_ENC.dtype)[:, None, None],
+        logits_ENC=trace.logits_ENC.double() / divisor_E[:, None, None],
         confusion_reference=None,
         info={**trace.info, "temperature_E": " ".join(f"{value:.6g}" for value in divisor_E.tolist())},
     )
@@ -100,7 +101,7 @@ def crossfit_scaled(trace: Trace) -> Trace:
     if rows < FOLDS:
         raise ValueError(f"Temperatures are cross-fitted in {FOLDS} folds, which takes {FOLDS} rows; here are {rows}.")
     fold_N = torch.randperm(rows, generator=torch.Generator().manual_seed(0)) % FOLDS
-    logits_ENC = trace.logits_ENC.clone()
+    logits_ENC = torch.empty_like(trace.logits_ENC, dtype=torch.float64)
     for fold in range(FOLDS):
         held_N = fold_N == fold
         temperature_E = fit_temperatures(trace.rows(~held_N))
