@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from shallowdeep.policies import Confidence, Entropy, Fixed, Margin, Oracle, Patience, Policy
+from shallowdeep.policies import Confidence, Entropy, Fixed, Margin, Oracle, Patience, Policy, Tempered
 from shallowdeep.types import ConfusionReference, Trace
 
 
@@ -45,6 +45,8 @@ def distance(p: list[float], q: list[float]) -> float:
 
 def asked(policy: Policy, trace: Trace) -> list[int]:
     exits = range(trace.num_exits)
+    if isinstance(policy, Tempered):
+        return asked(policy.policy, trace)
     if isinstance(policy, Fixed):
         return [e for e in exits if e in (policy.exit, trace.full_exit)]
     if isinstance(policy, Oracle):
@@ -71,6 +73,9 @@ def wants_to_stop(policy: Policy, exit: int, said: dict[int, list[float]], label
             return exit == policy.exit
         case Oracle():
             return best(said[exit]) == label
+        case Tempered():
+            softer = {e: [value / policy.temperature_E[e] for value in logits] for e, logits in said.items()}
+            return wants_to_stop(policy.policy, exit, softer, label)
     raise AssertionError(policy)
 
 

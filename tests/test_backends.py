@@ -18,7 +18,7 @@ import shallowdeep as sd
 from nets import ZOO, images, planned
 from shallowdeep.inputs import Inputs, each
 from shallowdeep.network import ShallowDeepNetwork
-from shallowdeep.policies import Confidence, Entropy, Fixed, Margin, Patience, Policy
+from shallowdeep.policies import Confidence, Entropy, Fixed, Margin, Patience, Policy, Tempered
 from shallowdeep.runtime import engine as engine_module
 from shallowdeep.runtime import loop
 from shallowdeep.runtime import programs as programs_module
@@ -74,12 +74,13 @@ def policies() -> dict[str, Policy]:
         "entropy, one exit": Entropy(threshold=entropy, enabled_E=(False, True, True)),
         "margin": Margin(threshold=levels["margin"]),
         "patience": Patience(patience=1),
+        "tempered": Tempered(policy=Margin(threshold=levels["margin"]), temperature_E=(0.8, 1.25, 1.0)),
         "fixed": Fixed(exit=1),
         "never": Confidence(threshold=math.inf),
     }
 
 
-NAMES = ("confidence", "most confident", "entropy, one exit", "margin", "patience", "fixed", "never")
+NAMES = ("confidence", "most confident", "entropy, one exit", "margin", "patience", "tempered", "fixed", "never")
 
 
 @pytest.mark.parametrize("backend", OTHERS)

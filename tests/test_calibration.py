@@ -13,20 +13,12 @@ import pytest
 import torch
 
 import oracle
-from shallowdeep import calibration, thresholds
+from shallowdeep import calibration
 from shallowdeep.calibration import calibrate, evaluate, tradeoff
+from shallowdeep.families import FAMILIES
+from shallowdeep.paths import Brings, Rows, brings_of, read_rows
 from shallowdeep.policies import Confidence, Fixed, Margin, from_json, to_json
-from shallowdeep.thresholds import (
-    FAMILIES,
-    Brings,
-    Choice,
-    Rows,
-    brings_of,
-    in_units,
-    leaving_steps,
-    read_rows,
-    within_drop,
-)
+from shallowdeep.thresholds import Choice, within_drop
 from shallowdeep.types import Trace
 from shallowdeep.walking import simulate
 
@@ -49,11 +41,10 @@ def test_a_drop_is_met_on_average_and_levels_are_cheaper_than_one_threshold() ->
     for seed in range(10):
         sample = draw(trace, 1500, seed)
         found.append(evaluate(calibrate(sample, max_accuracy_drop=0.01), trace))
-        rows = read_rows(sample, EVERYTHING)[Confidence]
-        path_PK = ONE.path(rows, ONE.grid(rows))
-        brings = brings_of(leaving_steps(path_PK, rows.score_KN), rows, len(path_PK))
-        step = within_drop(brings, float(rows.full_N.mean()), 0.01)
-        plain.append(evaluate(Confidence(threshold=float(in_units(path_PK, rows, True)[step, 0])), trace))
+        rows = read_rows(sample, EVERYTHING)
+        path = ONE.fit(rows, None)
+        step = within_drop(brings_of(path.leaving(rows), rows, path.steps), float(rows.full_N.mean()), 0.01)
+        plain.append(evaluate(path.policy(step, EVERYTHING, 5), trace))
     assert np.mean([e.drop for e in found]) == pytest.approx(0.01, abs=0.003)
     assert np.mean([e.mean_cost for e in found]) < np.mean([e.mean_cost for e in plain]) < 0.6
 
@@ -68,23 +59,27 @@ def test_a_bound_holds_in_most_draws() -> None:
     assert max(e.mean_cost for e in found) < 0.8
 
 
+def unit_N(rows: Rows) -> np.ndarray:
+    return rows.scores[Confidence].unit_KN[0]
+
+
 def test_the_half_that_tests_has_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen_on, tested_on = [], []
     true_choose, true_brings = calibration.choose, calibration.brings_of
 
-    def choose_and_tell(rows: thresholds.RowsOf, reach: Callable[[Brings], int | None]) -> Choice | None:
-        chosen_on.extend(rows[Confidence].unit_KN[0])
+    def choose_and_tell(rows: Rows, reach: Callable[[Brings], int | None]) -> Choice | None:
+        chosen_on.extend(unit_N(rows))
         return true_choose(rows, reach)
 
     def bring_and_tell(leaving_KN: np.ndarray, rows: Rows, steps: int) -> Brings:
-        tested_on.extend(rows.unit_KN[0])
+        tested_on.extend(unit_N(rows))
         return true_brings(leaving_KN, rows, steps)
 
     monkeypatch.setattr(calibration, "choose", choose_and_tell)
     monkeypatch.setattr(calibration, "brings_of", bring_and_tell)
     trace = population(801)
     policy = calibrate(trace, max_accuracy_drop=0.03, confidence=0.9)
-    everybody = read_rows(trace, EVERYTHING)[Confidence].unit_KN[0]
+    everybody = unit_N(read_rows(trace, EVERYTHING))
     assert sorted(chosen_on + tested_on) == sorted(everybody)
     assert (len(chosen_on), len(tested_on)) == (400, policy.calibrated_on.info["tested_rows"])
 

@@ -12,7 +12,7 @@ import shallowdeep as sd
 from nets import CLASSES, ZOO, Nasty
 from shallowdeep.inputs import Inputs, call, each, logits_of, tensors
 from shallowdeep.network import ShallowDeepNetwork
-from shallowdeep.policies import Confidence, Entropy, Fixed, Margin, Oracle, Patience, Policy
+from shallowdeep.policies import Confidence, Entropy, Fixed, Margin, Oracle, Patience, Policy, Tempered
 from shallowdeep.types import Plan, Trace
 
 ROWS = 96
@@ -73,6 +73,7 @@ def policies(trace: Trace) -> list[Policy]:
         Margin(threshold=split(top[..., 0] - top[..., 1], 0.7)),
         Patience(patience=1),
         Patience(patience=2, enabled_E=some),
+        Tempered(policy=Confidence(threshold=levels), temperature_E=tuple(1 + 0.1 * e for e in range(exits))),
         *(Fixed(exit=e) for e in range(exits)),
     ]
 

@@ -140,6 +140,18 @@ def test_a_record_of_fewer_epochs_is_no_record(small: None, tmp_path: Path) -> N
     assert json.loads(path.read_text())["epochs"] == 2
 
 
+def test_a_record_over_a_network_of_fewer_epochs_is_no_record(small: None, tmp_path: Path) -> None:
+    """ICs as long trained as they should be, but on a network that has been trained for longer since."""
+    where = {"results": tmp_path / "r", "work": tmp_path / "w"}
+    ics = dataclasses.replace(RUN, regime="ic-only")
+    assert work_off([ics], tmp_path, **where)["done"] == [RUN.name, ics.name]
+    path = tmp_path / "r" / f"{ics.name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs_before": 1}))
+    report = work_off([ics], tmp_path, **where)
+    assert (report["before"], report["done"]) == ([RUN.name], [ics.name])
+    assert json.loads(path.read_text())["epochs_before"] == 2
+
+
 def test_a_network_whose_weights_are_lost_is_trained_again(small: None, tmp_path: Path) -> None:
     where = {"results": tmp_path / "r", "work": tmp_path / "w"}
     ics = dataclasses.replace(RUN, regime="ic-only")

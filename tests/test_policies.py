@@ -24,9 +24,11 @@ from shallowdeep.policies import (
     Oracle,
     Patience,
     Policy,
+    Tempered,
     from_json,
     to_json,
 )
+from shallowdeep.reliability import scaled
 from shallowdeep.types import Outcome, Trace
 from shallowdeep.walking import Walk, policy_costs, rule_of, simulate
 
@@ -53,7 +55,10 @@ def cases(draw: st.DrawFn) -> tuple[Policy, Trace]:
 def some_policy(draw: st.DrawFn, exits: int) -> Policy:
     enabled = draw(st.none() | st.tuples(*[st.booleans()] * exits))
     fallback = draw(st.sampled_from(["last", "most_confident"]))
-    kind = draw(st.sampled_from([Confidence, Entropy, Margin, Patience, Fixed, Oracle]))
+    kind = draw(st.sampled_from([Confidence, Entropy, Margin, Patience, Fixed, Oracle, Tempered]))
+    if kind is Tempered:
+        temperature = st.sampled_from([0.3, 1.0, 7.0])
+        return Tempered(policy=draw(some_policy(exits)), temperature_E=draw(st.tuples(*[temperature] * exits)))
     if kind is Fixed:
         return Fixed(exit=draw(st.integers(0, exits - 1)))
     if kind is Oracle:
@@ -376,3 +381,36 @@ def test_lists_become_tuples_and_numbers_floats() -> None:
 def test_the_examples_run() -> None:
     oracle.run_examples(policies, "policies")
     oracle.run_examples(walking, "walking")
+
+
+def test_a_tempered_policy_decides_as_the_plain_one_on_scaled_logits() -> None:
+    """Bit for bit: same exits and costs; but answers, and how sure they are, are the network's own."""
+    trace, temperature_E = oracle.bed(800), (0.5, 2.0, 3.0, 1.5, 4.0)
+    softer = scaled(trace, temperature_E)
+    for plain in (Confidence(threshold=0.7), Entropy(threshold=0.5), Margin(threshold=0.4), Patience(patience=2)):
+        found, wanted = simulate(Tempered(policy=plain, temperature_E=temperature_E), trace), simulate(plain, softer)
+        assert torch.equal(found.exit_N, wanted.exit_N)
+        assert torch.equal(found.labels_N, wanted.labels_N)
+        assert torch.equal(found.logits_NC, trace.logits_ENC[found.exit_N, torch.arange(800)])
+        assert torch.equal(found.confidence_N, found.logits_NC.softmax(1, dtype=torch.float64).amax(1))
+        assert len(found.exit_N.unique()) > 1
+    assert not torch.equal(simulate(Confidence(threshold=0.7), trace).exit_N, simulate(plain, softer).exit_N)
+
+
+def test_a_tempered_policy_keeps_its_record_and_refuses_what_does_not_fit() -> None:
+    plain = Confidence(threshold=0.5, fallback="most_confident", calibrated_on=CalibrationRecord(hash_N=(1, 2)))
+    policy = Tempered(policy=plain, temperature_E=(2, 1))
+    assert policy.calibrated_on is plain.calibrated_on
+    assert policy.policy.calibrated_on is None, "one record is enough"
+    assert policy.fallback == "most_confident"
+    facts = json.loads(json.dumps(to_json(policy)))
+    assert facts["policy"]["kind"] == "Confidence"
+    back = from_json(facts)
+    assert back == policy
+    assert back.calibrated_on == plain.calibrated_on
+    assert hash(back) == hash(policy)
+    with pytest.raises(ValueError, match="3 exits need as many temperatures, found 2"):
+        policy.asks(3, 2)
+    for wrong in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="finite numbers above 0"):
+            Tempered(policy=plain, temperature_E=(1.0, wrong))

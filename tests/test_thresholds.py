@@ -11,22 +11,11 @@ from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
 import oracle
-from shallowdeep import thresholds
+from shallowdeep import families, thresholds
+from shallowdeep.families import FAMILIES, Family
+from shallowdeep.paths import Brings, Path, Rows, _midway, brings_of, read_rows
 from shallowdeep.policies import Confidence, Fixed
-from shallowdeep.thresholds import (
-    FAMILIES,
-    Brings,
-    Family,
-    Rows,
-    brings_of,
-    choose,
-    in_units,
-    last_safe,
-    leaving_steps,
-    read_rows,
-    within_cost,
-    within_drop,
-)
+from shallowdeep.thresholds import choose, last_safe, within_cost, within_drop
 
 EVERYTHING = (True,) * 5
 LEVELS, FREE, ONE = FAMILIES[0], FAMILIES[2], FAMILIES[3]
@@ -38,54 +27,56 @@ def test_a_path_brings_what_a_walk_brings(family: Family) -> None:
     broken = trace.logits_ENC.clone()
     broken[0, 7] = math.nan
     trace = dataclasses.replace(trace, logits_ENC=broken)
-    rows = read_rows(trace, EVERYTHING)[family.kind]
-    path_PK = in_units(family.path(rows, family.grid(rows)), rows, family.shared)
-    brings = brings_of(leaving_steps(path_PK, rows.unit_KN), rows, len(path_PK))
+    rows = read_rows(trace, EVERYTHING)
+    path = family.fit(rows, None)
+    brings = brings_of(path.leaving(rows), rows, path.steps)
     full = oracle.walk(Fixed(exit=3), trace)["label"]
-    for step in (0, 5, 120, 200, 300, 390, len(path_PK) - 1):
-        said = oracle.walk(family.kind(threshold=tuple(path_PK[step])), trace)
+    for step in (0, 5, 120, 200, 300, 390, path.steps - 1):
+        said = oracle.walk(path.policy(step, EVERYTHING, 5), trace)
         right = np.array(said["label"]) == trace.labels_N.numpy()
         assert brings.cost_P[step] == pytest.approx(np.mean(said["cost"]))
         assert brings.accuracy_P[step] == pytest.approx(right.mean())
         assert brings.harm_P[step] == pytest.approx(((np.array(full) == trace.labels_N.numpy()) & ~right).mean())
-    assert (path_PK[1:] <= path_PK[:-1]).all()
+    assert (path.bar_PK[1:] <= path.bar_PK[:-1]).all()
     assert (np.diff(brings.cost_P) <= 1e-12).all()
 
 
 def test_the_levels_are_scikit_learns_logistic_regression(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thresholds, "TRUST", 1e-6)
-    rows = read_rows(oracle.bed(5000, exits=3), (True,) * 3)[Confidence]
-    level_K, slope_K = thresholds._safety(rows)
+    monkeypatch.setattr(families, "TRUST", 1e-6)
+    rows = read_rows(oracle.bed(5000, exits=3), (True,) * 3)
+    score_KN = rows.scores[Confidence].score_KN
+    level_K, slope_K = families._safety(score_KN, rows.right_LN)
     for k in range(2):
         harm = rows.right_LN[-1] & ~rows.right_LN[k]
-        fit = LogisticRegression(C=1e9, tol=1e-10).fit(rows.score_KN[k][:, None], ~harm)
+        fit = LogisticRegression(C=1e9, tol=1e-10).fit(score_KN[k][:, None], ~harm)
         assert slope_K[k] == pytest.approx(fit.coef_[0, 0], abs=0.01)
         assert level_K[k] == pytest.approx(fit.intercept_[0], abs=0.02)
 
 
 def test_an_exit_that_never_did_harm_gets_the_usual_slope() -> None:
-    rows = read_rows(oracle.bed(300, exits=3), (True,) * 3)[Confidence]
-    level_K, slope_K = thresholds._safety(rows._replace(right_LN=np.ones_like(rows.right_LN)))
+    rows = read_rows(oracle.bed(300, exits=3), (True,) * 3)
+    level_K, slope_K = families._safety(rows.scores[Confidence].score_KN, np.ones_like(rows.right_LN))
     assert np.isfinite(level_K).all()
-    assert slope_K == pytest.approx(-thresholds.USUAL_SLOPE, abs=0.1)
+    assert slope_K == pytest.approx(-families.USUAL_SLOPE, abs=0.1)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_free_threshold_can_be_bettered_alone(seed: int) -> None:
-    rows = read_rows(oracle.bed(60, exits=4, seed=seed), (True,) * 4)[Confidence]
+    rows = read_rows(oracle.bed(60, exits=4, seed=seed), (True,) * 4)
+    score_KN = rows.scores[Confidence].score_KN
     loss_LN = rows.cost_L[:, None] + 3.0 * ~rows.right_LN
 
     def loss(bar_K: np.ndarray) -> float:
         total = 0.0
         for n in range(60):
-            stops = [k for k in range(3) if rows.score_KN[k, n] >= bar_K[k]]
+            stops = [k for k in range(3) if score_KN[k, n] >= bar_K[k]]
             total += loss_LN[stops[0] if stops else 3, n]
         return total
 
-    found_K = thresholds._descend(np.full(3, math.inf), loss_LN, rows.score_KN, np.argsort(-rows.score_KN, 1))
+    found_K = families._descend(np.full(3, math.inf), loss_LN, score_KN, np.argsort(-score_KN, 1))
     least = loss(found_K)
     for k in range(3):
-        for bar in (*rows.score_KN[k], math.inf):
+        for bar in (*score_KN[k], math.inf):
             other_K = found_K.copy()
             other_K[k] = bar
             assert loss(other_K) >= least - 1e-9
@@ -93,33 +84,38 @@ def test_no_free_threshold_can_be_bettered_alone(seed: int) -> None:
 
 
 def test_free_thresholds_do_best_on_the_rows_they_were_searched_on() -> None:
-    rows = read_rows(oracle.bed(2000, exits=5), EVERYTHING)[Confidence]
+    rows = read_rows(oracle.bed(2000, exits=5), EVERYTHING)
     cost = {}
     for family in (LEVELS, FREE):
-        path_PK = family.path(rows, family.grid(rows))
-        brings = brings_of(leaving_steps(path_PK, rows.score_KN), rows, len(path_PK))
+        path = family.fit(rows, None)
+        brings = brings_of(path.leaving(rows), rows, path.steps)
         cost[family.name] = brings.cost_P[within_drop(brings, float(rows.full_N.mean()), 0.01)]
     assert cost[FREE.name] < cost[LEVELS.name]
 
 
 def test_folds_are_judged_by_what_others_fitted() -> None:
-    rows = read_rows(oracle.bed(100, exits=3), (True,) * 3)[Confidence]
-    marked = rows._replace(cost_L=rows.cost_L, full_N=np.arange(100))
-
-    def path(given: Rows, grid_P: np.ndarray) -> np.ndarray:
-        """Nobody leaves before step 1; at step 1 everybody whose row was given."""
-        seen = set(given.full_N.tolist())
-        assert 79 <= len(seen) <= 81
-        unseen = [n for n in range(100) if n not in seen]
-        assert max(marked.score_KN[0][unseen]) < 1e6
-        fitted.append(seen)
-        return np.full((2, 2), math.inf)
-
+    rows = read_rows(oracle.bed(100, exits=3), (True,) * 3)._replace(full_N=np.arange(100))
     fitted: list[set[int]] = []
-    thresholds._crossfit(Family("spy", Confidence, False, lambda rows: np.zeros(2), path), marked, np.zeros(2))
-    held = [set(range(100)) - seen for seen in fitted]
-    assert set.union(*held) == set(range(100))
-    assert sum(map(len, held)) == 100
+    judged: list[set[int]] = []
+
+    def fit(given: Rows, grid_P: np.ndarray | None) -> Path:
+        fitted.append(set(given.full_N.tolist()))
+        path = ONE.fit(given, grid_P)
+
+        def unit(others: Rows) -> np.ndarray:
+            judged.append(set(others.full_N.tolist()))
+            return path.unit(others)
+
+        return dataclasses.replace(path, unit=unit)
+
+    grid_P = ONE.fit(rows, None).grid_P
+    leaving_KN = thresholds.crossfit(Family("spy", fit), rows, grid_P)
+    assert all(a | b == set(range(100)) and not a & b for a, b in zip(fitted, judged, strict=True))
+    assert set.union(*judged) == set(range(100))
+    assert sum(map(len, judged)) == 100
+    for given, others in zip(fitted, judged, strict=True):
+        path = ONE.fit(rows.take(sorted(given)), grid_P)
+        assert (leaving_KN[:, sorted(others)] == path.leaving(rows.take(sorted(others)))).all()
 
 
 def test_another_family_takes_over_only_beyond_chance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,15 +124,18 @@ def test_another_family_takes_over_only_beyond_chance(monkeypatch: pytest.Monkey
     def name_of_choice() -> str:
         choice = choose(rows, lambda brings: within_cost(brings, 0.5))
         assert choice is not None
-        return choice.family.name
+        return choice.family
 
     assert name_of_choice() == LEVELS.name
-    blind = ONE._replace(name="blind", path=lambda rows, grid_P: ONE.path(rows, grid_P) * [1, 0.1, 5, 1])
-    monkeypatch.setattr(thresholds, "FAMILIES", (blind, ONE))
+
+    def blind(given: Rows, grid_P: np.ndarray | None) -> Path:
+        path = FREE.fit(given, grid_P)
+        return dataclasses.replace(path, bar_PK=path.bar_PK ** np.array([1, 0.1, 5, 1]))
+
+    monkeypatch.setattr(thresholds, "FAMILIES", (Family("blind", blind), ONE))
     assert name_of_choice() == ONE.name
     monkeypatch.setattr(thresholds, "FAMILIES", (ONE, LEVELS))
-    small = {kind: mine.take(slice(0, 200)) for kind, mine in rows.items()}
-    rows = small
+    rows = rows.take(slice(0, 200))
     assert name_of_choice() == ONE.name
 
 
@@ -175,9 +174,7 @@ def test_598_rows_without_harm_show_half_a_point() -> None:
 
 
 def test_scores_that_even_float64_cannot_tell_apart_move_to_the_next_gap() -> None:
-    units = thresholds._midway(
-        np.array([math.inf, 50, 38, 2, -math.inf]), np.array([1, 37.5, 40, 60]), np.array([0.7, 1, 1, 1.0])
-    )
+    units = _midway(np.array([math.inf, 50, 38, 2, -math.inf]), np.array([1, 37.5, 40, 60]), np.array([0.7, 1, 1, 1.0]))
     assert units.tolist() == [math.inf, math.inf, math.inf, 0.85, 0.35]
 
 

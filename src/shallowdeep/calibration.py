@@ -19,29 +19,16 @@ from torch import Tensor
 
 from shallowdeep.disagreement import error_auroc
 from shallowdeep.effects import answers, share
-from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Margin, Policy, asked_exits, finite_rows
-from shallowdeep.thresholds import (
-    FAMILIES,
-    Brings,
-    Choice,
-    Family,
-    Floats,
-    RowsOf,
-    brings_of,
-    choose,
-    in_units,
-    last_safe,
-    leaving_steps,
-    read_rows,
-    within_cost,
-    within_drop,
-)
+from shallowdeep.families import FAMILIES
+from shallowdeep.paths import Brings, Rows, brings_of, read_rows
+from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Policy, asked_exits, finite_rows
+from shallowdeep.thresholds import Choice, choose, last_safe, within_cost, within_drop
 from shallowdeep.types import Trace, table
 from shallowdeep.walking import policy_costs, simulate
 
 OVERLAP = 0.01
 """Shares of rows seen before that are worth a warning."""
-Found = tuple[Confidence | Margin | Fixed, dict[str, Any]]
+Found = tuple[Policy, dict[str, Any]]
 
 
 def calibrate(
@@ -90,7 +77,9 @@ def calibrate(
         warnings.warn(str(facts["note"]), stacklevel=2)
     info = {name: value for name, value in targets.items() if value is not None} | {"rows": trace.num_samples} | facts
     hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
-    return dataclasses.replace(policy, calibrated_on=CalibrationRecord(hash_N=hash_N, info=info))
+    frozen: Any = policy  # every policy is a dataclass, which a protocol cannot say
+    found: Policy = dataclasses.replace(frozen, calibrated_on=CalibrationRecord(hash_N=hash_N, info=info))
+    return found
 
 
 def _check(max_accuracy_drop: float | None, max_mean_cost: float | None, confidence: float | None) -> None:
@@ -110,8 +99,8 @@ def _check(max_accuracy_drop: float | None, max_mean_cost: float | None, confide
         raise ValueError("confidence bounds the share of rows harmed, so max_accuracy_drop must be above 0.")
 
 
-def _aim(trace: Trace, asked: Sequence[bool], rows: RowsOf, max_accuracy_drop: float) -> Found:
-    accuracy_full = float(rows[Confidence].full_N.mean())
+def _aim(trace: Trace, asked: Sequence[bool], rows: Rows, max_accuracy_drop: float) -> Found:
+    accuracy_full = float(rows.full_N.mean())
     choice = choose(rows, lambda brings: within_drop(brings, accuracy_full, max_accuracy_drop))
     full, full_cost = _full(trace)
     if choice is None or (max_accuracy_drop >= 0 and choice.brings.cost_P[choice.step] >= full_cost):
@@ -120,51 +109,49 @@ def _aim(trace: Trace, asked: Sequence[bool], rows: RowsOf, max_accuracy_drop: f
             note += f" To aim so low takes {math.ceil(1 / max_accuracy_drop) - 1} rows, here are {trace.num_samples}."
         return full, {"family": "full network", "expected_drop": 0.0, "expected_mean_cost": full_cost, "note": note}
     note = "The target is an aim, not a bound: met on average over draws of rows; give confidence= for a bound."
-    return _taken(choice, rows, trace, asked), _expected(choice, accuracy_full) | {"note": note}
+    return choice.path.policy(choice.step, asked, trace.num_exits), _expected(choice, accuracy_full) | {"note": note}
 
 
-def _budget(trace: Trace, asked: Sequence[bool], rows: RowsOf, max_mean_cost: float) -> Found:
-    accuracy_full = float(rows[Confidence].full_N.mean())
+def _budget(trace: Trace, asked: Sequence[bool], rows: Rows, max_mean_cost: float) -> Found:
+    accuracy_full = float(rows.full_N.mean())
     choice = choose(rows, lambda brings: within_cost(brings, max_mean_cost))
     full, full_cost = _full(trace)
     if full_cost <= max_mean_cost and (choice is None or choice.brings.accuracy_P[choice.step] <= accuracy_full):
         note = "The budget pays for the full network, and nothing cheaper is more accurate."
         return full, {"family": "full network", "expected_drop": 0.0, "expected_mean_cost": full_cost, "note": note}
     if choice is None:
-        first_N = np.isfinite(np.pad(rows[Confidence].score_KN, ((0, 1), (0, 0)))).argmax(0)
-        least = min(float(rows[Confidence].cost_L[first_N].mean()), full_cost)
+        first_N = np.isfinite(np.pad(rows.scores[Confidence].score_KN, ((0, 1), (0, 0)))).argmax(0)
+        least = min(float(rows.cost_L[first_N].mean()), full_cost)
         raise ValueError(f"No policy costs {max_mean_cost:g}: the least possible here is {least:.4g}.")
     note = "The budget is an aim, not a bound: what a policy costs depends on the inputs it meets."
-    return _taken(choice, rows, trace, asked), _expected(choice, accuracy_full) | {"note": note}
+    return choice.path.policy(choice.step, asked, trace.num_exits), _expected(choice, accuracy_full) | {"note": note}
 
 
-def _bound(trace: Trace, asked: Sequence[bool], rows: RowsOf, max_harm: float, confidence: float) -> Found:
+def _bound(trace: Trace, asked: Sequence[bool], rows: Rows, max_harm: float, confidence: float) -> Found:
     """Choose on one half, test on the other along the chosen family's path; the last step that passes is taken."""
     shuffled = np.random.default_rng(0).permutation(trace.num_samples)
     choosing, testing = np.sort(shuffled[: trace.num_samples // 2]), np.sort(shuffled[trace.num_samples // 2 :])
-    choose_on = {kind: mine.take(choosing) for kind, mine in rows.items()}
 
     def reach(brings: Brings) -> int | None:
         return last_safe(np.ceil(brings.harm_P * len(testing)), len(testing), max_harm, confidence)
 
-    choice = choose(choose_on, reach)
+    choice = choose(rows.take(choosing), reach)
     full, full_cost = _full(trace)
     needed = math.ceil(math.log(1 - confidence) / math.log(1 - max_harm))
     if choice is not None:
-        family, test_on = choice.family, rows[choice.family.kind].take(testing)
-        units_PK = _path(choice, choose_on)
-        brings = brings_of(leaving_steps(units_PK, test_on.unit_KN), test_on, len(units_PK))
+        test_on = rows.take(testing)
+        brings = brings_of(choice.path.leaving(test_on), test_on, choice.path.steps)
         step = last_safe(np.round(brings.harm_P * len(testing)), len(testing), max_harm, confidence)
         if step is not None and brings.cost_P[step] < full_cost:
             note = (
                 f"A bound: with probability {confidence:g} over the draw of calibration rows, at most {max_harm:.2%} "
             )
             note += "of fresh rows are right at the full exit and wrong where they stop."
-            facts = {"family": family.name, "method": "exact binomial, fixed sequence", "tested_rows": len(testing)}
+            facts = {"family": choice.family, "method": "exact binomial, fixed sequence", "tested_rows": len(testing)}
             facts |= {"harmed_rows": round(float(brings.harm_P[step]) * len(testing)), "note": note}
             facts["expected_mean_cost"] = float(brings.cost_P[step])
             facts["expected_drop"] = float(test_on.full_N.mean() - brings.accuracy_P[step])
-            return _policy(family, units_PK[step], trace, asked), facts
+            return choice.path.policy(step, asked, trace.num_exits), facts
     note = (
         f"No early exit could be shown to harm at most {max_harm:.2%} of rows: this is the full network. It takes at "
     )
@@ -179,31 +166,11 @@ def _full(trace: Trace) -> tuple[Fixed, float]:
     return full, float(policy_costs(trace, asked)[trace.full_exit])
 
 
-def _path(choice: Choice, rows: RowsOf) -> Floats:
-    """Thresholds [P, K] of the choice's family, fitted on ``rows``, as the policy compares them."""
-    mine = rows[choice.family.kind]
-    return in_units(choice.family.path(mine, choice.grid_P), mine, choice.family.shared)
-
-
-def _taken(choice: Choice, rows: RowsOf, trace: Trace, asked: Sequence[bool]) -> Confidence | Margin:
-    return _policy(choice.family, _path(choice, rows)[choice.step], trace, asked)
-
-
-def _policy(family: Family, units_K: Floats, trace: Trace, asked: Sequence[bool]) -> Confidence | Margin:
-    enabled_E = None if all(asked) else tuple(asked)
-    if family.shared:
-        return family.kind(threshold=float(units_K[0]), enabled_E=enabled_E)
-    threshold = [math.inf] * (trace.num_exits - 1)
-    for unit, exit in zip(units_K, [exit for exit, on in enumerate(asked) if on][:-1], strict=True):
-        threshold[exit] = float(unit)
-    return family.kind(threshold=tuple(threshold), enabled_E=enabled_E)
-
-
 def _expected(choice: Choice, accuracy_full: float) -> dict[str, Any]:
     """What rows saw that did not fit the thresholds."""
     brings, step = choice.brings, choice.step
     return {
-        "family": choice.family.name,
+        "family": choice.family,
         "expected_drop": float(accuracy_full - brings.accuracy_P[step]),
         "expected_mean_cost": float(brings.cost_P[step]),
     }
@@ -315,14 +282,14 @@ def tradeoff(trace: Trace, *, enabled_E: Sequence[bool] | None = None) -> Tradeo
     [1.0, 0.5]
     """
     asked = asked_exits(enabled_E, trace.num_exits, trace.full_exit)
-    rows = read_rows(trace, asked)[Confidence]
+    rows = read_rows(trace, asked)
     deciding = [exit for exit, on in enumerate(asked) if on][:-1]
     curves = []
     for family in (FAMILIES[-1], FAMILIES[0]) if deciding else ():
-        path_PK = in_units(family.path(rows, family.grid(rows)), rows, family.shared)
-        brings = brings_of(leaving_steps(path_PK, rows.unit_KN), rows, len(path_PK))
-        threshold_PE = torch.full((len(path_PK), trace.num_exits - 1), math.inf, dtype=torch.float64)
-        threshold_PE[:, deciding] = torch.from_numpy(path_PK)
+        path = family.fit(rows, None)
+        brings = brings_of(path.leaving(rows), rows, path.steps)
+        threshold_PE = torch.full((path.steps, trace.num_exits - 1), math.inf, dtype=torch.float64)
+        threshold_PE[:, deciding] = torch.from_numpy(path.bar_PK)
         cost_P, accuracy_P = torch.from_numpy(brings.cost_P), torch.from_numpy(brings.accuracy_P)
         curves.append(Curve(family=family.name, cost_P=cost_P, accuracy_P=accuracy_P, threshold_PE=threshold_PE))
     return Tradeoff(full_accuracy=float(rows.full_N.mean()), full_cost=_full(trace)[1], curves=tuple(curves))

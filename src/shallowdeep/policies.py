@@ -215,8 +215,47 @@ class Oracle(_Forgetful):
         return state, logits_BC.argmax(1) == state[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tempered(_Forgetful):
+    """Decide as ``policy`` does when it sees logits divided by one temperature per exit; the answer, and its
+    confidence, stay the network's own.
+
+    ``policy`` is calibrated on ``reliability.scaled(trace, temperature_E)``; its record becomes this one's.
+    >>> Tempered(policy=Confidence(threshold=0.9), temperature_E=(2.0, 1.5)).asks(2, 1)
+    (True, True)
+    """
+
+    policy: Policy
+    temperature_E: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperature_E", tuple(map(float, self.temperature_E)))
+        if not all(0 < value < math.inf for value in self.temperature_E):
+            raise ValueError(f"Temperatures are finite numbers above 0, found {self.temperature_E}.")
+        if self.policy.calibrated_on is not None:
+            inner: Any = self.policy  # every policy is a dataclass, which a protocol cannot say
+            object.__setattr__(self, "calibrated_on", self.calibrated_on or inner.calibrated_on)
+            object.__setattr__(self, "policy", dataclasses.replace(inner, calibrated_on=None))
+
+    @property
+    def fallback(self) -> Fallback:
+        return self.policy.fallback
+
+    def asks(self, num_exits: int, full_exit: int) -> tuple[bool, ...]:
+        if len(self.temperature_E) != num_exits:
+            raise ValueError(f"{num_exits} exits need as many temperatures, found {len(self.temperature_E)}.")
+        return self.policy.asks(num_exits, full_exit)
+
+    def init(self, batch: int, labels_B: Tensor | None, device: torch.device) -> State:
+        return self.policy.init(batch, labels_B, device)
+
+    def step(self, state: State, exit: int, logits_BC: Tensor, softmax_BC: Tensor) -> tuple[State, Tensor]:
+        tempered_BC = logits_BC.double() / self.temperature_E[exit]
+        return self.policy.step(state, exit, tempered_BC, torch.softmax(tempered_BC, 1))
+
+
 KINDS: Mapping[str, type[Any]] = {
-    kind.__name__: kind for kind in (Confidence, Entropy, Margin, Patience, Fixed, Oracle)
+    kind.__name__: kind for kind in (Confidence, Entropy, Margin, Patience, Fixed, Oracle, Tempered)
 }
 
 
@@ -228,6 +267,8 @@ def to_json(policy: Policy) -> dict[str, Any]:
     """
     facts = {name: getattr(policy, name) for name in _fields(type(policy))}
     record = facts.pop("calibrated_on")
+    if "policy" in facts:
+        facts["policy"] = to_json(facts["policy"])
     if record is not None:
         facts["calibrated_on"] = {"hash_N": list(record.hash_N), "info": dict(record.info)}
     return {"kind": type(policy).__name__} | {k: _spelled(v) for k, v in facts.items() if v is not None}
@@ -250,6 +291,8 @@ def from_json(facts: Mapping[str, Any]) -> Policy:
     if "calibrated_on" in given:
         record = given["calibrated_on"]
         given["calibrated_on"] = CalibrationRecord(hash_N=tuple(record["hash_N"]), info=record["info"])
+    if "policy" in given:
+        given["policy"] = from_json(given["policy"])
     if "threshold" in given:
         value = given["threshold"]
         given["threshold"] = tuple(map(float, value)) if isinstance(value, list) else float(value)

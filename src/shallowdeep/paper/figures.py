@@ -26,7 +26,7 @@ def overthinking_figure(found: Mapping[str, Any], title: str) -> Any:
         )
         for exit, value in enumerate(found[name])
     ]
-    return _lines(rows, "exit:O", "exit", "share:Q", "share of test rows", title)
+    return line_figure(rows, "exit:O", "exit", "share:Q", "share of test rows", title)
 
 
 def early_exits_figure(found: Mapping[str, Any], title: str) -> Any:
@@ -37,7 +37,7 @@ def early_exits_figure(found: Mapping[str, Any], title: str) -> Any:
         for cost, right in zip(curve["cost"], curve["accuracy"], strict=True)
     ]
     plain = [{"cost": cost, "accuracy": found["accuracy_cnn"], "what": "full network"} for cost in (0.0, 1.0)]
-    return _lines([*rows, *plain], "cost:Q", "mean cost (full network = 1)", "accuracy:Q", "accuracy", title)
+    return line_figure([*rows, *plain], "cost:Q", "mean cost (full network = 1)", "accuracy:Q", "accuracy", title)
 
 
 def confusion_figure(found: Mapping[str, Any], title: str) -> Any:
@@ -49,7 +49,7 @@ def confusion_figure(found: Mapping[str, Any], title: str) -> Any:
         for what in ("right", "wrong")
         for middle, value in zip(middles, bins[what], strict=True)
     ]
-    return _lines(rows, "confusion:Q", "confusion", "share:Q", "share of the answers", title)
+    return line_figure(rows, "confusion:Q", "confusion", "share:Q", "share of the answers", title)
 
 
 def backdoor_figure(victims: Sequence[Mapping[str, Any]], title: str) -> Any:
@@ -65,20 +65,22 @@ def backdoor_figure(victims: Sequence[Mapping[str, Any]], title: str) -> Any:
         for what, value in lines.items()
         for one in sorted(victims, key=lambda one: float(one["poisoning_rate"]))
     ]
-    return _lines(rows, "rate:O", "poisoned share of the training rows", "share:Q", "share of test rows", title)
+    return line_figure(rows, "rate:O", "poisoned share of the training rows", "share:Q", "share of test rows", title)
 
 
-def _lines(rows: list[dict[str, Any]], x: str, x_title: str, y: str, y_title: str, title: str) -> Any:
+def line_figure(rows: list[dict[str, Any]], x: str, x_title: str, y: str, y_title: str, title: str) -> Any:
+    """A line for every ``what`` among the rows, in the style of all figures."""
     alt = altair()
     kinds = list(dict.fromkeys(row["what"] for row in rows))
+    inks, dashes = ([range_[i % len(range_)] for i in range(len(kinds))] for range_ in (INKS, DASHES))
     return (
         alt.Chart(alt.Data(values=rows), title=title, width=WIDTH, height=HEIGHT)
         .mark_line(point=alt.OverlayMarkDef(size=12) if len(rows) < 60 else False)
         .encode(
             x=alt.X(x, title=x_title),
             y=alt.Y(y, title=y_title, scale=alt.Scale(zero=False)),
-            color=alt.Color("what:N", scale=alt.Scale(domain=kinds, range=INKS[: len(kinds)])),
-            strokeDash=alt.StrokeDash("what:N", scale=alt.Scale(domain=kinds, range=DASHES[: len(kinds)])),
+            color=alt.Color("what:N", scale=alt.Scale(domain=kinds, range=inks)),
+            strokeDash=alt.StrokeDash("what:N", scale=alt.Scale(domain=kinds, range=dashes)),
         )
     )
 

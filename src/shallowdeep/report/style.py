@@ -12,7 +12,8 @@ from shallowdeep.types import MissingExtra
 
 INKS = ["#0b4f6c", "#d9722e", "#67757c", "#b8860b", "#6c3483"]
 RIGHT, WRONG, WALKING, TEXT, FAINT = INKS[0], "#eda15f", "#d7dfe3", "#1d2b33", "#e6eaec"
-DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [1, 3]]
+# Seven, which shares no divisor with five: only the 36th line looks like the first.
+DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [1, 3], [8, 2], [8, 2, 2, 2, 2, 2]]
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 CONFIG = {
     "font": FONT,
