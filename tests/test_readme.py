@@ -16,12 +16,13 @@ STABLE = (
     "simulate calibrate tradeoff Engine save load",
 )
 RIVER = (
-    "files types policies walking effects disagreement thresholds calibration inputs taps classifiers graph cuts",
+    "files types policies walking effects disagreement thresholds calibration",
+    "sequential audits reference monitor inputs taps classifiers graph cuts",
     "network costs progress collection rates checkpoints segments augment features convolutions training joint timing",
     "steps onnx runs",
     "runtime runtime.backends runtime.times runtime.loop runtime.on_torch runtime.on_onnxruntime runtime.on_openvino",
     "runtime.programs runtime.modules runtime.streams runtime.engine",
-    "runtime.bench host nested export tuning explain cifar data models",
+    "runtime.bench watched host nested export tuning explain cifar data models shifts",
     "paper paper.networks paper.datasets paper.downloads paper.recipes paper.costs paper.records paper.experiments",
     "paper.figures paper.tables paper.backdoor paper.study paper.pictures",
     "verbs trust_verbs demo choices paper.cli engine_cli trust_cli cli",
