@@ -136,6 +136,14 @@ class Monitor:
         """False once audits say that exits should be switched off."""
         return not (self._drop.alarmed or self._disagreement.alarmed)
 
+    @property
+    def drift(self) -> tuple[int, str] | None:
+        """By which row (from 1) drift was shown, and in which of ``reference.names_K``; None so far."""
+        bets, names_K = self._drift, self.reference.names_K
+        if bets.alarm_row is None or bets.culprit is None:
+            return None
+        return bets.alarm_row, names_K[bets.culprit % len(names_K)]
+
     def verdict(self) -> Verdict:
         """What to do now, and why."""
         with self._lock:

@@ -98,6 +98,17 @@ class Reference:
         low_K, high_K = self.scale_K2.T
         return np.asarray(low_K + (high_K - low_K) * x_K)
 
+    def check(self, asked: tuple[bool, ...], standardised: bool) -> None:
+        """Raise ``ValueError`` when answers come with other exits asked, or with confusion on another scale."""
+        if asked != self.asked:
+            raise ValueError(f"The reference was made with exits asked {self.asked}, these answers with {asked}.")
+        if standardised != self.standardised:
+            here, there = ("standardised", "raw") if standardised else ("raw", "standardised")
+            raise ValueError(
+                f"Confusion is {here} in these answers and {there} in the reference: collect the reference trace after "
+                "fit_confusion (sdn collect --reference)."
+            )
+
     def columns(self, seen: Seen) -> Floats:
         """The rows of a batch as K numbers in [0, 1]; a row whose answer is not finite is unsure and confused.
 

@@ -39,7 +39,7 @@ class Bets:
 
     >>> bets = Bets.against(np.array([0.1]), alpha=0.05)
     >>> bets.after(np.zeros((10000, 1))).alarm_row, bets.after(np.ones((10, 1))).alarm_row
-    (None, 4)
+    (None, 3)
     """
 
     limit_J: Floats

@@ -51,6 +51,18 @@ def faded(images_NCHW: Tensor, contrast: float) -> Tensor:
     return _bytes(mean + _positive("contrast", contrast) * (images - mean))
 
 
+def overlaid(images_NCHW: Tensor, pattern_CHW: Tensor) -> Tensor:
+    """uint8 images with one pattern (in shares of white) added to all of them, as a universal attack does.
+
+    >>> overlaid(torch.tensor([[[[0, 200]]]], dtype=torch.uint8), torch.tensor([[[-0.5, 0.1]]])).tolist()
+    [[[[0, 226]]]]
+    """
+    images = _pixels(images_NCHW)
+    if pattern_CHW.shape != images.shape[1:]:
+        raise DataError(f"The pattern must be {list(images.shape[1:])}, found {list(pattern_CHW.shape)}.")
+    return _bytes(images + 255 * pattern_CHW)
+
+
 def reweighted(labels_N: Tensor, weight_C: Tensor, rows: int, generator: torch.Generator) -> Tensor:
     """Positions of ``rows`` rows drawn with replacement, class c in proportion to its rows times ``weight_C[c]``.
 

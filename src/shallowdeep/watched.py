@@ -32,16 +32,10 @@ class Watched:
         if not 0 <= share <= 1:
             raise ValueError(f"share is the part of rows that is audited, from 0 to 1; found {share}.")
         sdn, known = engine.sdn, monitor.reference
-        asked = engine.policy.asks(sdn.num_exits, sdn.num_exits - 1)
-        if asked != known.asked:
-            raise ValueError(f"The reference was made with exits asked {known.asked}, the engine asks {asked}.")
-        if known.standardised != (sdn.confusion_reference is not None):
-            raise ValueError(
-                "Only one of engine and reference standardises confusion: collect the reference trace again, after "
-                "fit_confusion."
-            )
+        full = sdn.num_exits - 1
+        known.check(engine.policy.asks(sdn.num_exits, full), sdn.confusion_reference is not None)
         self.engine, self.monitor, self.share = engine, monitor, share
-        self._full = Engine(sdn, Fixed(exit=sdn.num_exits - 1), backend=engine.backend)
+        self._full = Engine(sdn, Fixed(exit=full), backend=engine.backend)
         self._random, self._lock = np.random.default_rng(seed), threading.Lock()
 
     def __call__(self, inputs: object) -> Answer:
