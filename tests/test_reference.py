@@ -55,6 +55,7 @@ def test_limits_allow_for_the_rows() -> None:
     hits = int((outcome.exit_N == 2).sum())
     exact = binomtest(hits, 500).proportion_ci(1 - 0.02 / 7, method="exact")
     assert (known.low_K[1], known.high_K[1]) == pytest.approx((exact.low, exact.high))
+    assert known.high_K[3] == pytest.approx(binomtest(0, 500).proportion_ci(1 - 0.02 / 7, method="exact").high)
     low, high = known.limits_K2[4]
     assert low < float(outcome.cost_N.mean()) < high
     assert np.diff(known.limits_K2[4]) > np.diff(refer(POLICY, bed(2000), alpha=0.08).limits_K2[4])
