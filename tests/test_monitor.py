@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import threading
 from pathlib import Path
 
@@ -216,19 +217,28 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 def test_threads_lose_no_rows() -> None:
     monitor, batch = Monitor(reference()), drawn(SEEN, 7, 0)
+    usual = sys.getswitchinterval()
+
+    together = threading.Barrier(4)
 
     def work() -> None:
-        for _ in range(40):
+        together.wait()
+        for _ in range(150):
             monitor.see(batch)
+        for _ in range(40):
             monitor.audit(audit_of([0], [0]))
-            monitor.verdict()
+        assert monitor.verdict().rows
 
     threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert monitor.verdict().rows == 4 * 40 * 7
+    sys.setswitchinterval(1e-6)  # threads take turns in the middle of everything
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(usual)
+    assert monitor.verdict().rows == 4 * 150 * 7
     assert monitor.verdict().disagreement.rows == 160
 
 
