@@ -111,6 +111,9 @@ def test_all_verbs_one_after_another(
         assert (tmp_path / f"runs/export-{kind}" / file).is_file()
     predicted = run(capsys, "predict", photos, "--half", "b", "--backend", "torch")
     assert predicted["rows"] == 120
+    watched = run(capsys, "watch")
+    assert (watched["action"], watched["rows"]) == ("keep", 120), "predictions and reference scale confusion alike"
+    assert json.loads((tmp_path / "runs/watch/monitor.json").read_text())["reference"]["standardised"]
     lines = (tmp_path / "runs/predict/predictions.csv").read_text().splitlines()
     assert len(lines) == 121
     assert lines[1].split(",")[2] in ("red", "green", "blue")

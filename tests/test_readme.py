@@ -17,11 +17,12 @@ STABLE = (
 )
 RIVER = (
     "files types policies walking effects disagreement reliability paths families thresholds calibration comparison",
+    "sequential audits reference monitor",
     "inputs taps classifiers graph cuts network costs progress collection rates checkpoints segments augment features",
     "convolutions training joint timing steps onnx runs",
     "runtime runtime.backends runtime.times runtime.loop runtime.on_torch runtime.on_onnxruntime runtime.on_openvino",
     "runtime.programs runtime.modules runtime.streams runtime.engine",
-    "runtime.bench host nested export tuning explain cifar data models",
+    "runtime.bench watched host nested export tuning explain cifar data models shifts",
     "report report.style report.facts report.numbers report.words report.charts report.compact report.pictures",
     "report.sections report.page",
     "limits resistance attacks hardening attack_study",

@@ -121,8 +121,59 @@ def compare(
     return trust_verbs.compare_verb(trace, out, max_accuracy_drops=max_accuracy_drops, splits=splits, tuned=tuned)
 
 
+def watch(
+    *,
+    policy: Path = RUNS / "calibrate",
+    trace: Path = RUNS / "collect",
+    live: Path = RUNS / "predict",
+    out: Path = RUNS / "watch",
+    after: Path | None = None,
+    alpha: float = 0.05,
+    max_accuracy_drop: float = 0.01,
+    max_disagreement: float | None = None,
+    slack: float = 0.0,
+) -> dict[str, Any]:
+    """Say whether answers still look as they did at calibration: keep, recalibrate, or switch exits off.
+
+    Parameters
+    ----------
+    policy
+        Folder of `sdn calibrate`.
+    trace
+        Folder of `sdn collect`: reference rows, best others than the thresholds were chosen on.
+    live
+        Folder of `sdn predict`, or of `sdn collect` on new rows, all of which are then audited at full depth.
+    out
+        Folder to write.
+    after
+        Folder of an earlier `sdn watch`, whose stream goes on; its reference and tolerances hold.
+    alpha
+        Chance of a false alarm of any kind over the whole stream.
+    max_accuracy_drop
+        Drop that early exits may cost, as a fraction.
+    max_disagreement
+        Share of answers that may contradict the full network; default: the reference's and the drop more.
+    slack
+        Share of its scale by which a mean may leave the reference's limits.
+    """
+    from shallowdeep import trust_verbs
+
+    return trust_verbs.watch_verb(
+        policy,
+        trace,
+        live,
+        out,
+        after=after,
+        alpha=alpha,
+        max_accuracy_drop=max_accuracy_drop,
+        max_disagreement=max_disagreement,
+        slack=slack,
+    )
+
+
 DOORS: tuple[Callable[..., dict[str, Any]], ...] = (
     attack,
     reliability,
     compare,
+    watch,
 )

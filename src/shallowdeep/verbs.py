@@ -6,6 +6,7 @@ It refuses to know how choices are typed; that is the command line's. Every func
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import time
@@ -167,7 +168,7 @@ def collect_verb(
     rows = data.read()
     trace = collect(sdn, (ready(rows, preprocessing), rows.labels_N), batch_size=batch_size)
     if reference:
-        fit_confusion(sdn, trace)
+        trace = dataclasses.replace(trace, confusion_reference=fit_confusion(sdn, trace))
         save(sdn, sdn_dir)
     trace.save(out / "trace.safetensors")
     accuracy_E = (trace.logits_ENC.argmax(-1) == trace.labels_N).double().mean(1)
