@@ -13,6 +13,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path as File
 from typing import Any
 
@@ -27,7 +28,7 @@ from shallowdeep.thresholds import choose, within_drop
 from shallowdeep.types import Trace
 
 SPLITS = 20
-AIMS = (-0.005, -0.0035, 0.0, 0.0025, 0.005, 0.0055, 0.006, 0.01)
+AIMS, AIMS_WITH_A_SECOND_LOOK = (0.005, 0.0055, 0.006, 0.01), (-0.005, -0.0035, 0.0, 0.005)
 READ_AT = (-0.005, 0.0, 0.0025, 0.005, 0.01)
 
 
@@ -131,7 +132,7 @@ def main(file: File, out: File) -> None:
         curves[name] = {str(x): round(float(np.interp(x, drop_P, cost_P)), 4) for x in READ_AT if x >= drop_P[0]}
         print(name, curves[name], flush=True)
     choices: dict[str, Any] = {}
-    for aim in AIMS:
+    for aim in AIMS if rows.full == len(rows.exits) - 1 else AIMS_WITH_A_SECOND_LOOK:
         for label, only in (("calibrate", None), ("levels alone, as before", FAMILIES[:1])):
             pairs, names = [], Counter[str]()
             for chosen, others in halves:
@@ -139,7 +140,7 @@ def main(file: File, out: File) -> None:
                 given = chosen.until_full() if only else chosen
                 choice = choose(
                     given,
-                    lambda brings, full=full: within_drop(brings, full, aim),
+                    partial(within_drop, accuracy_full=full, max_accuracy_drop=aim),
                     families=only or families_for(given),
                     ensembles=only is None,
                 )

@@ -14,12 +14,10 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 from scipy.stats import beta
 
-from shallowdeep.families import FAMILIES, Family, families_for, fit_ensemble
+from shallowdeep.families import FEW_ROWS, Family, families_for, fit_ensemble
 from shallowdeep.paths import Brings, Floats, Path, Rows, Steps, answering, brings_of
 
 FOLDS = 5
-FEW_ROWS = 100
-"""With fewer rows only the single threshold is tried: there is nothing to fit more on."""
 
 
 class _Fold(NamedTuple):
@@ -30,20 +28,20 @@ class _Fold(NamedTuple):
     held: Steps
 
 
-def _folds(rows: Rows, num_exits: int | None) -> list[_Fold]:
-    """Every row is judged once by what was fitted without it; ``num_exits`` None: without ensembles."""
+def _folds(rows: Rows, *, ensembles: bool) -> list[_Fold]:
+    """Every row is judged once by what was fitted without it."""
     fold_N = np.random.default_rng(0).permutation(len(rows.full_N)) % FOLDS
     found = []
     for fold in range(FOLDS):
         fit_on, held = rows.take(fold_N != fold), np.flatnonzero(fold_N == fold)
-        ensemble = None if num_exits is None else fit_ensemble(fit_on, num_exits)
+        ensemble = fit_ensemble(fit_on) if ensembles else None
         found.append(_Fold(answering(fit_on, ensemble), answering(rows.take(held), ensemble), held))
     return found
 
 
-def _crossfit(family: Family, folds: Sequence[_Fold], grid_P: Floats, deciding: int) -> Steps:
+def _crossfit(family: Family, folds: Sequence[_Fold], grid_P: Floats) -> Steps:
     """When each row leaves ([K, N]), judged by paths that were fitted without it."""
-    leaving_KN = np.empty((deciding, sum(len(fold.held) for fold in folds)), np.int64)
+    leaving_KN = np.empty((len(folds[0].fit_on.exits) - 1, sum(len(fold.held) for fold in folds)), np.int64)
     for fold in folds:
         leaving_KN[:, fold.held] = family.fit(fold.fit_on, grid_P).leaving(fold.judge_by)
     return leaving_KN
@@ -72,30 +70,33 @@ class Choice(NamedTuple):
         return right_N
 
 
-def choose(rows: Rows, reach: Callable[[Brings], int | None]) -> Choice | None:
+def choose(
+    rows: Rows,
+    reach: Callable[[Brings], int | None],
+    *,
+    families: Sequence[Family] | None = None,
+    ensembles: bool = True,
+) -> Choice | None:
     """The step that reaches the target, of the family that cross-validation prefers; None when no family has one.
 
     Where held-out answers at the ends are more often right by an ensemble with earlier exits, all families have it. The
     first family is the rule. Another takes over when it is more accurate on held-out folds, at the same mean cost, by
     over two standard errors of the paired difference: less is chance, and to follow chance costs more than it brings
-    (measured: docs/calibration.md).
+    (measured: docs/calibration.md). ``families`` (None: ``families_for(rows)``) and ``ensembles`` restrict the search.
     """
     if len(rows.right_LN) == 1 or not len(rows.full_N):
         return None
-    few = len(rows.full_N) < FEW_ROWS
-    num_exits, ensemble = len(rows.logits_ENC), None
-    folds = _folds(rows, None if few else num_exits)
-    judged = _judged(folds, rows)
-    if not few and judged.right_LN[rows.full :].sum() > rows.right_LN[rows.full :].sum():
-        ensemble = fit_ensemble(rows, num_exits)
-    elif not few:
-        folds, judged = _folds(rows, None), rows
+    folds, judged, ensemble = _folds(rows, ensembles=False), rows, None
+    if ensembles and len(rows.full_N) >= FEW_ROWS:
+        mixed = _folds(rows, ensembles=True)
+        mixed_judged = _judged(mixed, rows)
+        if mixed_judged.right_LN[rows.full :].sum() > rows.right_LN[rows.full :].sum():
+            folds, judged, ensemble = mixed, mixed_judged, fit_ensemble(rows)
     seen = answering(rows, ensemble)
     best, rule, best_lead = None, None, 0.0
-    for family in FAMILIES[-1:] if few else families_for(rows):
+    for family in families_for(rows) if families is None else families:
         path = family.fit(seen, None)
-        leaving_KN = _crossfit(family, folds, path.grid_P, len(rows.exits) - 1)
-        brings = brings_of(leaving_KN, judged, path.steps)
+        brings = brings_of(_crossfit(family, folds, path.grid_P), judged, path.steps)
         step = reach(brings)
         if step is None:
             continue
