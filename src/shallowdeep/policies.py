@@ -15,16 +15,21 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from shallowdeep.certificates import Certificate, certificate_from_json
+
 Fallback = Literal["last", "most_confident"]
 State = tuple[Tensor, ...]  # what a policy remembers of its rows, their axis first: compacted as rows leave
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRecord:
-    """Where a policy's numbers come from: the calibration rows' 64-bit hashes, sorted, and JSON-able facts."""
+    """Where a policy's numbers come from: the calibration rows' 64-bit hashes, sorted, JSON-able facts, and what was
+    proved, if anything.
+    """
 
     hash_N: tuple[int, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
+    certificate: Certificate | None = None
 
 
 class Policy(Hashable, Protocol):
@@ -230,6 +235,9 @@ def to_json(policy: Policy) -> dict[str, Any]:
     record = facts.pop("calibrated_on")
     if record is not None:
         facts["calibrated_on"] = {"hash_N": list(record.hash_N), "info": dict(record.info)}
+        if record.certificate is not None:
+            proved = dataclasses.asdict(record.certificate).items()
+            facts["calibrated_on"]["certificate"] = {name: _spelled(value) for name, value in proved}
     return {"kind": type(policy).__name__} | {k: _spelled(v) for k, v in facts.items() if v is not None}
 
 
@@ -249,7 +257,12 @@ def from_json(facts: Mapping[str, Any]) -> Policy:
         raise ValueError(f"{name} has the fields {', '.join(fields)}; found {', '.join(given) or 'none'}.")
     if "calibrated_on" in given:
         record = given["calibrated_on"]
-        given["calibrated_on"] = CalibrationRecord(hash_N=tuple(record["hash_N"]), info=record["info"])
+        proved = record.get("certificate")
+        given["calibrated_on"] = CalibrationRecord(
+            hash_N=tuple(record["hash_N"]),
+            info=record["info"],
+            certificate=None if proved is None else certificate_from_json(proved),
+        )
     if "threshold" in given:
         value = given["threshold"]
         given["threshold"] = tuple(map(float, value)) if isinstance(value, list) else float(value)

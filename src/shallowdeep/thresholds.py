@@ -6,12 +6,11 @@ It refuses to know why one asks: a target is a function of what the steps of a p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import isotonic_regression
-from scipy.stats import beta
 
 from shallowdeep.families import FAMILIES, Family
 from shallowdeep.paths import Brings, Floats, Path, Rows, Steps, brings_of
@@ -46,8 +45,29 @@ class Choice(NamedTuple):
         return right_N
 
 
-def choose(rows: Rows, reach: Callable[[Brings], int | None]) -> Choice | None:
+class Fit(NamedTuple):
+    """A family's path fitted on all rows, and what its steps brought to rows that did not fit them."""
+
+    family: str
+    path: Path
+    brings: Brings
+
+
+def fits(rows: Rows) -> tuple[Fit, ...]:
+    """What every family worth trying finds on ``rows``."""
+    if len(rows.right_LN) == 1 or not len(rows.full_N):
+        return ()
+    found = []
+    for family in FAMILIES[-1:] if len(rows.full_N) < FEW_ROWS else FAMILIES:
+        path = family.fit(rows, None)
+        found.append(Fit(family.name, path, brings_of(_crossfit(family, rows, path.grid_P), rows, path.steps)))
+    return tuple(found)
+
+
+def choose(rows: Rows, reach: Callable[[Brings], int | None], fitted: Sequence[Fit] | None = None) -> Choice | None:
     """The step that reaches the target, of the family that cross-validation prefers; None when no family has one.
+
+    ``fitted`` are the ``fits`` of these rows, where they are known already.
 
     The levels are the rule. Another family takes over when it is more accurate on held-out folds, at the same mean
     cost, by over two standard errors of the paired difference: less is chance, and to follow chance costs more than it
@@ -56,16 +76,11 @@ def choose(rows: Rows, reach: Callable[[Brings], int | None]) -> Choice | None:
     rule: Choice | None = None
     best: Choice | None = None
     best_lead = 2.0
-    if len(rows.right_LN) == 1 or not len(rows.full_N):
-        return None
-    few = len(rows.full_N) < FEW_ROWS
-    for family in FAMILIES[-1:] if few else FAMILIES:
-        path = family.fit(rows, None)
-        brings = brings_of(_crossfit(family, rows, path.grid_P), rows, path.steps)
+    for family, path, brings in fits(rows) if fitted is None else fitted:
         step = reach(brings)
         if step is None:
             continue
-        choice = Choice(family.name, path, step, brings)
+        choice = Choice(family, path, step, brings)
         if rule is None:
             rule = best = choice
             continue
@@ -96,14 +111,3 @@ def within_cost(brings: Brings, max_mean_cost: float) -> int | None:
         return None
     accuracy_M = brings.accuracy_P[met]
     return int(met[accuracy_M >= accuracy_M.max() - 1e-12][-1])
-
-
-def last_safe(harmed_P: Floats, rows: int, bound: float, confidence: float) -> int | None:
-    """Fixed-sequence test along a path: the last step before the first whose harm may exceed ``bound``.
-
-    Clopper-Pearson's upper limit of a binomial share, exact. Source: Learn then Test, arXiv 2110.01052, section 3.
-    """
-    upper_P = np.where(harmed_P < rows, beta.ppf(confidence, harmed_P + 1, np.maximum(rows - harmed_P, 1)), 1.0)
-    failed = np.flatnonzero(upper_P > bound)
-    last = int(failed[0]) - 1 if len(failed) else len(upper_P) - 1
-    return last if last >= 0 else None
