@@ -28,7 +28,7 @@ from shallowdeep.policies import (
     to_json,
 )
 from shallowdeep.types import Outcome, Trace
-from shallowdeep.walking import Walk, policy_costs, simulate
+from shallowdeep.walking import Walk, policy_costs, rule_of, simulate
 
 
 @st.composite
@@ -209,19 +209,12 @@ def test_nobody_stops_on_logits_that_are_not_finite(policy: Policy, value: float
     logits = torch.zeros(5, 2, 3)
     logits[:, 0, 0] = value
     logits[:, 1, 0] = 9.0
-    walk = Walk(
-        policy,
-        num_exits=5,
-        full_exit=3,
-        cost_E=torch.linspace(0.2, 1, 5),
-        reference=None,
-        batch=2,
-        labels_B=torch.tensor([0, 0]),
-    )
-    for exit in filter(walk.asks, range(5)):
-        if walk.alive:
+    rule = rule_of(policy, 5, 3, None)
+    walk = Walk(rule, batch=2, labels_B=torch.tensor([0, 0]))
+    for exit in range(5):
+        if rule.asked[exit] and walk.alive:
             walk.ask(exit, logits[exit] if walk.row_S is None else logits[exit][walk.row_S])
-    outcome = walk.finish()
+    outcome = walk.finish(torch.linspace(0.2, 1, 5))
     assert outcome.exit_N[0] == 3
     assert outcome.logits_NC.isfinite().all(1).tolist() == [False, True]
     assert outcome.confusion_N.isfinite().all()
@@ -275,9 +268,9 @@ def test_exits_behind_the_full_exit_are_exits() -> None:
 
 
 def test_an_empty_batch_walks() -> None:
-    walk = Walk(Confidence(threshold=0.5), num_exits=2, full_exit=1, cost_E=torch.ones(2), reference=None, batch=0)
+    walk = Walk(rule_of(Confidence(threshold=0.5), 2, 1, None), batch=0)
     assert walk.ask(0, torch.zeros(0, 3)).shape == (0,)
-    outcome = walk.finish()
+    outcome = walk.finish(torch.ones(2))
     assert outcome.logits_NC.shape == (0, 3)
 
 
@@ -364,7 +357,7 @@ def test_policies_that_do_not_fit_the_network(policy: Policy, message: str) -> N
 
 def test_the_oracle_cannot_run_without_labels() -> None:
     with pytest.raises(ValueError, match="only simulate"):
-        Walk(Oracle(), num_exits=2, full_exit=1, cost_E=torch.ones(2), reference=None, batch=1)
+        Walk(rule_of(Oracle(), 2, 1, None), batch=1)
 
 
 def test_a_reference_of_another_network_is_refused() -> None:

@@ -41,10 +41,10 @@ def confusion(trace: Trace, reference: ConfusionReference | None = None) -> Tens
     reference = reference or trace.confusion_reference
     full = trace.full_exit
     parts = [l1(softmax_EBC[: full + 1], softmax_EBC[full]).sum(0) for softmax_EBC in _softmaxes(trace)]
-    raw_N = torch.cat(parts)
-    if reference is None:
-        return raw_N
-    return standardised(raw_N, *reference.moments(full, torch.ones(trace.num_exits, dtype=torch.bool)))
+    score_N = torch.cat(parts)
+    if reference is not None:
+        score_N = standardised(score_N, *reference.moments(full, torch.ones(trace.num_exits, dtype=torch.bool)))
+    return score_N
 
 
 def fit_confusion(sdn: KeepsReference | None, trace: Trace) -> ConfusionReference:

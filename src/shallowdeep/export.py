@@ -26,7 +26,7 @@ from shallowdeep.network import ShallowDeepNetwork, fingerprint, plan_to_json
 from shallowdeep.onnx import onnx_program
 from shallowdeep.policies import Policy, to_json
 from shallowdeep.runtime.engine import Engine
-from shallowdeep.steps import Step, export_step, make_steps
+from shallowdeep.steps import Step, chain, export_step, make_steps, named, remembered
 from shallowdeep.types import ExportError, MissingExtra
 from shallowdeep.walking import costs_when_asking, rule_of
 
@@ -72,17 +72,14 @@ def export_programs(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.Pa
     """
     with _put_in_place(Path(folder)) as fresh, torch.no_grad():
         steps, examples, state = _steps(sdn, policy)
-        inputs, batch = in_order(inputs, sdn.plan.inputs.names), num_rows(inputs)
-        rows = dict(zip((f"input.{name}" for name in sdn.plan.inputs.names), tensors(inputs), strict=True))
-        rows |= {name: x.repeat(batch, *(1,) * (x.ndim - 1)) for name, x in state.items()}
+        inputs = in_order(inputs, sdn.plan.inputs.names)
+        rows = named(sdn.plan.inputs.names, inputs) | remembered(policy, num_rows(inputs), torch.device("cpu"))
         files = []
-        for step, given in zip(steps, examples, strict=True):
-            program, real = export_step(step, given), [rows[name] for name in step.takes]
-            expected, found = step(*real), program.module()(*real)
-            for name, right, other in zip(step.gives, expected, found, strict=True):
+        for given, (step, real, expected) in zip(examples, chain(steps, rows), strict=True):
+            program = export_step(step, given)
+            for name, right, other in zip(step.gives, expected, program.module()(*real), strict=True):
                 if not torch.allclose(right.double(), other.double(), rtol=1e-4, atol=1e-5, equal_nan=True):
                     raise ExportError(f"The program of exit {step.exit} computes {name!r} otherwise than PyTorch.")
-            rows.update(zip(step.gives, expected, strict=True))
             files.append(fresh / f"step{step.place}.pt2")
             with silence():
                 torch.export.save(program, files[-1])
@@ -120,17 +117,13 @@ def _steps(sdn: ShallowDeepNetwork, policy: Policy) -> tuple[list[Step], list[li
         raise ExportError(f"{sdn.plan.model} cannot be exported: only its own modules run it.")
     if next(sdn.parameters()).device.type != "cpu":
         raise ExportError("Exports are made on the CPU: call sdn.cpu() first.")
-    example = example_of(sdn.plan.inputs, 2, torch.device("cpu"))
-    state = {f"state.{i}": x for i, x in enumerate(policy.init(1, None, torch.device("cpu")))}
-    rows = dict(zip((f"input.{name}" for name in sdn.plan.inputs.names), tensors(example), strict=True))
-    rows |= {name: torch.cat([x, x]) for name, x in state.items()}
-    examples = []
+    cpu = torch.device("cpu")
+    example = example_of(sdn.plan.inputs, 2, cpu)
+    rows = named(sdn.plan.inputs.names, example) | remembered(policy, 2, cpu)
     with torch.no_grad():
         steps = make_steps(sdn, policy, example)
-        for step in steps:
-            examples.append([rows[name] for name in step.takes])
-            rows.update(zip(step.gives, step(*examples[-1]), strict=True))
-    return steps, examples, state
+        examples = [given for _, given, _ in chain(steps, rows)]
+    return steps, examples, remembered(policy, 1, cpu)
 
 
 def _loop_facts(

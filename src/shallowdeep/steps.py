@@ -6,8 +6,9 @@ It refuses to know batches that shrink and backends: a loop that knows names alo
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from shallowdeep.classifiers import InternalClassifier, Said
 from shallowdeep.costs import feeds
 from shallowdeep.graph import silence
-from shallowdeep.inputs import Inputs, signature_of
+from shallowdeep.inputs import Inputs, signature_of, tensors
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Policy
 from shallowdeep.segments import Segment, cut_segments
@@ -89,6 +90,11 @@ class Step(nn.Module):
                 found["said.hidden"] = said.hidden_BH
         return tuple(found[name] for name in self.gives)
 
+    def run(self, given: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What it gives, in PyTorch."""
+        found: Sequence[Tensor] = self(*given)
+        return found
+
 
 def make_steps(sdn: ShallowDeepNetwork, policy: Policy, example: Inputs) -> list[Step]:
     """The steps of ``sdn`` under ``policy`` for inputs like ``example``, in their order, weights copied.
@@ -109,7 +115,7 @@ def make_steps(sdn: ShallowDeepNetwork, policy: Policy, example: Inputs) -> list
         groups[-1].append(_Part(exit, segment, reads, classifier, mask))
         if rule.asked[exit] and exit < full:
             groups.append([])
-    states = [f"state.{i}" for i in range(len(policy.init(1, None, torch.device("cpu"))))]
+    states = [*remembered(policy, 1, torch.device("cpu"))]
     takes: list[list[str]] = []
     carried: list[tuple[str, ...]] = [(), *(_names_of(group[-1].segment) for group in groups[:-1])]
     for place, (group, crossing) in enumerate(zip(groups, carried, strict=True)):
@@ -135,6 +141,39 @@ def make_steps(sdn: ShallowDeepNetwork, policy: Policy, example: Inputs) -> list
     return steps
 
 
+class Runs(Protocol):
+    """A step, or what a backend has made of one."""
+
+    @property
+    def takes(self) -> tuple[str, ...]: ...
+    @property
+    def gives(self) -> tuple[str, ...]: ...
+    @property
+    def run(self) -> Callable[[Sequence[Any]], Sequence[Any]]: ...
+
+
+R = TypeVar("R", bound=Runs)
+
+
+def chain(steps: Iterable[R], rows: dict[str, Any]) -> Iterator[tuple[R, list[Any], Sequence[Any]]]:
+    """Every step, what it takes of ``rows`` and what it gives, which ``rows`` holds from then on: nobody leaves."""
+    for step in steps:
+        given = [rows[name] for name in step.takes]
+        found = step.run(given)
+        rows.update(zip(step.gives, found, strict=True))
+        yield step, given, found
+
+
+def named(names: Sequence[str], inputs: Inputs) -> dict[str, Tensor]:
+    """The inputs as steps call them."""
+    return {f"input.{name}": tensor for name, tensor in zip(names, tensors(inputs), strict=True)}
+
+
+def remembered(policy: Policy, rows: int, device: torch.device) -> dict[str, Tensor]:
+    """What ``policy`` remembers of ``rows`` rows before its first question, as steps call it."""
+    return {f"state.{i}": tensor for i, tensor in enumerate(policy.init(rows, None, device))}
+
+
 class Joined(nn.Module):
     """Steps in one piece where nobody leaves, from the inputs to the logits of each: what they cost without questions.
 
@@ -143,15 +182,14 @@ class Joined(nn.Module):
 
     def __init__(self, steps: Sequence[Step]) -> None:
         super().__init__()
-        self.steps, self.rowless = nn.ModuleList(steps), frozenset[str]()
+        self._steps, self.steps, self.rowless = tuple(steps), nn.ModuleList(steps), frozenset[str]()
         self.takes = tuple(dict.fromkeys(name for step in steps for name in step.takes if name.startswith("input.")))
         self.gives = tuple(f"logits.{step.place}" for step in steps)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         rows = dict(zip(self.takes, tensors, strict=True))
-        for step in self.steps:
-            assert isinstance(step, Step)
-            rows.update(zip(step.gives, step(*(rows[name] for name in step.takes)), strict=True))
+        for _ in chain(self._steps, rows):
+            pass
         return tuple(rows[name] for name in self.gives)
 
 

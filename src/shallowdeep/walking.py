@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,9 +22,16 @@ Array: TypeAlias = Any
 CHUNK_ELEMENTS = 1 << 21  # logits held at once in float64 while walking a trace: 16 MB
 
 
-def standardised(raw_N: Tensor, mean: float, std: float) -> Tensor:
+def l1(said: Array, answer: Array) -> Array:
+    """L1 distance between softmaxes, over their last axis (0 to 2); 2 where either is not a number."""
+    distance = abs(said - answer).sum(-1)
+    distance[distance != distance] = 2.0
+    return distance
+
+
+def standardised(raw_N: Array, mean: float, std: float) -> Array:
     """``(raw - mean) / std``; 0 where the reference does not vary, as at the first exit asked."""
-    return (raw_N - mean) / std if std > 1e-12 else torch.zeros_like(raw_N)
+    return (raw_N - mean) / std if std > 1e-12 else raw_N * 0.0
 
 
 class Memory(NamedTuple):
@@ -99,13 +106,7 @@ class Rule:
         """How far the exits asked (softmax [S, C] each) are from the answer's softmax, for rows that stop at ``exit``:
         torch tensors or NumPy arrays.
         """
-        raw_S = 0
-        for said_SC in said:
-            distance_S = abs(said_SC - answer_SC).sum(1)
-            distance_S[distance_S != distance_S] = 2.0  # not a number
-            raw_S = distance_S + raw_S
-        mean, std = self.moments[exit]
-        return (raw_S - mean) / std if std > 1e-12 else raw_S * 0.0
+        return standardised(sum(l1(said_SC, answer_SC) for said_SC in said), *self.moments[exit])
 
 
 @lru_cache(maxsize=256)
@@ -114,85 +115,88 @@ def rule_of(policy: Policy, num_exits: int, full_exit: int, reference: Confusion
     return Rule(policy, num_exits=num_exits, full_exit=full_exit, reference=reference)
 
 
-class Walk:
-    """One batch on its way along the exits under one policy: ask exit by exit while rows are ``alive``, then finish.
+class Left(NamedTuple):
+    """Rows that stopped together: their places in the batch, exits, answers, and which of them a limit stopped."""
 
-    ``cost_E`` is what stopping at each exit costs under this policy (``costs_when_asking``). ``row_S`` says where the
-    rows that still walk stand in the batch (None: nobody has left).
+    row_S: Array
+    exit_S: Array
+    logits_SC: Array
+    confidence_S: Array
+    confusion_S: Array
+    capped_S: Array
+
+
+def in_batch_order(left: Sequence[Left], joined: Callable[..., Array] = torch.cat) -> Left:
+    """All that left, in the order of the batch; ``joined`` puts arrays one after another."""
+    found = Left(*(joined(parts) for parts in zip(*left, strict=True)))
+    if len(left) == 1:
+        return found
+    order_B = found.row_S.argsort()
+    return Left(*(array[order_B] for array in found))
+
+
+class Walk:
+    """One batch on its way along the exits under one rule: ask exit by exit while rows are ``alive``, then finish.
+
+    ``row_S`` says where the rows that still walk stand in the batch (None: nobody has left); ``left`` who has.
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        *,
-        num_exits: int,
-        full_exit: int,
-        cost_E: Tensor,
-        reference: ConfusionReference | None,
-        batch: int,
-        labels_B: Tensor | None = None,
-        device: torch.device | str = "cpu",
+        self, rule: Rule, *, batch: int, labels_B: Tensor | None = None, device: torch.device | str = "cpu"
     ) -> None:
         self.alive = batch
         self.row_S: Tensor | None = None
-        self._rule = rule_of(policy, num_exits, full_exit, reference)
-        self._cost_E, self._device = cost_E, torch.device(device)
-        self._memory = self._rule.start(batch, labels_B, self._device)
-        self._left: list[tuple[Tensor, ...]] = []
+        self.left: list[Left] = []
+        self._rule, self._device = rule, torch.device(device)
+        self._memory = rule.start(batch, labels_B, self._device)
 
-    def asks(self, exit: int) -> bool:
-        """Whether the policy asks this exit at all."""
-        return self._rule.asked[exit]
-
-    def ask(self, exit: int, logits_BC: Tensor) -> Tensor:
-        """Which of the rows that still walk walk on (bool [B]), given their logits at ``exit``."""
+    def ask(self, exit: int, logits_BC: Tensor, *, ends: bool = False) -> Tensor:
+        """Which of the rows that still walk the policy lets walk on (bool [B]), given their logits at ``exit``; where a
+        limit ``ends`` the walk, all leave, and those are capped.
+        """
         assert self._rule.asked[exit], f"exit {exit} is not asked"
         assert len(logits_BC) == self.alive, f"{len(logits_BC)} rows given, {self.alive} walk"
         self._memory, stop_B = self._rule.ask(exit, logits_BC, self._memory)
-        stop_B = torch.ones_like(logits_BC[:, 0], dtype=torch.bool) if stop_B is None else stop_B
-        stop_B = stop_B if exit == self._rule.last else self._rule.heed(exit, stop_B, finite_rows(logits_BC))
-        stops = int(stop_B.sum())
-        if stops == self.alive:
-            self._record(exit, self.row_S, self._memory)
-            self.alive = 0
-        elif stops:
-            order_B = stop_B.to(torch.uint8).argsort(descending=True, stable=True)  # both halves for one wait
-            out, stay = order_B[:stops], order_B[stops:]
-            self._record(exit, out if self.row_S is None else self.row_S[out], self._memory.select(out))
-            self.row_S = stay if self.row_S is None else self.row_S[stay]
-            self.alive = len(stay)
-            self._memory = self._memory.select(stay)
-        return ~stop_B
+        if stop_B is None:
+            on_B = torch.zeros_like(logits_BC[:, 0], dtype=torch.bool)
+        else:
+            on_B = ~self._rule.heed(exit, stop_B, finite_rows(logits_BC))
+        stay = 0 if ends else int(on_B.sum())
+        if not stay:
+            self._record(exit, self.row_S, self._memory, on_B)
+        elif stay < self.alive:
+            order_B = on_B.to(torch.uint8).argsort(stable=True)  # both halves for one wait
+            out, index = order_B[: self.alive - stay], order_B[self.alive - stay :]
+            gone = out if self.row_S is None else self.row_S[out]
+            self._record(exit, gone, self._memory.select(out), on_B[out])
+            self.row_S = index if self.row_S is None else self.row_S[index]
+            self._memory = self._memory.select(index)
+        self.alive = stay
+        return on_B
 
-    def finish(self) -> Outcome:
-        """The outcome of all rows in the order of the batch."""
+    def finish(self, cost_E: Tensor) -> Outcome:
+        """The outcome of all rows in the order of the batch, given what stopping at each exit costs under this policy
+        (``costs_when_asking``).
+        """
         assert self.alive == 0, f"{self.alive} rows still walk; the last exit asked is {self._rule.last}"
-        found = [torch.cat(parts) for parts in zip(*self._left, strict=True)]
-        if len(self._left) > 1:
-            order_B = found[0].argsort()
-            found = [part.index_select(0, order_B) for part in found]
-        _, exit_B, logits_BC, confidence_B, confusion_B = found
+        _, exit_B, logits_BC, confidence_B, confusion_B, _ = in_batch_order(self.left)
         return Outcome(
             exit_N=exit_B,
             labels_N=logits_BC.argmax(1),
             logits_NC=logits_BC,
-            cost_N=self._cost_E[exit_B],
+            cost_N=cost_E[exit_B],
             confidence_N=confidence_B,
             confusion_N=confusion_B,
         )
 
-    def _record(self, exit: int, row_B: Tensor | None, memory: Memory) -> None:
-        logits_BC, softmax_BC = memory.logits[-1], memory.softmax[-1]
+    def _record(self, exit: int, row_S: Tensor | None, memory: Memory, capped_S: Tensor) -> None:
+        logits_SC, softmax_SC = memory.logits[-1], memory.softmax[-1]
         if self._rule.falls_back(exit):
-            logits_BC, softmax_BC = self._rule.most_confident(exit, memory)
-        row_B = torch.arange(len(logits_BC), device=self._device) if row_B is None else row_B
-        confusion_B = self._rule.confusion(exit, memory.softmax, softmax_BC)
-        self._left.append((row_B, torch.full_like(row_B, exit), logits_BC, softmax_BC.amax(1), confusion_B))
-
-
-def l1(softmax_EBC: Tensor, answer_BC: Tensor) -> Tensor:
-    """L1 distance of each exit's softmax to the answer's ([E, B], 0 to 2); 2 where either is not a number."""
-    return (softmax_EBC - answer_BC).abs_().sum(2).nan_to_num_(nan=2.0)
+            logits_SC, softmax_SC = self._rule.most_confident(exit, memory)
+        row_S = torch.arange(len(logits_SC), device=self._device) if row_S is None else row_S
+        confusion_S = self._rule.confusion(exit, memory.softmax, softmax_SC)
+        left = Left(row_S, torch.full_like(row_S, exit), logits_SC, softmax_SC.amax(1), confusion_S, capped_S)
+        self.left.append(left)
 
 
 def costs_when_asking(
@@ -237,25 +241,18 @@ def simulate(policy: Policy, trace: Trace) -> Outcome:
     ([0, 1], [0, 1], [0.5, 1.0])
     """
     exits, full = trace.num_exits, trace.full_exit
-    cost_E, reference = policy_costs(trace, policy.asks(exits, full)), trace.confusion_reference
+    rule = rule_of(policy, exits, full, trace.confusion_reference)
+    cost_E = policy_costs(trace, rule.asked)
     rows = max(1, CHUNK_ELEMENTS // (exits * trace.num_classes))
     parts = []
     for start in range(0, trace.num_samples, rows):
         logits_EBC = trace.logits_ENC[:, start : start + rows].detach()
         labels_B = trace.labels_N[start : start + rows]
-        walk = Walk(
-            policy,
-            num_exits=exits,
-            full_exit=full,
-            cost_E=cost_E,
-            reference=reference,
-            batch=len(labels_B),
-            labels_B=labels_B,
-        )
-        for exit in filter(walk.asks, range(exits)):
-            if walk.alive:
+        walk = Walk(rule, batch=len(labels_B), labels_B=labels_B)
+        for exit in range(exits):
+            if rule.asked[exit] and walk.alive:
                 walk.ask(exit, logits_EBC[exit] if walk.row_S is None else logits_EBC[exit][walk.row_S])
-        parts.append(walk.finish())
+        parts.append(walk.finish(cost_E))
     return Outcome(**{name: torch.cat([getattr(part, name) for part in parts]) for name in _OUTCOME})
 
 

@@ -58,7 +58,8 @@ class ReducedTrace:
     @property
     def confusion_N(self) -> Tensor:
         """The standardised confusion of the full exit's answers, float64 [N]."""
-        return standardised(self.log_confusion_N.double().exp(), *self.confusion_moments)
+        standard_N: Tensor = standardised(self.log_confusion_N.double().exp(), *self.confusion_moments)
+        return standard_N
 
     def accuracy(self, part: str) -> float:
         """Share of the "held_out" or "test" rows about which the full exit is right."""

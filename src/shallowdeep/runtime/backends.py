@@ -5,17 +5,27 @@ It refuses to know networks and policies: a backend sees a step as a module of t
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
 from shallowdeep.steps import Joined, Step
+from shallowdeep.types import MissingExtra
 
 Array: TypeAlias = Any
 """A torch tensor or a NumPy array, whichever the backend computes with; both take ``array[index]``."""
 BackendName: TypeAlias = Literal["auto", "torch", "torch-compile", "onnxruntime", "openvino", "openvino-bf16"]
 Run: TypeAlias = Callable[[Sequence[Array]], Sequence[Array]]
+
+
+def library(name: str, extra: str) -> Any:
+    """The optional library ``name``. Raises ``MissingExtra`` where it is absent."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtra(f"The backend {name!r} is not installed: pip install 'shallowdeep[{extra}]'.") from error
 
 
 class Backend(Protocol):

@@ -25,7 +25,7 @@ from shallowdeep.runs import describe_device
 from shallowdeep.runtime.backends import Backend, BackendName
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.runtime.programs import make_backend
-from shallowdeep.steps import Joined, make_steps
+from shallowdeep.steps import Joined, make_steps, named
 
 LEAST_EARLY = 0.2
 """Under this share of early answers there is no efficiency to speak of."""
@@ -145,11 +145,10 @@ def _ways(
 
 def _bare(backend: Backend, piece: Joined, inputs: Inputs) -> Call:
     """``piece`` as a function of a batch."""
-    names = [f"input.{name}" for name in signature_of(inputs).names]
-    places = [names.index(name) for name in piece.takes]
-    example = tensors(take(inputs, slice(0, 2)))
+    example = named(signature_of(inputs).names, take(inputs, slice(0, 2)))
+    places = [[*example].index(name) for name in piece.takes]
     with torch.no_grad():
-        run = backend.compile(piece, [example[place] for place in places])
+        run = backend.compile(piece, [example[name] for name in piece.takes])
 
     def call(batch: Inputs) -> None:
         leaves = tensors(batch)
@@ -238,11 +237,10 @@ def _answers(engine: Engine, inputs: Inputs) -> dict[str, Tensor]:
 
 def _accuracy(piece: Joined, inputs: Inputs, labels_N: Tensor) -> float:
     """Of the last logits of ``piece``, in PyTorch."""
-    names = [f"input.{name}" for name in signature_of(inputs).names]
-    right = 0
+    names, right = signature_of(inputs).names, 0
     with torch.inference_mode():
         for i in range(0, num_rows(inputs), 256):
-            leaves = dict(zip(names, tensors(take(inputs, slice(i, i + 256))), strict=True))
+            leaves = named(names, take(inputs, slice(i, i + 256)))
             logits = piece(*(leaves[name] for name in piece.takes))[-1]
             right += int((logits.argmax(1).cpu() == labels_N[i : i + 256]).sum())
     return right / num_rows(inputs)

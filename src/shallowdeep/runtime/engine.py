@@ -26,17 +26,16 @@ from shallowdeep.inputs import (
     num_rows,
     signature_of,
     take,
-    tensors,
 )
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Confidence, Policy
 from shallowdeep.runtime.backends import Array, Backend, BackendName
-from shallowdeep.runtime.loop import Left, Limit, Program, walk
+from shallowdeep.runtime.loop import Limit, Program, walk
 from shallowdeep.runtime.modules import walk_modules
 from shallowdeep.runtime.programs import make_backend, make_program, measure
 from shallowdeep.runtime.streams import Stream
 from shallowdeep.runtime.times import StepTimes
-from shallowdeep.steps import needed_ics
+from shallowdeep.steps import chain, named, needed_ics
 from shallowdeep.types import (
     Answer,
     BackboneMismatch,
@@ -47,7 +46,7 @@ from shallowdeep.types import (
     MissingExtra,
     Trace,
 )
-from shallowdeep.walking import costs_when_asking, rule_of
+from shallowdeep.walking import Left, costs_when_asking, in_batch_order, rule_of
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Batch sizes that ``measure`` looks at by default."""
@@ -204,8 +203,8 @@ class Engine:
                 program = make_program(self.sdn, self.policy, self.sdn.plan.inputs, backend)
             except (MissingExtra, BackendError):
                 continue
-            named = {name: backend.enter(tensor) for name, tensor in self._leaves(rows).items()}
-            times = measure(program, named, (1, 32), 5)
+            entered = {name: backend.enter(x) for name, x in named(self.sdn.plan.inputs.names, rows).items()}
+            times = measure(program, entered, (1, 32), 5)
             last = len(program.steps) - 1
             found.append((times.up_to(last, 1) * times.up_to(last, 32), backend, program))
         _, best, program = min(found, key=lambda one: one[0])
@@ -240,11 +239,7 @@ class Engine:
         return planned.kind == "tensor" and x.shape[1:] == planned.shapes[0] and x.dtype == self._dtype and x.ndim > 0
 
     def _named(self, batch: Inputs) -> dict[str, Array]:
-        return {name: self._backend.enter(tensor) for name, tensor in self._leaves(batch).items()}
-
-    def _leaves(self, batch: Inputs) -> dict[str, Tensor]:
-        names = self.sdn.plan.inputs.names
-        return {f"input.{name}": tensor for name, tensor in zip(names, tensors(batch), strict=True)}
+        return {name: self._backend.enter(tensor) for name, tensor in named(self.sdn.plan.inputs.names, batch).items()}
 
     def _program(self, signature: InputSignature, *, every_exit: bool = False) -> Program:
         """The program for inputs of this shape, made on first sight."""
@@ -261,12 +256,11 @@ class Engine:
     def _said(self, inputs: Inputs) -> Tensor:
         """Logits [E, B, C] of every exit."""
         batch, signature = self._checked(inputs)
-        program, answers = self._program(signature, every_exit=True), list[Tensor]()
+        program = self._program(signature, every_exit=True)
         rows = self._named(batch) | program.fresh_rows(num_rows(batch))
-        for step in program.steps:
-            rows.update(zip(step.gives, step.run([rows[name] for name in step.takes]), strict=True))
-            answers.append(self._backend.leave(rows[f"logits.{len(answers)}"]))
-        return torch.stack(answers)
+        for _ in chain(program.steps, rows):
+            pass
+        return torch.stack([self._backend.leave(rows[f"logits.{place}"]) for place in range(len(program.steps))])
 
     def _limit(self, max_cost: float | None, max_ms: float | None, rows: int) -> Limit | None:
         if max_cost is None and max_ms is None:
@@ -286,11 +280,7 @@ class Engine:
 
     def _answer(self, left: Sequence[Left]) -> Answer:
         """What the rows of a batch are answered, in its order."""
-        joined = Left(*(self._backend.joined(parts) for parts in zip(*left, strict=True)))
-        if len(left) > 1:
-            order_B = joined.row_S.argsort()
-            joined = Left(*(array[order_B] for array in joined))
-        _, exit_B, logits_BC, confidence_B, confusion_B, capped_B = joined
+        _, exit_B, logits_BC, confidence_B, confusion_B, capped_B = in_batch_order(left, self._backend.joined)
         found = {"labels_B": logits_BC.argmax(1), "logits_BC": logits_BC, "exit_B": exit_B}
         found |= {"confidence_B": confidence_B, "confusion_B": confusion_B, "capped_B": capped_B}
         found |= {"cost_B": self._cost[exit_B], "valid_B": self._backend.finite(logits_BC)}

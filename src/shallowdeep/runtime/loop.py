@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from shallowdeep.runtime.backends import Array, Backend, Run
 from shallowdeep.runtime.times import StepTimes
-from shallowdeep.walking import Rule
+from shallowdeep.walking import Left, Rule
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,17 +46,6 @@ class Program:
         return {name: self.backend.repeated(row, batch) for name, row in self.fresh.items()}
 
 
-class Left(NamedTuple):
-    """Rows that stopped together: their places in the batch, exits, answers, and which of them a limit stopped."""
-
-    row_S: Array
-    exit_S: Array
-    logits_SC: Array
-    confidence_S: Array
-    confusion_S: Array
-    capped_S: Array
-
-
 @dataclass(frozen=True)
 class Limit:
     """How far rows may walk: the last step they may take, and the time (of ``time.perf_counter``) to be done by."""
@@ -74,64 +62,65 @@ def walk(
     limit: Limit | None = None,
 ) -> list[Left]:
     """The exits and answers of ``batch`` rows, given the inputs by name (``input.NAME``), in the order of stopping."""
-    backend, rule, last = program.backend, program.rule, len(program.steps) - 1
     rows = {**inputs, **program.fresh_rows(batch)}
-    row_S, alive, present = backend.counted(batch), batch, batch
+    row_S, alive = program.backend.counted(batch), batch
     left: list[Left] = []
-    for place, step in enumerate(program.steps):
-        rows.update(zip(step.gives, step.run([rows[name] for name in step.takes]), strict=True))
-        live_S = row_S >= 0 if alive < present else None  # places below 0: answered already, or there to fill up
-        ends = place == last or (limit is not None and _must_end(limit, times, place, present))
-        stop_S, stops = None, alive
-        if place < last:
-            stop_S = rows.pop("stop")
-            if ends or stop_S.any() or step.exit == rule.full_exit:
-                stop_S = rule.heed(step.exit, stop_S, backend.finite(rows[f"logits.{place}"]))
-            stop_S = stop_S if live_S is None else stop_S & live_S
-            stops = alive if ends else int(stop_S.sum())
-        if not stops:
-            continue
-        if stops == present:
-            left.append(_leave(program, place, rows, row_S, stop_S if ends else None))
-            break
-        out, stay = backend.split(live_S if ends else stop_S, stops, live_S, alive)
-        picked = {name: x[out] for name, x in rows.items() if name.startswith(_SAID)}
-        left.append(_leave(program, place, picked, row_S[out], stop_S[out] if ends and stop_S is not None else None))
-        alive -= stops
+    for place in range(len(program.steps)):
+        gone, rows, row_S, alive = _take(program, place, rows, row_S, alive, times, limit)
+        left += gone
         if not alive:
             break
-        size = alive if times is None else times.size(place + 1, alive, present)
-        if size == present:
-            row_S = backend.marked(row_S, out)
-            continue
-        index = backend.filled(stay, size)
-        needed = program.needed[place]
-        rows = {name: x if name in program.rowless else x[index] for name, x in rows.items() if name in needed}
-        row_S, present = row_S[index], size
-        if size > alive:
-            row_S[alive:] = -1
     return left
 
 
 def advance(
     program: Program, place: int, rows: dict[str, Array], row_S: Array
-) -> tuple[Left | None, dict[str, Array], Array | None]:
-    """One step for rows that all want an answer: who left, and arrays and places of those that go on (None: none)."""
-    backend, step = program.backend, program.steps[place]
-    rows = {**rows, **dict(zip(step.gives, step.run([rows[name] for name in step.takes]), strict=True))}
-    if place + 1 == len(program.steps):
-        return _leave(program, place, rows, row_S, None), {}, None
-    stop_S = program.rule.heed(step.exit, rows.pop("stop"), backend.finite(rows[f"logits.{place}"]))
-    stops, needed = int(stop_S.sum()), program.needed[place]
-    if stops == len(row_S):
-        return _leave(program, place, rows, row_S, None), {}, None
+) -> tuple[Sequence[Left], dict[str, Array], Array]:
+    """One step for rows that all want an answer: who left, and arrays and places of those that go on."""
+    gone, rows, row_S, alive = _take(program, place, rows, row_S, len(row_S), None, None)
+    needed = program.needed[place]
+    return gone, {name: x for name, x in rows.items() if name in needed}, row_S if alive else row_S[:0]
+
+
+def _take(
+    program: Program,
+    place: int,
+    rows: dict[str, Array],
+    row_S: Array,
+    alive: int,
+    times: StepTimes | None,
+    limit: Limit | None,
+) -> tuple[Sequence[Left], dict[str, Array], Array, int]:
+    """One step: who leaves, arrays and places of what is computed on, and how many of those still want an answer."""
+    backend, rule, step = program.backend, program.rule, program.steps[place]
+    rows.update(zip(step.gives, step.run([rows[name] for name in step.takes]), strict=True))
+    present, last = len(row_S), place + 1 == len(program.steps)
+    live_S = row_S >= 0 if alive < present else None  # places below 0: answered already, or there to fill up
+    ends = last or (limit is not None and _must_end(limit, times, place, present))
+    stop_S, stops = None, alive
+    if not last:
+        stop_S = rows.pop("stop")
+        if ends or stop_S.any() or step.exit == rule.full_exit:
+            stop_S = rule.heed(step.exit, stop_S, backend.finite(rows[f"logits.{place}"]))
+        stop_S = stop_S if live_S is None else stop_S & live_S
+        stops = alive if ends else int(stop_S.sum())
     if not stops:
-        return None, {name: x for name, x in rows.items() if name in needed}, row_S
-    out, stay = backend.split(stop_S, stops, None, len(row_S))
+        return (), rows, row_S, alive
+    if stops == present:
+        return [_leave(program, place, rows, row_S, stop_S if ends else None)], rows, row_S, 0
+    out, stay = backend.split(live_S if ends else stop_S, stops, live_S, alive)
     picked = {name: x[out] for name, x in rows.items() if name.startswith(_SAID)}
-    left = _leave(program, place, picked, row_S[out], None)
-    kept = {name: x if name in program.rowless else x[stay] for name, x in rows.items() if name in needed}
-    return left, kept, row_S[stay]
+    left = [_leave(program, place, picked, row_S[out], stop_S[out] if ends and stop_S is not None else None)]
+    alive -= stops
+    size = alive if times is None or not alive else times.size(place + 1, alive, present)
+    if not alive or size == present:
+        return left, rows, backend.marked(row_S, out), alive
+    index, needed = backend.filled(stay, size), program.needed[place]
+    rows = {name: x if name in program.rowless else x[index] for name, x in rows.items() if name in needed}
+    row_S = row_S[index]
+    if size > alive:
+        row_S[alive:] = -1
+    return left, rows, row_S, alive
 
 
 _SAID = ("logits.", "softmax.", "answer.")

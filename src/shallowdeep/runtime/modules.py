@@ -9,17 +9,15 @@ import operator
 import time
 from contextlib import suppress
 
-import torch
 from torch import Tensor
 
 from shallowdeep.classifiers import Said
 from shallowdeep.inputs import Inputs, call, logits_of, mask_of, num_rows, take
 from shallowdeep.network import ShallowDeepNetwork
-from shallowdeep.policies import finite_rows
-from shallowdeep.runtime.loop import Left, Limit
+from shallowdeep.runtime.loop import Limit
 from shallowdeep.taps import tapped
 from shallowdeep.types import BackboneMismatch
-from shallowdeep.walking import Memory, Rule
+from shallowdeep.walking import Left, Rule, Walk
 
 
 class _AllLeft(Exception):
@@ -43,12 +41,9 @@ class _Pass:
     ) -> None:
         self.sdn, self.rule, self.runs, self.limit = sdn, rule, runs, limit or Limit(sdn.num_exits)
         self.inputs = self.alive = inputs
-        device = next(sdn.parameters()).device
-        self.memory = rule.start(num_rows(inputs), None, device)
-        self.row_S = torch.arange(num_rows(inputs), device=device)
+        self.walk = Walk(rule, batch=num_rows(inputs), device=next(sdn.parameters()).device)
         self.said: Said | None = None
         self.place = -1
-        self.left: list[Left] = []
 
     def __call__(self) -> list[Left]:
         cuts = [self.sdn.plan.cuts[exit] for exit in self.runs]
@@ -56,7 +51,7 @@ class _Pass:
             with tapped(self.sdn.backbone, cuts, self._visit):
                 logits = logits_of(call(self.sdn.backbone, self.inputs))
             self._ask(self.rule.full_exit, logits)
-        return self.left
+        return self.walk.left
 
     def _visit(self, position: int, x: Tensor) -> Tensor | None:
         exit = self.runs[position]
@@ -72,27 +67,8 @@ class _Pass:
     def _ask(self, exit: int, logits_SC: Tensor) -> Tensor | None:
         """Positions of the rows that go on, or None when all do."""
         self.place += 1
-        rule = self.rule
-        self.memory, stop_S = rule.ask(exit, logits_SC, self.memory)
-        if stop_S is None:
-            self._leave(exit, self.row_S, self.memory, self.row_S < 0)
-            raise _AllLeft
-        stop_S = rule.heed(exit, stop_S, finite_rows(logits_SC))
         ends = self.place >= self.limit.place or time.perf_counter() > self.limit.until
-        if ends or bool(stop_S.all()):
-            self._leave(exit, self.row_S, self.memory, ~stop_S)
+        stay_S = self.walk.ask(exit, logits_SC, ends=ends)
+        if not self.walk.alive:
             raise _AllLeft
-        stay: Tensor
-        out, stay = stop_S.nonzero().flatten(), (~stop_S).nonzero().flatten()
-        if not len(out):
-            return None
-        self._leave(exit, self.row_S[out], self.memory.select(out), self.row_S[out] < 0)
-        self.row_S, self.memory = self.row_S[stay], self.memory.select(stay)
-        return stay
-
-    def _leave(self, exit: int, row_S: Tensor, memory: Memory, capped_S: Tensor) -> None:
-        answer = memory.logits[-1], memory.softmax[-1]
-        logits_SC, softmax_SC = self.rule.most_confident(exit, memory) if self.rule.falls_back(exit) else answer
-        confusion_S = self.rule.confusion(exit, memory.softmax, softmax_SC)
-        left = Left(row_S, torch.full_like(row_S, exit), logits_SC, softmax_SC.amax(1), confusion_S, capped_S)
-        self.left.append(left)
+        return None if self.walk.alive == len(logits_SC) else stay_S.nonzero().flatten()

@@ -6,7 +6,7 @@ It refuses to know anything but arrays.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from shallowdeep.onnx import onnx_program
-from shallowdeep.runtime.backends import BackendName, Run
+from shallowdeep.runtime.backends import BackendName, Run, library
 from shallowdeep.steps import Joined, Step
-from shallowdeep.types import MissingExtra
 
 
 class OnNumpy:
@@ -61,6 +60,13 @@ class OnNumpy:
         return row_S
 
 
+class EachThread(threading.local):
+    """What ``make`` makes, once in every thread."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.made = make()
+
+
 class OnOnnxRuntime(OnNumpy):
     """ONNX Runtime, ``threads`` threads a step, which sleep while they wait: pools that spin slow each other down."""
 
@@ -70,12 +76,7 @@ class OnOnnxRuntime(OnNumpy):
         self.threads = threads
 
     def compile(self, step: Step | Joined, example: Sequence[Tensor]) -> Run:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise MissingExtra(
-                "The backend 'onnxruntime' is not installed: pip install 'shallowdeep[export]'."
-            ) from error
+        onnxruntime = library("onnxruntime", "export")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -84,15 +85,13 @@ class OnOnnxRuntime(OnNumpy):
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         names = [given.name for given in session.get_inputs()]  # in the order of step.takes
         kept = [name.startswith(("logits", "softmax", "answer")) for name in step.gives]
-        own = threading.local()
+        own = EachThread(lambda: _Single(session, names, kept))
 
         def run(arrays: Sequence[Any]) -> Sequence[Any]:
             if len(arrays[0]) != 1:
                 found: list[Any] = session.run(None, dict(zip(names, arrays, strict=True)))
                 return found
-            if not hasattr(own, "single"):
-                own.single = _Single(session, names, kept)
-            return own.single(arrays)  # type: ignore[no-any-return]
+            return own.made(arrays)  # type: ignore[no-any-return]
 
         return run
 

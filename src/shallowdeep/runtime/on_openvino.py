@@ -6,17 +6,15 @@ closer to 1 than 1e-6 means nothing here.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from shallowdeep.onnx import onnx_program
-from shallowdeep.runtime.backends import BackendName, Run
-from shallowdeep.runtime.on_onnxruntime import OnNumpy
+from shallowdeep.runtime.backends import BackendName, Run, library
+from shallowdeep.runtime.on_onnxruntime import EachThread, OnNumpy
 from shallowdeep.steps import Joined, Step
-from shallowdeep.types import MissingExtra
 
 
 class OnOpenVino(OnNumpy):
@@ -27,23 +25,16 @@ class OnOpenVino(OnNumpy):
         self.threads, self.precision = threads, "bf16" if bf16 else "f32"
 
     def compile(self, step: Step | Joined, example: Sequence[Tensor]) -> Run:
-        try:
-            import openvino
-        except ImportError as error:
-            raise MissingExtra(
-                "The backend 'openvino' is not installed: pip install 'shallowdeep[openvino]'."
-            ) from error
+        openvino = library("openvino", "openvino")
         core = openvino.Core()
         model = core.read_model(onnx_program(step, example).SerializeToString())
         choices = {"INFERENCE_NUM_THREADS": self.threads, "INFERENCE_PRECISION_HINT": self.precision}
         compiled = core.compile_model(model, "CPU", {**choices, "PERFORMANCE_HINT": "LATENCY"})
         keeps = [name.startswith(("logits", "softmax", "answer")) for name in step.gives]
-        own = threading.local()  # a request runs one call at a time
+        own = EachThread(compiled.create_infer_request)  # a request runs one call at a time
 
         def run(arrays: Sequence[Any]) -> Sequence[Any]:
-            if not hasattr(own, "request"):
-                own.request = compiled.create_infer_request()
-            found = own.request.infer(list(arrays), share_inputs=True, share_outputs=True).values()
+            found = own.made.infer(list(arrays), share_inputs=True, share_outputs=True).values()
             # The next call writes into the same memory; by then all but the answers have been read.
             return [x.copy() if kept else x for x, kept in zip(found, keeps, strict=True)]
 

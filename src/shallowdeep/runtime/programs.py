@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shallowdeep.inputs import example_of, tensors
+from shallowdeep.inputs import example_of
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Policy
 from shallowdeep.runtime.backends import Array, Backend, BackendName
@@ -21,7 +21,7 @@ from shallowdeep.runtime.on_onnxruntime import OnOnnxRuntime
 from shallowdeep.runtime.on_openvino import OnOpenVino
 from shallowdeep.runtime.on_torch import OnTorch
 from shallowdeep.runtime.times import StepTimes
-from shallowdeep.steps import make_steps
+from shallowdeep.steps import chain, make_steps, named, remembered
 from shallowdeep.types import BackendError, DataError, InputSignature
 from shallowdeep.walking import rule_of
 
@@ -60,20 +60,16 @@ def make_program(sdn: ShallowDeepNetwork, policy: Policy, signature: InputSignat
                 f"{sdn.plan.model} is planned for rows of shape {sdn.plan.inputs.shapes} and fails for "
                 f"{signature.shapes}: {error}"
             ) from error
-        fresh = {f"state.{i}": tensor for i, tensor in enumerate(policy.init(1, None, device))}
-        names = [f"input.{name}" for name in signature.names]
-        rows = dict(zip(names, tensors(example), strict=True)) | {name: torch.cat([x, x]) for name, x in fresh.items()}
+        rows = named(signature.names, example) | remembered(policy, 2, device)
         ready = []
-        for step in steps:
-            given = [rows[name] for name in step.takes]
-            run, expected = backend.compile(step, given), step(*given)
+        for step, given, expected in chain(steps, rows):
+            run = backend.compile(step, given)
             found = [backend.leave(array) for array in run([backend.enter(tensor) for tensor in given])]
             _check(backend, step.exit, step.gives, expected, found)
-            rows.update(zip(step.gives, expected, strict=True))
             ready.append(Ready(step.exit, run, step.takes, step.gives))
     said = [{f"softmax.{k}" for k in range(place + 1)} for place in range(len(ready))]
     later = [said[place].union(*(step.takes for step in ready[place + 1 :])) for place in range(len(ready))]
-    entered = {name: backend.enter(tensor) for name, tensor in fresh.items()}
+    entered = {name: backend.enter(tensor) for name, tensor in remembered(policy, 1, device).items()}
     rule = rule_of(policy, sdn.num_exits, sdn.num_exits - 1, sdn.confusion_reference)
     return Program(backend, rule, tuple(ready), entered, tuple(map(frozenset, later)), steps[0].rowless)
 
@@ -101,16 +97,15 @@ def measure(program: Program, inputs: Mapping[str, Array], sizes: Sequence[int],
     for turn in range(rounds + 1):
         for size in sizes:
             rows = {name: x[:size] for name, x in inputs.items()} | program.fresh_rows(size)
-            for place, step in enumerate(program.steps):
-                start = time.perf_counter()
-                found = step.run([rows[name] for name in step.takes])
+            start = time.perf_counter()
+            for place, _ in enumerate(chain(program.steps, rows)):
                 backend.wait()
                 spent = time.perf_counter() - start
-                rows.update(zip(step.gives, found, strict=True))
                 if turn:  # the first one warms up
                     known.setdefault((place, size), []).append(1e3 * spent)
                 if turn and size == sizes[-1] and place + 1 < len(program.steps):
                     moved.setdefault(place + 1, []).append(1e3 * _moving(program, rows, place, size) / size)
+                start = time.perf_counter()
     table = tuple(tuple(statistics.median(known[place, size]) for size in sizes) for place in range(len(program.steps)))
     return StepTimes(tuple(sizes), table, (0.0, *(statistics.median(times) for _, times in sorted(moved.items()))))
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from shallowdeep.runtime.backends import Array
-from shallowdeep.runtime.loop import Left, Program, advance
+from shallowdeep.runtime.loop import Program, advance
 from shallowdeep.types import Answer
+from shallowdeep.walking import Left
 
 _END = object()
 POLL_SECONDS = 0.05
@@ -246,15 +247,15 @@ class Stream(Iterator[Answer | Exception]):
             for name in names
         }
         total = sum(len(waiting.row_S) for waiting in taken)
-        left, rows, stay_S = advance(program, key[1], rows, backend.counted(total))
+        gone, rows, stay_S = advance(program, key[1], rows, backend.counted(total))
         first = 0
         for waiting in taken:
             last = first + len(waiting.row_S)
-            if left is not None:
+            for left in gone:
                 mine = (left.row_S >= first) & (left.row_S < last)
                 own = Left(*(array[mine] for array in left))
                 self._left(waiting.request, own._replace(row_S=waiting.row_S[own.row_S - first]))
-            if stay_S is not None and waiting.request.result is None:
+            if waiting.request.result is None:
                 mine = (stay_S >= first) & (stay_S < last)
                 row_S = waiting.row_S[stay_S[mine] - first]
                 if len(row_S):
