@@ -35,7 +35,7 @@ from shallowdeep.thresholds import Fit, choose, fits
 from shallowdeep.types import Trace
 from shallowdeep.walking import policy_costs
 
-CHOOSING = 0.3
+CHOOSING = 0.2
 """The part of the rows that chooses; measured in docs/trust.md."""
 PAIRED, BINOMIAL = "exact paired test, fixed sequence", "exact binomial test, fixed sequence"
 BETTING, CONFORMAL = "betting, fixed sequence", "conformal risk control, losses made monotone"
