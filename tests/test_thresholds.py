@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
 import oracle
@@ -16,7 +15,7 @@ from shallowdeep import families, thresholds
 from shallowdeep.families import FAMILIES, SECOND_LOOK, Family, without_second_look
 from shallowdeep.paths import Brings, Path, Rows, _midway, answering, brings_of, read_rows
 from shallowdeep.policies import Confidence, Fixed
-from shallowdeep.thresholds import choose, last_safe, within_cost, within_drop
+from shallowdeep.thresholds import choose, within_cost, within_drop
 
 EVERYTHING = (True,) * 5
 LEVELS, FREE, ONE = FAMILIES[0], FAMILIES[3], FAMILIES[4]
@@ -152,26 +151,6 @@ def test_a_lucky_step_behind_bad_ones_does_not_count() -> None:
     assert last([0.0, 0.001, 0.002, 0.004, 0.009, 0.02], 0.01) == 4
     assert last([0.0, 0.001, 0.002, 0.004, 0.010, 0.02], 0.01) == 3  # one error more than seen
     assert last([0.01, 0.02], 0.001) is None
-
-
-@pytest.mark.parametrize("rows", [30, 598, 2500])
-@pytest.mark.parametrize("bound", [0.005, 0.05])
-def test_the_last_passing_step_is_taken(rows: int, bound: float) -> None:
-    """Not the first failing one; and steps behind a failure do not count, whatever they look like."""
-    harmed = np.array([0, 1, 0, 2, 3, 5, 9, 17, 30, 0]).clip(max=rows)
-    expected = None
-    for step, count in enumerate(harmed):
-        limit = binomtest(int(count), rows, alternative="less").proportion_ci(0.95, "exact").high
-        if limit > bound:
-            break
-        expected = step
-    assert last_safe(harmed.astype(float), rows, bound, 0.95) == expected
-
-
-def test_598_rows_without_harm_show_half_a_point() -> None:
-    assert last_safe(np.zeros(1), 597, 0.005, 0.95) is None
-    assert last_safe(np.zeros(1), 598, 0.005, 0.95) == 0
-    assert last_safe(np.array([3.0]), 3, 0.9, 0.95) is None
 
 
 def test_scores_that_even_float64_cannot_tell_apart_move_to_the_next_gap() -> None:

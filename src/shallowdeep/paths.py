@@ -139,6 +139,20 @@ def answering(rows: Rows, ensemble: Ensemble | None) -> Rows:
     return rows
 
 
+def answered(trace: Trace, asked: Sequence[bool], ensemble: Ensemble | None) -> Trace:
+    """``trace`` with what policies with ``ensemble`` answer in place of what the exits say."""
+    if ensemble is None:
+        return trace
+    logits_ENC, rows = trace.logits_ENC.clone(), read_rows(trace, asked)
+    places = [place for place, exit in enumerate(rows.exits) if ensemble.weight_EE[exit]]
+    for chunk, logits, _ in rows.chunks(max(places, default=0) + 1):
+        softmax = [torch.softmax(logits_BC, 1, dtype=torch.float64) for logits_BC in logits]
+        for place in places:
+            exit, before = rows.exits[place], rows.exits[: place + 1]
+            logits_ENC[exit, chunk] = ensemble.answer(exit, before, softmax[: place + 1], logits[place])[0]
+    return dataclasses.replace(trace, logits_ENC=logits_ENC)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Path:
     """Policies in one line, from the one that lets nobody leave early to the cheapest: P steps.
@@ -191,18 +205,20 @@ class Brings(NamedTuple):
     harm_P: Floats
 
 
-def brings_of(leaving_KN: Steps, rows: Rows, steps: int) -> Brings:
-    def mean(value_LN: Floats) -> Floats:
-        total_P = np.full(steps, value_LN[-1].sum())
-        for exit, leaving_N in enumerate(leaving_KN):
-            change_N = value_LN[exit] - value_LN[exit + 1]
-            total_P += np.bincount(leaving_N, change_N, minlength=steps + 1)[:steps].cumsum()
-        mean_P: Floats = total_P / value_LN.shape[1]
-        return mean_P
+def along(leaving_KN: Steps, value_LN: Floats, steps: int) -> Floats:
+    """The sum over rows of ``value_LN`` where each row stops, at every step of a path ([P])."""
+    total_P = np.full(steps, value_LN[-1].sum(), np.float64)
+    for exit, leaving_N in enumerate(leaving_KN):
+        change_N = value_LN[exit] - value_LN[exit + 1]
+        total_P += np.bincount(leaving_N, change_N, minlength=steps + 1)[:steps].cumsum()
+    return total_P
 
+
+def brings_of(leaving_KN: Steps, rows: Rows, steps: int) -> Brings:
     cost_LN = np.broadcast_to(rows.cost_L[:, None], rows.right_LN.shape)
     harm_LN = (rows.full_N & ~rows.right_LN).astype(np.float64)
-    return Brings(leaving_KN, mean(cost_LN), mean(rows.right_LN.astype(np.float64)), mean(harm_LN))
+    values = (cost_LN, rows.right_LN.astype(np.float64), harm_LN)
+    return Brings(leaving_KN, *(along(leaving_KN, value_LN, steps) / len(rows.full_N) for value_LN in values))
 
 
 def in_units(path_PK: Floats, scores: Scores, shared: bool) -> Floats:

@@ -15,6 +15,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from shallowdeep.certificates import Certificate, certificate_from_json
+
 Fallback = Literal["last", "most_confident"]
 LEAST = 1e-12
 """No probability is taken to be less where its logarithm counts."""
@@ -23,10 +25,13 @@ State = tuple[Tensor, ...]  # what a policy remembers of its rows, their axis fi
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRecord:
-    """Where a policy's numbers come from: the calibration rows' 64-bit hashes, sorted, and JSON-able facts."""
+    """Where a policy's numbers come from: the calibration rows' 64-bit hashes, sorted, JSON-able facts, and what was
+    proved, if anything.
+    """
 
     hash_N: tuple[int, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
+    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,6 +404,9 @@ def to_json(policy: Policy) -> dict[str, Any]:
     record = facts.pop("calibrated_on")
     if record is not None:
         facts["calibrated_on"] = {"hash_N": list(record.hash_N), "info": dict(record.info)}
+        if record.certificate is not None:
+            proved = dataclasses.asdict(record.certificate).items()
+            facts["calibrated_on"]["certificate"] = {name: _spelled(value) for name, value in proved}
     return {"kind": type(policy).__name__} | {k: _spelled(v) for k, v in facts.items() if v is not None}
 
 
@@ -418,7 +426,12 @@ def from_json(facts: Mapping[str, Any]) -> Policy:
         raise ValueError(f"{name} has the fields {', '.join(fields)}; found {', '.join(given) or 'none'}.")
     if "calibrated_on" in given:
         record = given["calibrated_on"]
-        given["calibrated_on"] = CalibrationRecord(hash_N=tuple(record["hash_N"]), info=record["info"])
+        proved = record.get("certificate")
+        given["calibrated_on"] = CalibrationRecord(
+            hash_N=tuple(record["hash_N"]),
+            info=record["info"],
+            certificate=None if proved is None else certificate_from_json(proved),
+        )
     if "ensemble" in given:
         given["ensemble"] = Ensemble(**given["ensemble"])
     if "threshold" in given:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import isotonic_regression
-from scipy.stats import beta
 
 from shallowdeep.families import FEW_ROWS, Family, families_for, fit_ensemble
 from shallowdeep.paths import Brings, Floats, Path, Rows, Steps, answering, brings_of
@@ -70,44 +69,64 @@ class Choice(NamedTuple):
         return right_N
 
 
-def choose(
-    rows: Rows,
-    reach: Callable[[Brings], int | None],
-    *,
-    families: Sequence[Family] | None = None,
-    ensembles: bool = True,
-) -> Choice | None:
-    """The step that reaches the target, of the family that cross-validation prefers; None when no family has one.
+class Fit(NamedTuple):
+    """A family's path fitted on all rows, and what its steps brought to rows that did not fit them.
 
-    Where held-out answers at the ends are more often right by an ensemble with earlier exits, all families have it. The
-    first family is the rule. Another takes over when it is more accurate on held-out folds, at the same mean cost, by
-    over two standard errors of the paired difference: less is chance, and to follow chance costs more than it brings
-    (measured: docs/calibration.md). ``families`` (None: ``families_for(rows)``) and ``ensembles`` restrict the search.
+    ``judged`` are the rows with the answers they were given then; ``evidence``: see ``Family``.
+    """
+
+    family: str
+    path: Path
+    brings: Brings
+    judged: Rows
+    evidence: float
+
+
+def fits(rows: Rows, *, families: Sequence[Family] | None = None, ensembles: bool = True) -> tuple[Fit, ...]:
+    """What every family worth trying finds on ``rows``, the rule first.
+
+    Where held-out answers at the ends are more often right by an ensemble with earlier exits, all families have it.
+    ``families`` (None: ``families_for(rows)``) and ``ensembles`` restrict the search.
     """
     if len(rows.right_LN) == 1 or not len(rows.full_N):
-        return None
+        return ()
     folds, judged, ensemble = _folds(rows, ensembles=False), rows, None
     if ensembles and len(rows.full_N) >= FEW_ROWS:
         mixed = _folds(rows, ensembles=True)
         mixed_judged = _judged(mixed, rows)
         if mixed_judged.right_LN[rows.full :].sum() > rows.right_LN[rows.full :].sum():
             folds, judged, ensemble = mixed, mixed_judged, fit_ensemble(rows)
-    seen = answering(rows, ensemble)
-    best, rule, best_lead = None, None, 0.0
+    seen, found = answering(rows, ensemble), []
     for family in families_for(rows) if families is None else families:
         path = family.fit(seen, None)
         brings = brings_of(_crossfit(family, folds, path.grid_P), judged, path.steps)
+        path = dataclasses.replace(path, ensemble=ensemble)
+        found.append(Fit(family.name, path, brings, judged, family.evidence))
+    return tuple(found)
+
+
+def choose(rows: Rows, reach: Callable[[Brings], int | None], fitted: Sequence[Fit] | None = None) -> Choice | None:
+    """The step that reaches the target, of the family that cross-validation prefers; None when no family has one.
+
+    ``fitted`` are the ``fits`` of these rows, where they are known already. The first family is the rule. Another takes
+    over when it is more accurate on held-out folds, at the same mean cost, by over two standard errors of the paired
+    difference: less is chance, and to follow chance costs more than it brings (measured: docs/calibration.md).
+    """
+    rule: Choice | None = None
+    best: Choice | None = None
+    best_lead = 0.0
+    for family, path, brings, judged, evidence in fits(rows) if fitted is None else fitted:
         step = reach(brings)
         if step is None:
             continue
-        choice = Choice(family.name, dataclasses.replace(path, ensemble=ensemble), step, brings)
+        choice = Choice(family, path, step, brings)
         if rule is None:
             rule = best = choice
             continue
         as_dear = int(np.argmax(brings.cost_P <= rule.brings.cost_P[rule.step] + 1e-12))
         gain_N = choice.right(as_dear, judged) - rule.right(rule.step, judged)
         lead = gain_N.mean() * math.sqrt(len(gain_N)) / max(float(gain_N.std()), 1e-12)
-        if lead > max(best_lead, family.evidence):
+        if lead > max(best_lead, evidence):
             best, best_lead = choice, lead
     return best
 
@@ -131,14 +150,3 @@ def within_cost(brings: Brings, max_mean_cost: float) -> int | None:
         return None
     accuracy_M = brings.accuracy_P[met]
     return int(met[accuracy_M >= accuracy_M.max() - 1e-12][-1])
-
-
-def last_safe(harmed_P: Floats, rows: int, bound: float, confidence: float) -> int | None:
-    """Fixed-sequence test along a path: the last step before the first whose harm may exceed ``bound``.
-
-    Clopper-Pearson's upper limit of a binomial share, exact. Source: Learn then Test, arXiv 2110.01052, section 3.
-    """
-    upper_P = np.where(harmed_P < rows, beta.ppf(confidence, harmed_P + 1, np.maximum(rows - harmed_P, 1)), 1.0)
-    failed = np.flatnonzero(upper_P > bound)
-    last = int(failed[0]) - 1 if len(failed) else len(upper_P) - 1
-    return last if last >= 0 else None
