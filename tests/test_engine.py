@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import defaultdict
 from functools import cache, partial
@@ -15,10 +16,11 @@ import shallowdeep as sd
 from nets import CLASSES, ZOO, images, planned, token_batch
 from shallowdeep.inputs import Inputs, each, num_rows
 from shallowdeep.network import ShallowDeepNetwork, fingerprint
-from shallowdeep.policies import Confidence, Entropy, Fixed, Oracle, Patience, Policy
+from shallowdeep.policies import CalibrationRecord, Confidence, Entropy, Fixed, Oracle, Patience, Policy
 from shallowdeep.runtime import engine as engine_module
 from shallowdeep.steps import Step, needed_ics
 from shallowdeep.types import Answer, BackboneMismatch, DataError
+from test_certificates import PROVED
 
 Engine = partial(sd.Engine, backend="torch")  # test_backends.py compares the others with it
 NEVER, ALWAYS = Confidence(threshold=float("inf")), Confidence(threshold=0.0)
@@ -324,3 +326,44 @@ def test_the_users_network_is_left_alone() -> None:
         assert all(parameter.requires_grad for parameter in sdn.parameters())
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in sdn.modules())
         assert isinstance(sd.detach(sdn), nn.Module)
+
+
+def certified(sdn: ShallowDeepNetwork, policy: Confidence, **changes: Any) -> Confidence:
+    proved = dataclasses.replace(PROVED, backend="torch", exit_names=sdn.plan.exit_names, **changes)
+    return dataclasses.replace(policy, calibrated_on=CalibrationRecord(certificate=proved))
+
+
+def test_auto_stays_where_the_certificate_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    sdn = made()
+    monkeypatch.setattr(sd.Engine, "_quickest", lambda *_: pytest.fail("a certificate leaves no choice"))
+    engine = sd.Engine(sdn, certified(sdn, NEVER))
+    assert engine.backend == "torch"
+    assert engine.certificate is not None
+    assert engine.certificate.backend == "torch"
+    assert Engine(sdn, NEVER).certificate is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"precision": "torch.float64"}, "tested in torch.float64 and torch.float32 runs"),
+        ({"view": "mirror"}, "second look 'mirror' and 'none' runs"),
+    ],
+)
+def test_a_void_certificate_is_said_and_gone(change: dict[str, str], reason: str) -> None:
+    sdn = made()
+    with pytest.warns(UserWarning, match=reason):
+        assert Engine(sdn, certified(sdn, NEVER, **change)).certificate is None
+    other = dataclasses.replace(certified(sdn, NEVER).calibrated_on.certificate, backend="openvino")
+    policy = dataclasses.replace(NEVER, calibrated_on=CalibrationRecord(certificate=other))
+    with pytest.warns(UserWarning, match="tested on backend 'openvino' and 'torch' runs"):
+        assert Engine(sdn, policy).certificate is None
+
+
+def test_a_hard_cap_voids_the_certificate_of_the_call() -> None:
+    sdn = made()
+    engine = Engine(sdn, certified(sdn, NEVER))
+    with pytest.warns(UserWarning, match="void for this call: a hard cap"):
+        assert bool(engine(images(3), max_cost=0.9).capped_B.all())
+    engine(images(3))
+    assert engine.certificate is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -21,10 +22,11 @@ from shallowdeep import export as export_module
 from shallowdeep.export import export_file, export_folder, export_programs
 from shallowdeep.host import EarlyExits
 from shallowdeep.inputs import take, tensors
-from shallowdeep.policies import Confidence
+from shallowdeep.policies import CalibrationRecord, Confidence
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.types import Answer, ExportError
 from test_backends import NAMES, middle, policies, rows, tiny
+from test_certificates import PROVED
 
 
 def same(found: Mapping[str, Any], expected: Answer) -> None:
@@ -182,3 +184,16 @@ def test_what_is_not_exported(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     with pytest.raises(ExportError, match="photos is there and is no export"):
         export_folder(tiny(), policies()["never"], tmp_path / "photos", rows(60))
+
+
+def test_a_certificate_goes_only_with_the_runtime_that_made_its_trace(tmp_path: Path) -> None:
+    proved = dataclasses.replace(PROVED, backend="onnxruntime", exit_names=tiny().plan.exit_names)
+    policy = Confidence(threshold=0.5, calibrated_on=CalibrationRecord(certificate=proved))
+    export_folder(tiny(), policy, tmp_path / "folder", rows(60))
+    export_programs(tiny(), policy, tmp_path / "programs", rows(60))
+    kept, gone = (
+        json.loads((tmp_path / kind / "manifest.json").read_text())["policy"]["calibrated_on"]
+        for kind in ("folder", "programs")
+    )
+    assert kept["certificate"]["data_hash"] == proved.data_hash
+    assert "certificate" not in gone

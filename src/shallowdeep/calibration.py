@@ -11,20 +11,22 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from shallowdeep.certificates import Certificate, Method, Risk
 from shallowdeep.disagreement import error_auroc
 from shallowdeep.effects import answers, share
 from shallowdeep.families import FAMILIES
-from shallowdeep.paths import Brings, Rows, brings_of, read_rows
+from shallowdeep.guarantees import Aim, certify, full_cost_of
+from shallowdeep.paths import Rows, brings_of, read_rows
 from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Policy, asked_exits, finite_rows
-from shallowdeep.thresholds import Choice, choose, last_safe, within_cost, within_drop
+from shallowdeep.thresholds import Choice, choose, within_cost, within_drop
 from shallowdeep.types import Trace, table
-from shallowdeep.walking import policy_costs, simulate
+from shallowdeep.walking import simulate
 
 OVERLAP = 0.01
 """Shares of rows seen before that are worth a warning."""
@@ -37,21 +39,26 @@ def calibrate(
     max_accuracy_drop: float | None = None,
     max_mean_cost: float | None = None,
     confidence: float | None = None,
+    method: Method = "auto",
+    risk: Risk = "drop",
     enabled_E: Sequence[bool] | None = None,
 ) -> Policy:
     """The cheapest policy within a drop of accuracy, or the most accurate within a mean cost, from held-out rows.
 
     Exactly one target. ``max_accuracy_drop`` is in shares of accuracy below the full exit's: an aim, met on average
-    and not in every draw of rows, unless ``confidence`` is given. ``confidence=0.95`` makes it a bound: with that
-    probability over the draw of calibration rows, at most ``max_accuracy_drop`` of fresh rows are harmed (right at the
-    full exit, wrong where they stop), so that accuracy falls by no more. It is paid for: one half of the rows chooses,
-    the other tests. ``max_mean_cost`` is a share of the untouched backbone's cost. ``enabled_E`` restricts the exits.
+    and not in every draw of rows, unless ``confidence`` is given. ``confidence=0.95`` makes it a bound that holds with
+    that probability over the draw of calibration rows, and puts a ``Certificate`` on the policy's record: one part of
+    the rows chooses, the other tests (``method`` "ltt", which is "auto", or "betting"). At 0 or below it demands as
+    much accuracy as the full network's, or more. ``method="crc"`` keeps the bound in expectation, ``"split"`` promises
+    nothing; both without ``confidence``. ``risk`` is what the bound is on (see ``certificates``). ``max_mean_cost`` is
+    a share of the untouched backbone's cost. ``enabled_E`` restricts the exits.
 
     ``policy.calibrated_on.info`` records targets, family, what to expect on fresh rows, and a note in words. When no
-    early exit meets a drop, the full network is returned, with a warning. Raises ``ValueError`` on a budget that
-    nothing meets, and on targets that make no sense. The same rows give the same policy.
+    early exit meets a drop or can be certified, the full network is returned, without a certificate and with a warning
+    that says how many rows it would take. Raises ``ValueError`` on a budget that nothing meets, and on targets that
+    make no sense. The same rows give the same policy.
 
-    Source of the bound: Learn then Test, arXiv 2110.01052, with Clopper-Pearson's exact binomial limit.
+    Source of the bounds: Learn then Test, arXiv 2110.01052; conformal risk control, arXiv 2208.02814.
     >>> row = torch.arange(400)
     >>> early_NC = torch.stack([row / 100.0, 4 - row / 100.0], 1)  # sure of the first and the last rows
     >>> full_NC = torch.stack([row * 1.0 - 190, 190 - row * 1.0], 1)
@@ -61,42 +68,81 @@ def calibrate(
     >>> evaluate(policy, trace).mean_cost < 0.5
     True
     """
-    _check(max_accuracy_drop, max_mean_cost, confidence)
+    _check(max_accuracy_drop, max_mean_cost, confidence, method, risk)
     asked = asked_exits(enabled_E, trace.num_exits, trace.full_exit)
     if trace.trained_N is not None and (seen := share(trace.trained_N)) > OVERLAP:
         warnings.warn(f"The ICs trained on {seen:.1%} of these rows: thresholds from them are too bold.", stacklevel=2)
-    rows = read_rows(trace, asked)
-    if max_mean_cost is not None:
-        policy, facts = _budget(trace, asked, rows, max_mean_cost)
-    elif confidence is None:
-        policy, facts = _aim(trace, asked, rows, float(max_accuracy_drop or 0.0))
+    certificate: Certificate | None = None
+    drop = float(max_accuracy_drop or 0.0)
+    if confidence is not None or method in ("crc", "split"):
+        aim = Aim(risk, drop, None if confidence is None else 1 - confidence, method)
+        policy, certificate, facts = _bound(trace, asked, aim)
+    elif max_mean_cost is not None:
+        policy, facts = _budget(trace, asked, read_rows(trace, asked), max_mean_cost)
     else:
-        policy, facts = _bound(trace, asked, rows, float(max_accuracy_drop or 0.0), confidence)
+        policy, facts = _aim(trace, asked, read_rows(trace, asked), drop)
     targets = {"max_accuracy_drop": max_accuracy_drop, "max_mean_cost": max_mean_cost, "confidence": confidence}
     if isinstance(policy, Fixed) and max_mean_cost is None:
         warnings.warn(str(facts["note"]), stacklevel=2)
-    info = {name: value for name, value in targets.items() if value is not None} | {"rows": trace.num_samples} | facts
+    info: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
+    info |= {"rows": trace.num_samples} | facts
+    if any(policy.asks(trace.num_exits, trace.full_exit)[trace.full_exit + 1 :]) and "second_look" in trace.info:
+        info["second_look"] = trace.info["second_look"]
     hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
     frozen: Any = policy  # every policy is a dataclass, which a protocol cannot say
-    found: Policy = dataclasses.replace(frozen, calibrated_on=CalibrationRecord(hash_N=hash_N, info=info))
+    record = CalibrationRecord(hash_N=hash_N, info=info, certificate=certificate)
+    found: Policy = dataclasses.replace(frozen, calibrated_on=record)
     return found
 
 
-def _check(max_accuracy_drop: float | None, max_mean_cost: float | None, confidence: float | None) -> None:
+def _check(
+    max_accuracy_drop: float | None,
+    max_mean_cost: float | None,
+    confidence: float | None,
+    method: Method,
+    risk: Risk,
+) -> None:
     if (max_accuracy_drop is None) == (max_mean_cost is None):
         raise ValueError("calibrate needs one target: max_accuracy_drop=0.01, say, or max_mean_cost=0.5.")
     if max_accuracy_drop is not None and not -1 < max_accuracy_drop < 1:
         raise ValueError(f"max_accuracy_drop is a share of accuracy, 0.01 for one point; found {max_accuracy_drop}.")
     if max_mean_cost is not None and not max_mean_cost > 0:
         raise ValueError(f"max_mean_cost is a share of the backbone's cost, above 0; found {max_mean_cost}.")
-    if confidence is None:
-        return
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is a probability between 0 and 1, such as 0.95; found {confidence}.")
-    if max_accuracy_drop is None:
+    if method not in get_args(Method):
+        raise ValueError(f"method is one of {', '.join(get_args(Method))}; found {method!r}.")
+    if risk not in get_args(Risk):
+        raise ValueError(f"risk is one of {', '.join(get_args(Risk))}; found {risk!r}.")
+    unsure = method in ("crc", "split")
+    if confidence is not None and not 0 < confidence < 1:
+        raise ValueError(
+            f"confidence is a probability between 0 and 1, such as 0.95; found {confidence}. No rows make sure."
+        )
+    if confidence is not None and max_accuracy_drop is None:
         raise ValueError("confidence bounds a drop of accuracy; a mean cost is measured, not risked. Leave one out.")
-    if max_accuracy_drop <= 0:
-        raise ValueError("confidence bounds the share of rows harmed, so max_accuracy_drop must be above 0.")
+    if max_accuracy_drop is None and (unsure or method != "auto" or risk != "drop"):
+        raise ValueError(f"method={method!r} and risk={risk!r} speak of a bound: give max_accuracy_drop=0.01, say.")
+    if confidence is not None and unsure:
+        raise ValueError(f"method={method!r} holds with no stated probability; leave confidence out, or take 'ltt'.")
+    if confidence is None and not unsure and (method != "auto" or risk != "drop"):
+        raise ValueError(f"method={method!r} with risk={risk!r} bounds a risk: give confidence=0.95, say.")
+    if (confidence is not None or method == "crc") and max_accuracy_drop is not None and max_accuracy_drop <= 0:
+        if risk not in ("drop", "brier"):
+            raise ValueError(
+                f"{risk} is never below 0, so max_accuracy_drop must be above 0; found {max_accuracy_drop}."
+            )
+        if method == "crc":
+            raise ValueError(
+                "Conformal risk control counts one loss more than seen, so max_accuracy_drop must be above 0."
+            )
+
+
+def _bound(trace: Trace, asked: Sequence[bool], aim: Aim) -> tuple[Policy, Certificate | None, dict[str, Any]]:
+    policy, certificate, note, facts = certify(trace, asked, aim)
+    if policy is not None:
+        return policy, certificate, facts | {"note": note}
+    full, full_cost = _full(trace)
+    expected = {"family": "full network", "expected_drop": 0.0, "expected_mean_cost": full_cost}
+    return full, None, facts | expected | {"note": note}
 
 
 def _aim(trace: Trace, asked: Sequence[bool], rows: Rows, max_accuracy_drop: float) -> Found:
@@ -127,43 +173,9 @@ def _budget(trace: Trace, asked: Sequence[bool], rows: Rows, max_mean_cost: floa
     return choice.path.policy(choice.step, asked, trace.num_exits), _expected(choice, accuracy_full) | {"note": note}
 
 
-def _bound(trace: Trace, asked: Sequence[bool], rows: Rows, max_harm: float, confidence: float) -> Found:
-    """Choose on one half, test on the other along the chosen family's path; the last step that passes is taken."""
-    shuffled = np.random.default_rng(0).permutation(trace.num_samples)
-    choosing, testing = np.sort(shuffled[: trace.num_samples // 2]), np.sort(shuffled[trace.num_samples // 2 :])
-
-    def reach(brings: Brings) -> int | None:
-        return last_safe(np.ceil(brings.harm_P * len(testing)), len(testing), max_harm, confidence)
-
-    choice = choose(rows.take(choosing), reach)
-    full, full_cost = _full(trace)
-    needed = math.ceil(math.log(1 - confidence) / math.log(1 - max_harm))
-    if choice is not None:
-        test_on = rows.take(testing)
-        brings = brings_of(choice.path.leaving(test_on), test_on, choice.path.steps)
-        step = last_safe(np.round(brings.harm_P * len(testing)), len(testing), max_harm, confidence)
-        if step is not None and brings.cost_P[step] < full_cost:
-            note = (
-                f"A bound: with probability {confidence:g} over the draw of calibration rows, at most {max_harm:.2%} "
-            )
-            note += "of fresh rows are right at the full exit and wrong where they stop."
-            facts = {"family": choice.family, "method": "exact binomial, fixed sequence", "tested_rows": len(testing)}
-            facts |= {"harmed_rows": round(float(brings.harm_P[step]) * len(testing)), "note": note}
-            facts["expected_mean_cost"] = float(brings.cost_P[step])
-            facts["expected_drop"] = float(test_on.full_N.mean() - brings.accuracy_P[step])
-            return choice.path.policy(step, asked, trace.num_exits), facts
-    note = (
-        f"No early exit could be shown to harm at most {max_harm:.2%} of rows: this is the full network. It takes at "
-    )
-    note += f"least {needed} rows without any harm in the half that tests, where there are {len(testing)}."
-    return full, {"family": "full network", "expected_drop": 0.0, "expected_mean_cost": full_cost, "note": note}
-
-
 def _full(trace: Trace) -> tuple[Fixed, float]:
     """The untouched network and what it costs."""
-    full = Fixed(exit=trace.full_exit)
-    asked = full.asks(trace.num_exits, trace.full_exit)
-    return full, float(policy_costs(trace, asked)[trace.full_exit])
+    return Fixed(exit=trace.full_exit), full_cost_of(trace)
 
 
 def _expected(choice: Choice, accuracy_full: float) -> dict[str, Any]:

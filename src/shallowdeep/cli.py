@@ -177,6 +177,8 @@ def calibrate(
     max_accuracy_drop: float | None = None,
     max_mean_cost: float | None = None,
     confidence: float | None = None,
+    method: Literal["auto", "ltt", "betting", "crc", "split"] = "auto",
+    risk: Literal["drop", "harm", "disagreement", "error", "brier"] = "drop",
     exits_of: Path | None = None,
 ) -> dict[str, Any]:
     """Choose thresholds on held-out rows for an accuracy drop or a mean cost.
@@ -193,6 +195,11 @@ def calibrate(
         Mean cost allowed, as a share of the whole network.
     confidence
         Test the drop on rows held back, to hold with this probability; without it the target is an aim.
+    method
+        How the drop is bounded: exact tests (auto, ltt) or betting, with a confidence; crc: in expectation; split:
+        looked at and not proved.
+    risk
+        What max_accuracy_drop bounds, where it is bounded.
     exits_of
         Folder of `sdn tune`: ask only the exits that its policy asks.
     """
@@ -204,6 +211,8 @@ def calibrate(
         max_accuracy_drop=max_accuracy_drop,
         max_mean_cost=max_mean_cost,
         confidence=confidence,
+        method=method,
+        risk=risk,
         exits_of=exits_of,
     )
 

@@ -16,11 +16,11 @@ import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
-from shallowdeep.families import FAMILIES, Family
-from shallowdeep.paths import Bools, Brings, Floats, Rows, Steps, brings_of, read_rows
+from shallowdeep.families import FAMILIES, FEW_ROWS, Family
+from shallowdeep.paths import Bools, Brings, Floats, Rows, Steps, answering, read_rows
 from shallowdeep.policies import Entropy, Fixed, Oracle, Patience, Policy, asked_exits, finite_rows
 from shallowdeep.reliability import fit_temperatures, scaled
-from shallowdeep.thresholds import FEW_ROWS, crossfit, within_drop
+from shallowdeep.thresholds import fits, within_drop
 from shallowdeep.types import Trace, table
 from shallowdeep.walking import CHUNK_ELEMENTS, policy_costs, simulate
 
@@ -179,7 +179,8 @@ def compare(
 ) -> Comparison:
     """Every family of ``calibrate``, and ``policies`` in named lines from dear to cheap, on one accuracy-cost plane.
 
-    The first and the last family, the rule and the single threshold, also run on logits tempered exit by exit.
+    The first and the last family, the rule and the single threshold, also run on logits tempered exit by exit, the
+    first with ensembles that answer, too.
     ``policies`` are set by hand or calibrated on other rows (None: ``usual_policies``). In each of ``splits`` random
     halvings each half chooses, as ``calibrate`` would, a step of every line for every aim, and the other half reports:
     every row is reported ``splits`` times. Between aims, two policies are thought mixed at random. Differences are to
@@ -202,6 +203,9 @@ def compare(
     prices = _Prices(trace, clock)
     exits = [exit for exit, on in enumerate(asked) if on]
     contenders = {family.name: _fitted(family, rows, prices.of(asked)[:, exits]) for family in FAMILIES}
+    contenders[f"{FAMILIES[0].name}, ensembles"] = _fitted(
+        FAMILIES[0], rows, prices.of(asked)[:, exits], ensembles=True
+    )
     for family in (FAMILIES[0], FAMILIES[-1]):
         contenders[f"{family.name}, tempered"] = _tempered(family, trace, asked, prices.of(asked)[:, exits])
     for name, line in (usual_policies(trace) if policies is None else policies).items():
@@ -262,17 +266,17 @@ class _Prices:
 Contender = Callable[[Steps, Steps], tuple[Brings, Callable[[int], tuple[Floats, Floats]]]]
 
 
-def _fitted(family: Family, rows: Rows, paid_XL: Floats) -> Contender:
+def _fitted(family: Family, rows: Rows, paid_XL: Floats, *, ensembles: bool = False) -> Contender:
     def split(choosing: Steps, reporting: Steps) -> tuple[Brings, Callable[[int], tuple[Floats, Floats]]]:
-        mine, others = rows.take(choosing), rows.take(reporting)
-        path = family.fit(mine, None)
-        leaving_KM = path.leaving(others)
+        (fit,) = fits(rows.take(choosing), families=(family,), ensembles=ensembles)
+        others = answering(rows.take(reporting), fit.path.ensemble)
+        leaving_KM = fit.path.leaving(others)
 
         def report(step: int) -> tuple[Floats, Floats]:
             stop_M = (leaving_KM > step).sum(0)
             return others.right_LN[stop_M, np.arange(len(stop_M))].astype(np.float64), paid_XL[:, stop_M]
 
-        return brings_of(crossfit(family, mine, path.grid_P), mine, path.steps), report
+        return fit.brings, report
 
     return split
 

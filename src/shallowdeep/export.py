@@ -5,6 +5,7 @@ It refuses to leave behind what does not answer as the engine does.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -60,7 +61,7 @@ def export_folder(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.Path
         for step, given in zip(steps, examples, strict=True):
             files.append(fresh / f"step{step.place}.onnx")
             files[-1].write_bytes(onnx_program(step, given).SerializeToString())
-        _write(fresh, _about(sdn, policy) | _loop_facts(sdn, policy, steps, files, state))
+        _write(fresh, _about(sdn, policy, "onnxruntime") | _loop_facts(sdn, policy, steps, files, state))
         shutil.copyfile(Path(__file__).with_name("host.py"), fresh / "host.py")
         _compare(sdn, policy, EarlyExits(fresh), inputs)
 
@@ -83,7 +84,7 @@ def export_programs(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.Pa
             files.append(fresh / f"step{step.place}.pt2")
             with silence():
                 torch.export.save(program, files[-1])
-        _write(fresh, _about(sdn, policy) | _loop_facts(sdn, policy, steps, files, state))
+        _write(fresh, _about(sdn, policy, "torch") | _loop_facts(sdn, policy, steps, files, state))
 
 
 def export_file(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.PathLike[str], inputs: Inputs) -> None:
@@ -107,7 +108,7 @@ def export_file(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.PathLi
         manifest: dict[str, Any] = {"file": "model.onnx", "sha256": _sha256(fresh / "model.onnx"), "outputs": OUTPUTS}
         exits = [_step(sdn, policy, step) for step in steps]
         manifest["exits"] = [{name: one[name] for name in ("exit", "name", "cost")} for one in exits]
-        _write(fresh, _about(sdn, policy) | manifest)
+        _write(fresh, _about(sdn, policy, "onnxruntime") | manifest)
         _compare(sdn, policy, _runner(fresh / "model.onnx", sdn.plan.inputs.names), inputs)
 
 
@@ -158,11 +159,14 @@ def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def _about(sdn: ShallowDeepNetwork, policy: Policy) -> dict[str, Any]:
-    """What is true of every kind of artefact."""
+def _about(sdn: ShallowDeepNetwork, policy: Policy, runtime: str) -> dict[str, Any]:
+    """What is true of every kind of artefact; of a certificate only that of the ``runtime`` which made its trace."""
     facts = to_json(policy)
     if "calibrated_on" in facts:
-        del facts["calibrated_on"]["hash_N"]
+        record = facts["calibrated_on"]
+        del record["hash_N"]
+        if record.get("certificate", {}).get("backend") != runtime:
+            record.pop("certificate", None)
     signature = sdn.plan.inputs
     leaves = zip(signature.names, signature.shapes, signature.dtypes, strict=True)
     return {
@@ -201,7 +205,8 @@ def _compare(
     sdn: ShallowDeepNetwork, policy: Policy, exported: Callable[..., Mapping[str, Any]], inputs: Inputs
 ) -> None:
     """Raise ``ExportError`` unless the artefact answers ``inputs`` as the engine does."""
-    engine = Engine(sdn, policy, backend="torch")
+    plain: Any = policy  # compared in PyTorch whatever was certified: the rule alone matters
+    engine = Engine(sdn, dataclasses.replace(plain, calibrated_on=None), backend="torch")
     rows = num_rows(inputs)
     if rows < max(CHECKED):
         raise ExportError(f"To compare an export give at least {max(CHECKED)} real rows, found {rows}.")

@@ -192,7 +192,7 @@ def _of_exit(trace: Trace, exit: int) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Tempered:
+class Tempering:
     """What temperatures bring: ``temperature_E`` fitted on all rows, ``before``, and ``after`` on rows that did not fit
     theirs.
     """
@@ -217,7 +217,7 @@ class Tempered:
         return f"{table(rows)}\nafter: every row by temperatures fitted without it; ECE in {BINS} equal widths"
 
 
-def temper(trace: Trace) -> Tempered:
+def temper(trace: Trace) -> Tempering:
     """Temperatures from ``trace``, and the reliability of its exits before and after, cross-fitted.
 
     >>> logits_ENC = torch.tensor([[8.0, 0.0]]).expand(1, 500, 2)
@@ -225,7 +225,7 @@ def temper(trace: Trace) -> Tempered:
     >>> bool(found.after.ece_E[0] < 0.02 < found.before.ece_E[0])
     True
     """
-    return Tempered(
+    return Tempering(
         temperature_E=fit_temperatures(trace),
         before=reliability_of(trace),
         after=reliability_of(crossfit_scaled(trace)),

@@ -23,6 +23,7 @@ from shallowdeep.files import FormatError, read_json, write_text
 from shallowdeep.monitor import Monitor
 from shallowdeep.paper.figures import line_figure, save_figure
 from shallowdeep.policies import from_json
+from shallowdeep.proof import prove
 from shallowdeep.reference import Reference, SeenRows, refer, seen_in
 from shallowdeep.reliability import temper
 from shallowdeep.runs import plain, read_run, write_run
@@ -212,3 +213,15 @@ def read_predictions(path: Path, reference: Reference) -> SeenRows:
     except (KeyError, TypeError, ValueError) as error:
         known = ", ".join(place)
         raise FormatError(f"{path} is no file of `sdn predict` with the exits {known}: {error!r}.") from None
+
+
+def prove_verb(trace: Path, out: Path, *, draws: int, processes: int, minutes: float) -> dict[str, Any]:
+    """How often certificates from draws of a trace are wrong: writes ``proof.json``; resumes by itself."""
+    file = trace / "trace.safetensors" if trace.is_dir() else trace
+    found = prove(file, out, draws=draws, processes=processes, minutes=minutes)
+    print(found["verdict"])
+    choices = {"trace": trace, "draws": draws, "processes": processes, "minutes": minutes}
+    write_run(out, "prove-guarantee", choices, found)
+    broken = sum(not cell["holds"] for one in found["populations"].values() for cell in one["cells"])
+    last = found["verdict"].rpartition("\n")[2]
+    return dict(plain({"verb": "prove-guarantee", "out": out, "broken": broken, "verdict": last}))

@@ -224,6 +224,8 @@ class Trace:
         if exits == 0 or samples == 0 or classes < 2:
             raise DataError(f"A trace needs an exit, a sample and two classes; found {(exits, samples, classes)}.")
         labels = self.labels_N
+        if not isinstance(labels, Tensor):
+            raise DataError(f"labels_N must be {samples} integers, found {labels!r}: a trace needs labels.")
         if labels.shape != (samples,) or labels.is_floating_point() or labels.dtype == torch.bool:
             raise DataError(f"labels_N must be {samples} integers, found {labels.dtype} {tuple(labels.shape)}.")
         if int(labels.min()) < 0 or int(labels.max()) >= classes:

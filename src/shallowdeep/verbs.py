@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from shallowdeep.augment import FlipCrop
 from shallowdeep.calibration import calibrate, evaluate, tradeoff
+from shallowdeep.certificates import Method, Risk
 from shallowdeep.collection import collect
 from shallowdeep.costs import costs_of, table_of
 from shallowdeep.cuts import FRACTIONS, plan
@@ -197,6 +198,8 @@ def calibrate_verb(
     max_accuracy_drop: float | None = None,
     max_mean_cost: float | None = None,
     confidence: float | None = None,
+    method: Method = "auto",
+    risk: Risk = "drop",
     exits_of: Path | None = None,
 ) -> Result:
     """Thresholds from held-out rows, for all exits or those that the policy in ``exits_of`` asks: writes
@@ -209,6 +212,8 @@ def calibrate_verb(
         max_accuracy_drop=max_accuracy_drop,
         max_mean_cost=max_mean_cost,
         confidence=confidence,
+        method=method,
+        risk=risk,
         enabled_E=tuned.asks(trace.num_exits, trace.full_exit) if tuned is not None else None,
     )
     facts = to_json(policy)
@@ -216,8 +221,8 @@ def calibrate_verb(
     record = facts.pop("calibrated_on", {"info": {}})
     print(json.dumps(facts, indent=1))
     print(f"{record['info'].get('note', '')}")
-    choices = {"trace": trace_dir, "max_accuracy_drop": max_accuracy_drop, "max_mean_cost": max_mean_cost}
-    choices |= {"confidence": confidence, "exits_of": exits_of}
+    choices: Result = {"trace": trace_dir, "max_accuracy_drop": max_accuracy_drop, "max_mean_cost": max_mean_cost}
+    choices |= {"confidence": confidence, "method": method, "risk": risk, "exits_of": exits_of}
     return _finish(out, "calibrate", choices, {**facts, "info": record["info"]})
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -63,10 +65,11 @@ class Engine:
 
     ``inputs`` is a batch as the backbone takes it, on any device; the answer is on the network's. ``backend`` is
     "torch" (any device), "torch-compile", "onnxruntime", "openvino" or "openvino-bf16", these with ``threads`` threads
-    (None: as many as PyTorch has), or "auto": the quickest that is installed, by measurement. Weights are snapshotted:
-    a call soon after the SDN has changed raises ``BackboneMismatch``. A backbone that cannot be exported runs through
-    its own modules, in PyTorch alone. Several threads may call one engine. Rows whose logits are not finite are
-    answered by the backbone's own exit with ``valid_B`` False. Source: arXiv 1810.07052, section 5.1.
+    (None: as many as PyTorch has), or "auto": the quickest that is installed, by measurement, or the one that the
+    policy's certificate speaks of; ``certificate`` is None without one and, with a warning, where it is void. Weights
+    are snapshotted: a call soon after the SDN has changed raises ``BackboneMismatch``. A backbone that cannot be
+    exported runs through its own modules, in PyTorch alone. Several threads may call one engine. Rows whose logits are
+    not finite are answered by the backbone's own exit with ``valid_B`` False. Source: arXiv 1810.07052, section 5.1.
     """
 
     def __init__(
@@ -86,8 +89,14 @@ class Engine:
         self._seen, self._looked = self._state(), 0.0
         self._programs: dict[tuple[InputSignature, bool], Program] = {}
         self._lock = threading.RLock()
+        self.certificate = policy.calibrated_on.certificate if policy.calibrated_on is not None else None
+        if backend == "auto" and self.certificate is not None and self.certificate.backend:
+            backend = cast(BackendName, self.certificate.backend)
         self._backend = self._chosen(backend, threads or torch.get_num_threads())
         self.backend: BackendName = self._backend.name
+        if self.certificate is not None and (reason := self._void()):
+            warnings.warn(f"The policy's certificate is void here: {reason}.", stacklevel=2)
+            self.certificate = None
         self._cost = self._backend.enter(self._cost_E)
         if self._exported:
             self._program(sdn.plan.inputs)
@@ -101,6 +110,8 @@ class Engine:
         """
         batch, signature = self._checked(inputs)
         rows = num_rows(batch)
+        if self.certificate is not None and (max_cost is not None or max_ms is not None):
+            warnings.warn(f"The policy's certificate is void for this call: {self._void(capped=True)}.", stacklevel=2)
         if rows == 0:
             return self._nothing()
         program = self._program(signature) if self._exported else None
@@ -122,6 +133,17 @@ class Engine:
             found = walk(program, self._named(part), num_rows(part), self.times, own)
             left += [some._replace(row_S=some.row_S + first) for some in found]
         return self._answer(left)
+
+    def _void(self, *, capped: bool = False) -> str | None:
+        """Why the policy's certificate does not hold here."""
+        assert self.certificate is not None
+        floats = (p.dtype for p in self.sdn.parameters() if p.is_floating_point())
+        return self.certificate.void_for(
+            backend=self.backend,
+            precision=str(next(floats, torch.float32)),
+            exit_names=self.sdn.plan.exit_names,
+            capped=capped,
+        )
 
     def _before_others(self, limit: Limit | None, rows: int) -> Limit | None:
         """``limit`` less the time that ``rows`` rows to come need for their first step."""

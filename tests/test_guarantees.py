@@ -1,0 +1,270 @@
+"""Certificates hold in as many draws as they say, tested rows never choose, and what cannot be proved is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from shallowdeep import guarantees, thresholds
+from shallowdeep.calibration import calibrate, evaluate
+from shallowdeep.families import FAMILIES
+from shallowdeep.guarantees import losses, parts_of, worst_so_far
+from shallowdeep.paths import Rows, along, read_rows
+from shallowdeep.policies import Confidence, Fixed, Policy
+from shallowdeep.thresholds import Fit
+from shallowdeep.types import DataError, Trace
+from shallowdeep.walking import simulate
+
+EVERYTHING = (True,) * 5
+RISKS = ("drop", "harm", "disagreement", "error", "brier")
+
+
+@pytest.fixture(scope="module")
+def population() -> Trace:
+    return dataclasses.replace(oracle.bed(6000, exits=5), hash_N=None)
+
+
+@pytest.fixture
+def few_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only those that are fitted quickly, where many draws are made."""
+    monkeypatch.setattr(thresholds, "FAMILIES", (FAMILIES[0], FAMILIES[-1]))
+
+
+def draw(trace: Trace, rows: int, seed: int) -> Trace:
+    return trace.rows(torch.from_numpy(np.random.default_rng(seed).integers(trace.num_samples, size=rows)))
+
+
+def quietly(trace: Trace, **targets: object) -> Policy:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return calibrate(trace, **targets)
+
+
+def one_row_at_a_time(policy: Policy, trace: Trace, risk: str) -> list[float]:
+    """The losses from their definition."""
+    out, found = oracle.walk(policy, trace), []
+    for n in range(trace.num_samples):
+        truth = int(trace.labels_N[n])
+        full_logits = trace.logits_ENC[trace.full_exit, n].double().tolist()
+        full, label = oracle.best(full_logits), out["label"][n]
+        both = oracle.softmax(full_logits), oracle.softmax(out["logits"][n])
+        brier = [math.fsum((p - (c == truth)) ** 2 for c, p in enumerate(softmax)) / 2 for softmax in both]
+        found.append(
+            {
+                "drop": float(full == truth) - float(label == truth),
+                "harm": float(full == truth and label != truth),
+                "disagreement": float(label != full),
+                "error": float(label != truth),
+                "brier": brier[1] - brier[0],
+            }[risk]
+        )
+    return found
+
+
+@pytest.mark.parametrize("risk", RISKS)
+def test_losses_along_a_path_are_those_of_its_policies(risk: str) -> None:
+    trace = oracle.bed(300, exits=5, full_exit=3)
+    rows = read_rows(trace, EVERYTHING)
+    path = FAMILIES[0].fit(rows, None)
+    leaving_KN = path.leaving(rows)
+    total_P = along(leaving_KN, losses(trace, EVERYTHING, risk), path.steps)
+    for step in (0, 60, 150, 230, path.steps - 1):
+        slow = one_row_at_a_time(path.policy(step, EVERYTHING, 5), trace, risk)
+        assert total_P[step] == pytest.approx(math.fsum(slow))
+
+
+def test_losses_made_monotone_are_the_running_worst() -> None:
+    trace = oracle.bed(200, exits=5)
+    rows = read_rows(trace, EVERYTHING)
+    path = FAMILIES[2].fit(rows, None)
+    leaving_KN, loss_LN = path.leaving(rows), losses(trace, EVERYTHING, "drop")
+    found_P = along(leaving_KN, worst_so_far(leaving_KN, loss_LN), path.steps)
+    slow_PN = []
+    for step in range(path.steps):
+        stop_N = (leaving_KN > step).sum(0)
+        now_N = loss_LN[stop_N, np.arange(200)]
+        slow_PN.append(now_N if not slow_PN else np.maximum(slow_PN[-1], now_N))
+    assert found_P == pytest.approx(np.stack(slow_PN).sum(1))
+    assert (np.diff(found_P) >= 0).all()
+    assert (np.diff(along(leaving_KN, loss_LN, path.steps)) < 0).any(), "nothing was there to be made monotone"
+
+
+@pytest.mark.parametrize(
+    ("risk", "bound", "method"), [("drop", 0.02, "auto"), ("harm", 0.03, "ltt"), ("drop", 0.03, "betting")]
+)
+def test_a_certificate_holds_in_as_many_draws_as_it_says(
+    population: Trace, few_families: None, risk: str, bound: float, method: str
+) -> None:
+    """Draws from a known population; at delta .2, so that a test that errs too often is seen in 60 of them."""
+    broken, certified, costs = 0, 0, []
+    for seed in range(60):
+        targets = {"max_accuracy_drop": bound, "confidence": 0.8, "risk": risk, "method": method}
+        policy = quietly(draw(population, 500, seed), **targets)
+        outcome = simulate(policy, population)
+        full_N = population.logits_ENC[4].argmax(1) == population.labels_N
+        right_N = outcome.labels_N == population.labels_N
+        loss_N = {"drop": full_N.double() - right_N.double(), "harm": (full_N & ~right_N).double()}[risk]
+        broken += float(loss_N.mean()) > bound
+        certified += policy.calibrated_on.certificate is not None
+        costs.append(float(outcome.cost_N.mean()))
+    assert broken <= 60 * 0.2 + 2.6 * math.sqrt(60 * 0.2 * 0.8)
+    assert certified > 30
+    assert np.mean(costs) < 0.85
+
+
+def test_tested_rows_have_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen_on, tested_on = [], []
+    true_fits, true_proved = guarantees.fits, guarantees._proved
+
+    def fits_and_tell(rows: Rows) -> tuple[Fit, ...]:
+        chosen_on.extend(rows.scores[Confidence].unit_KN[0])
+        return true_fits(rows)
+
+    def prove_and_tell(leaving_KN: np.ndarray, loss_LN: np.ndarray, *rest: object) -> int | None:
+        tested_on.append(loss_LN.shape[1])
+        return true_proved(leaving_KN, loss_LN, *rest)
+
+    monkeypatch.setattr(guarantees, "fits", fits_and_tell)
+    monkeypatch.setattr(guarantees, "_proved", prove_and_tell)
+    trace = oracle.bed(801)
+    policy = quietly(trace, max_accuracy_drop=0.03, confidence=0.9)
+    parts = parts_of(trace, EVERYTHING)
+    assert sorted([*parts.choosing, *parts.testing]) == list(range(801))
+    everybody = read_rows(trace, EVERYTHING).scores[Confidence].unit_KN[0]
+    assert chosen_on == everybody[parts.choosing].tolist()
+    assert tested_on == [len(parts.testing)] == [policy.calibrated_on.certificate.tested_rows]
+
+
+def test_tested_rows_move_nothing_but_the_step(population: Trace) -> None:
+    """Whatever tested rows say, the policy lies on the path that the others fitted."""
+    trace = draw(population, 1000, 0)
+    parts = parts_of(trace, EVERYTHING)
+    spoiled = trace.labels_N.clone()
+    spoiled[parts.testing] = (spoiled[parts.testing] + 1) % 10
+    honest = quietly(trace, max_accuracy_drop=0.05, confidence=0.9)
+    policy = quietly(dataclasses.replace(trace, labels_N=spoiled), max_accuracy_drop=0.05, confidence=0.9)
+    fit = next(fit for fit in parts.fits if fit.family == honest.calibrated_on.info["family"])
+    on_path = [fit.path.policy(step, EVERYTHING, 5) for step in range(fit.path.steps)]
+    assert honest in on_path
+    assert policy in [*on_path, Fixed(exit=4)]
+
+
+def test_expected_risk_is_kept_in_the_mean_over_draws(population: Trace, few_families: None) -> None:
+    drops = []
+    for seed in range(40):
+        policy = quietly(draw(population, 400, seed), max_accuracy_drop=0.03, method="crc")
+        drops.append(evaluate(policy, population).drop)
+    assert np.mean(drops) <= 0.03
+    assert np.mean(drops) > 0.0
+
+
+def second_look(trace: Trace) -> Trace:
+    """``trace`` with one exit after the full one that mends half of what is wrong."""
+    logits_NC = trace.logits_ENC[-1].clone()
+    wrong_N = (logits_NC.argmax(1) != trace.labels_N) & (torch.arange(trace.num_samples) % 2 == 0)
+    logits_NC[wrong_N] = 9.0 * torch.nn.functional.one_hot(trace.labels_N[wrong_N], 10).float()
+    return dataclasses.replace(
+        trace,
+        logits_ENC=torch.cat([trace.logits_ENC, logits_NC[None]]),
+        cost_E=torch.cat([trace.cost_E, trace.cost_E[-1:] + 1]),
+        full_exit=4,
+        exit_names=(),
+    )
+
+
+def test_no_loss_and_a_gain_are_proved_where_there_is_one(population: Trace) -> None:
+    looks = second_look(population)
+    for bound in (0.0, -0.01):
+        policy = quietly(draw(looks, 3000, 1), max_accuracy_drop=bound, confidence=0.95)
+        assert policy.calibrated_on.certificate.bound == bound
+        found = evaluate(policy, looks)
+        assert found.drop <= bound
+        assert found.mean_cost < (1.0 if bound == 0 else 1.5)
+
+
+def test_impossible_wishes_get_a_sentence_and_no_certificate(population: Trace) -> None:
+    few, many = draw(population, 20, 0), draw(population, 900, 0)
+    wishes = [
+        (few, {"max_accuracy_drop": 0.01}, r"at least 299 rows without any loss in the part that tests, 428 in all"),
+        (draw(population, 700, 0), {"max_accuracy_drop": 0.005}, r"at least 598 .* 855 in all; there are 490"),
+        (many, {"max_accuracy_drop": -0.2}, r"0\.2 of all rows more often right .* more rows would not help"),
+        (many, {"max_accuracy_drop": 0.001, "risk": "error"}, r"at most 0\.10% of the rows get a wrong label"),
+    ]
+    for trace, wish, sentence in wishes:
+        with pytest.warns(UserWarning, match=sentence):
+            policy = calibrate(trace, confidence=0.95, **wish)
+        assert policy == Fixed(exit=4)
+        assert policy.calibrated_on.certificate is None
+    with pytest.warns(UserWarning, match=r"at least 99 rows"):
+        assert calibrate(few, max_accuracy_drop=0.01, method="crc").calibrated_on.certificate is None
+    with pytest.raises(DataError, match="a trace needs labels"):
+        dataclasses.replace(few, labels_N=None)
+
+
+def test_a_split_promises_nothing(population: Trace) -> None:
+    policy = quietly(draw(population, 900, 0), max_accuracy_drop=0.02, method="split")
+    assert policy.calibrated_on.certificate is None
+    assert "No statement" in policy.calibrated_on.info["note"]
+    assert evaluate(policy, population).mean_cost < 1
+
+
+def test_what_a_certificate_records(population: Trace) -> None:
+    info = {"backend": "openvino", "precision": "torch.float32", "second_look": "mirror"}
+    trace = dataclasses.replace(draw(population, 2000, 0), info=info)
+    enabled = (True, False, True, True, True)
+    policy = calibrate(trace, max_accuracy_drop=0.03, confidence=0.9, enabled_E=enabled)
+    proved = policy.calibrated_on.certificate
+    assert (proved.backend, proved.precision, proved.view) == ("openvino", "torch.float32", "mirror")
+    assert (proved.rows, proved.tested_rows, proved.asked_E) == (2000, 1400, enabled)
+    assert proved.exit_names == trace.exit_names
+    assert proved.delta == pytest.approx(0.1)
+    testing = torch.from_numpy(parts_of(trace, enabled).testing)
+    assert proved.observed == pytest.approx(evaluate(policy, trace.rows(testing)).drop)
+    again = calibrate(dataclasses.replace(trace), max_accuracy_drop=0.03, confidence=0.9, enabled_E=enabled)
+    assert again.calibrated_on == policy.calibrated_on
+    other = dataclasses.replace(trace, labels_N=trace.labels_N.flip(0))
+    assert quietly(other, max_accuracy_drop=0.5, confidence=0.9).calibrated_on.certificate.data_hash != proved.data_hash
+
+
+def test_rows_trained_on_are_left_out(population: Trace) -> None:
+    trace = draw(population, 1000, 0)
+    trained = dataclasses.replace(trace, trained_N=torch.arange(1000) < 300)
+    with pytest.warns(UserWarning, match=r"trained on 30.0% of these rows"):
+        policy = calibrate(trained, max_accuracy_drop=0.05, confidence=0.9)
+    assert policy.calibrated_on.certificate.tested_rows == 490
+    assert min(parts_of(trained, EVERYTHING).testing) >= 300
+
+
+def test_testing_starts_where_the_choosing_rows_are_surest(population: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts, looks = list[int](), second_look(draw(population, 2000, 0))
+    true_last = guarantees.last_proved
+
+    def last_and_tell(passes_P: np.ndarray, start: int) -> int | None:
+        starts.append(start)
+        return true_last(passes_P, start)
+
+    monkeypatch.setattr(guarantees, "last_proved", last_and_tell)
+    quietly(draw(population, 2000, 0), max_accuracy_drop=0.02, confidence=0.95)
+    policy = quietly(looks, max_accuracy_drop=-0.01, confidence=0.95)
+    parts = parts_of(looks, (True,) * 6)
+    brings = next(fit for fit in parts.fits if fit.family == policy.calibrated_on.info["family"]).brings
+    gain_P = brings.accuracy_P - parts.choose_on.full_N.mean() - 0.01
+    differ_P = 2 * brings.harm_P + brings.accuracy_P - parts.choose_on.full_N.mean()
+    rows = len(parts.choosing)
+    sure_P = gain_P / np.sqrt(differ_P - (gain_P + 0.01) ** 2 + 1 / (rows + 1))
+    assert starts == [0, int(sure_P.argmax())]
+
+
+def test_a_family_with_one_step_beyond_the_truth_is_caught() -> None:
+    """Exits that look sure and are wrong: the test sees it, although confidence does not."""
+    trace = dataclasses.replace(oracle.bed(3000, exits=3, seed=2), hash_N=None)
+    shifted = trace.logits_ENC.clone()
+    shifted[0] = 50.0 * torch.nn.functional.one_hot((trace.labels_N + 1) % 10, 10).float()
+    policy = quietly(dataclasses.replace(trace, logits_ENC=shifted), max_accuracy_drop=0.02, confidence=0.95)
+    assert evaluate(policy, dataclasses.replace(trace, logits_ENC=shifted)).drop <= 0.02
