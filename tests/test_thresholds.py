@@ -17,7 +17,7 @@ from shallowdeep.policies import Confidence, Fixed
 from shallowdeep.thresholds import choose, within_cost, within_drop
 
 EVERYTHING = (True,) * 5
-LEVELS, FREE, ONE = FAMILIES[0], FAMILIES[2], FAMILIES[3]
+LEVELS, FREE, ONE = FAMILIES[0], FAMILIES[3], FAMILIES[4]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
