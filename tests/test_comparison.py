@@ -17,11 +17,11 @@ from shallowdeep import comparison
 from shallowdeep.cli import main
 from shallowdeep.comparison import AIMS, Comparison, Difference, compare, holm, usual_policies
 from shallowdeep.families import FAMILIES, Family
-from shallowdeep.paths import Floats, Rows, brings_of, read_rows
+from shallowdeep.paths import Floats, Rows, read_rows
 from shallowdeep.paths import Path as Steps
 from shallowdeep.policies import Confidence, Entropy, Fixed, Oracle, Policy, Tempered
 from shallowdeep.reliability import fit_temperatures, scaled
-from shallowdeep.thresholds import crossfit, within_drop
+from shallowdeep.thresholds import search, within_drop
 from shallowdeep.types import Trace
 from shallowdeep.walking import simulate
 
@@ -41,8 +41,7 @@ def of(found: Comparison, name: str, what: str, drop: float = 0.01) -> Differenc
 
 def chosen(family: Family, rows: Rows, trace: Trace, aim: float) -> Policy:
     """A family's policy for an aim, as ``calibrate`` would take it."""
-    path = family.fit(rows, None)
-    brings = brings_of(crossfit(family, rows, path.grid_P), rows, path.steps)
+    ((_, path, brings),) = search(rows, families=(family,), ensembles=False).fits
     step = within_drop(brings, float(rows.full_N.mean()), aim)
     if step is None or brings.cost_P[step] >= 1:
         return Fixed(exit=trace.full_exit)
@@ -55,8 +54,11 @@ def test_lines_are_what_policies_do_on_rows_that_did_not_choose_them(second_look
     trace.logits_ENC[1, ::50, 0] = math.nan
     found = compare(trace, {"entropy": [Entropy(threshold=0.1), Entropy(threshold=0.7)]}, splits=2, seed=5)
     names = [FAMILIES[0].name, ONE.name]
-    assert [line.name for line in found.lines] == [*names, *(f"{name}, tempered" for name in names), "entropy"]
-    for line, family, tempered in zip(found.lines[:4], (FAMILIES[0], ONE) * 2, (False, False, True, True), strict=True):
+    tempered = [f"{name}, tempered" for name in names]
+    assert [line.name for line in found.lines] == [*names, f"{names[0]}, ensembles", *tempered, "entropy"]
+    for line, family, tempered in zip(
+        found.lines[:2] + found.lines[3:5], (FAMILIES[0], ONE) * 2, (False, False, True, True), strict=True
+    ):
         drops, costs = np.zeros(len(AIMS)), np.zeros(len(AIMS))
         for split in range(2):
             order = np.random.default_rng(5 + split).permutation(600)

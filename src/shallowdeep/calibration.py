@@ -75,7 +75,7 @@ def calibrate(
     certificate: Certificate | None = None
     drop = float(max_accuracy_drop or 0.0)
     if confidence is not None or method in ("crc", "split"):
-        aim = Aim(risk, drop, None if confidence is None else 1 - confidence, method)
+        aim = Aim(risk, drop, None if confidence is None else round(1 - confidence, 12), method)
         policy, certificate, facts = _bound(trace, asked, aim)
     elif max_mean_cost is not None:
         policy, facts = _budget(trace, asked, read_rows(trace, asked), max_mean_cost)

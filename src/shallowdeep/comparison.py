@@ -20,7 +20,7 @@ from shallowdeep.families import FAMILIES, FEW_ROWS, Family
 from shallowdeep.paths import Bools, Brings, Floats, Rows, Steps, answering, read_rows
 from shallowdeep.policies import Entropy, Fixed, Oracle, Patience, Policy, asked_exits, finite_rows
 from shallowdeep.reliability import fit_temperatures, scaled
-from shallowdeep.thresholds import fits, within_drop
+from shallowdeep.thresholds import search, within_drop
 from shallowdeep.types import Trace, table
 from shallowdeep.walking import CHUNK_ELEMENTS, policy_costs, simulate
 
@@ -268,7 +268,7 @@ Contender = Callable[[Steps, Steps], tuple[Brings, Callable[[int], tuple[Floats,
 
 def _fitted(family: Family, rows: Rows, paid_XL: Floats, *, ensembles: bool = False) -> Contender:
     def split(choosing: Steps, reporting: Steps) -> tuple[Brings, Callable[[int], tuple[Floats, Floats]]]:
-        (fit,) = fits(rows.take(choosing), families=(family,), ensembles=ensembles)
+        (fit,) = search(rows.take(choosing), families=(family,), ensembles=ensembles).fits
         others = answering(rows.take(reporting), fit.path.ensemble)
         leaving_KM = fit.path.leaving(others)
 

@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from scipy.stats import norm
+from torch import Tensor
+from torch.nn import functional
 
 from shallowdeep.bounds import (
     Bools,
@@ -28,10 +30,9 @@ from shallowdeep.bounds import (
     rows_needed,
 )
 from shallowdeep.certificates import Certificate, Method, Risk, claim_of
-from shallowdeep.effects import answers
-from shallowdeep.paths import Brings, Steps, along, answered, read_rows
-from shallowdeep.policies import Policy
-from shallowdeep.thresholds import Choice, Fit, choose, fits
+from shallowdeep.paths import Brings, Path, Rows, Steps, along, read_rows
+from shallowdeep.policies import Ensemble, Policy, finite_rows
+from shallowdeep.thresholds import Choice, prefer, search
 from shallowdeep.types import Trace
 from shallowdeep.walking import policy_costs
 
@@ -61,71 +62,79 @@ class Aim(NamedTuple):
     method: Method
 
 
+class Tested(NamedTuple):
+    """What a path does with tested rows: when they leave, and what stopping costs them at each exit."""
+
+    leaving_KN: Steps
+    right_LN: Floats
+    loss_LN: Floats
+
+
 class Parts:
-    """One trace in two parts, and what the choosing one fitted: kept with the trace, of which several things are asked.
+    """One trace in two parts, and what the choosing one found: kept with the trace, of which several things are asked.
 
     Rows that the ICs trained on are left out. Rows are dealt by a fixed shuffle, so that sorted data do no harm. A
-    row that was drawn twice, as in ``prove``, may fall into both parts: drawn independently, that is what fresh rows
+    row that was drawn twice, as in ``proof``, may fall into both parts: drawn independently, that is what fresh rows
     do. Copies of rows in a data set that is not drawn (frames, crops) are not independent and spoil any test.
     """
 
-    def __init__(self, trace: Trace, asked: Sequence[bool]) -> None:
-        self.rows = read_rows(trace, asked)
+    def __init__(self, trace: Trace, asked: Sequence[bool], *, ensembles: bool) -> None:
+        rows = read_rows(trace, asked)
         fresh = np.arange(trace.num_samples) if trace.trained_N is None else (~trace.trained_N.bool()).numpy().nonzero()
         order = np.random.default_rng(0).permutation(np.ravel(fresh))
         self.choosing, self.testing = np.split(order, [round(CHOOSING * len(order))])
-        self.choose_on, self.test_on = self.rows.take(self.choosing), self.rows.take(self.testing)
-        self.fits = fits(self.choose_on)
-        self._leaving: dict[str, Steps] = {}
+        self.choose_on, self.test_on = rows.take(self.choosing), rows.take(self.testing)
+        self.search = search(self.choose_on, ensembles=ensembles)
+        self._tested: dict[str, Tested] = {}
 
-    def leaving(self, fit: Fit | Choice) -> Steps:
-        """When each tested row leaves along the path ([K, N])."""
-        if fit.family not in self._leaving:
-            self._leaving[fit.family] = fit.path.leaving(self.test_on)
-        return self._leaving[fit.family]
+    def tested(self, choice: Choice, risk: Risk) -> Tested:
+        """What the path of ``choice`` does with tested rows, worked out once."""
+        key = f"{choice.family}: {risk}"
+        if key not in self._tested:
+            right_LN = choice.path.seen(self.test_on).right_LN.astype(np.float64)
+            loss_LN = losses(choice.path, self.test_on, risk)
+            self._tested[key] = Tested(choice.path.leaving(self.test_on), right_LN, loss_LN)
+        return self._tested[key]
 
 
-_PARTS: WeakKeyDictionary[Trace, dict[tuple[bool, ...], Parts]] = WeakKeyDictionary()
+_PARTS: WeakKeyDictionary[Trace, dict[tuple[tuple[bool, ...], bool], Parts]] = WeakKeyDictionary()
 
 
-def parts_of(trace: Trace, asked: Sequence[bool]) -> Parts:
-    """The ``Parts`` of a trace, made once for all that is asked of it."""
-    kept = _PARTS.setdefault(trace, {})
-    if tuple(asked) not in kept:
-        kept[tuple(asked)] = Parts(trace, asked)
-    return kept[tuple(asked)]
+def parts_of(trace: Trace, asked: Sequence[bool], risk: Risk = "drop") -> Parts:
+    """The ``Parts`` of a trace, made once for all that is asked of it. An ensemble gives other answers than the full
+    network, so it is left out where those count as a loss.
+    """
+    kept, key = _PARTS.setdefault(trace, {}), (tuple(asked), risk not in ("harm", "disagreement"))
+    if key not in kept:
+        kept[key] = Parts(trace, asked, ensembles=key[1])
+    return kept[key]
 
 
 def certify(trace: Trace, asked: Sequence[bool], aim: Aim) -> Proof:
     """The cheapest policy that the rows prove, if there is one that saves cost or gains what ``aim`` demands.
 
-    The path comes from the family that ``choose`` prefers on the choosing part. Its steps are tested in their order,
-    each at the full level, until one fails (arXiv 2110.01052). Testing starts where nobody leaves early, if that loses
-    nothing by definition and the rows suffice for the bound; else where the choosing part is surest.
+    The path comes from the family that ``prefer`` prefers on the choosing part. Its steps are tested in their order,
+    each at the full level, until one fails (arXiv 2110.01052). Testing starts at the first step, if it gives the full
+    network's answers to all rows that choose and the rows suffice for the bound; else where these are surest.
     """
-    parts = parts_of(trace, asked)
-    ensemble = parts.fits[0].path.ensemble if parts.fits else None  # all families share it
-    loss_LN = losses(answered(trace, asked, ensemble), asked, aim.risk, trace)
-    choosing_LN, testing_LN = loss_LN[:, parts.choosing], loss_LN[:, parts.testing]
-    tested, full_cost = len(parts.testing), full_cost_of(trace)
-    choice = choose(parts.choose_on, lambda brings: _hoped(brings, choosing_LN, aim, tested), parts.fits)
+    parts = parts_of(trace, asked, aim.risk)
+    tested, full_cost, accuracy = len(parts.testing), full_cost_of(trace), _accuracy(parts)
+    choice = prefer(parts.search, lambda brings: _hoped(brings, accuracy, aim, tested))
     if choice is None or not tested:
-        return _refusal(parts, choosing_LN, aim, full_cost)
-    leaving_KN, steps = parts.leaving(choice), choice.path.steps
-    behind = choice.path.policy(0, asked, trace.num_exits).asks(trace.num_exits, trace.full_exit)[trace.full_exit + 1 :]
-    sure = aim.risk != "error" and ensemble is None and not any(behind)
-    step = _proved(leaving_KN, testing_LN, aim, sure, _hopes(choice.brings, choosing_LN, aim.bound, tested))
-    cost_LN = np.broadcast_to(parts.rows.cost_L[:, None], testing_LN.shape)
+        return _refusal(parts, aim, full_cost)
+    leaving_KN, right_LN, loss_LN = parts.tested(choice, aim.risk)
+    steps = choice.path.steps
+    step = _proved(leaving_KN, loss_LN, aim, _start(choice, parts, aim), steps)
+    cost_LN = np.broadcast_to(parts.test_on.cost_L[:, None], loss_LN.shape)
     cost_P = along(leaving_KN, cost_LN, steps) / tested
     if step is None or (aim.bound >= 0 and aim.risk != "error" and cost_P[step] >= full_cost):
-        return _refusal(parts, choosing_LN, aim, full_cost)
-    observed = float(along(leaving_KN, testing_LN, steps)[step]) / tested
-    right_P = along(leaving_KN, choice.path.seen(parts.test_on).right_LN.astype(np.float64), steps) / tested
+        return _refusal(parts, aim, full_cost)
+    observed = float(along(leaving_KN, loss_LN, steps)[step]) / tested
     facts: dict[str, float | int | str] = {
         "family": choice.family,
         "tested_rows": tested,
         "expected_mean_cost": float(cost_P[step]),
-        "expected_drop": float(parts.test_on.full_N.mean() - right_P[step]),
+        "expected_drop": float(parts.test_on.full_N.mean() - along(leaving_KN, right_LN, steps)[step] / tested),
     }
     policy = choice.path.policy(step, asked, trace.num_exits)
     if aim.method == "split":
@@ -143,32 +152,34 @@ def full_cost_of(trace: Trace) -> float:
     return float(policy_costs(trace, only)[trace.full_exit])
 
 
-def losses(trace: Trace, asked: Sequence[bool], risk: Risk, network: Trace | None = None) -> Floats:
-    """The loss of every row at each of the exits asked where it can stop ([L, N]), as ``Risk`` defines it.
-
-    ``trace`` holds the answers; ``network`` (None: the same) says what the full network answers on its own.
-    """
-    network = trace if network is None else network
-    exits = [exit for exit, on in enumerate(asked) if on]
-    if risk == "brier":
-        return np.stack([_brier(trace, exit) for exit in exits]) - _brier(network, trace.full_exit)
-    said_EN, full_said_N = answers(trace).numpy(), answers(network)[network.full_exit].numpy()
-    right_EN = said_EN == trace.labels_N.numpy()
-    right_LN, full_N = right_EN[exits], full_said_N == trace.labels_N.numpy()
-    found: dict[str, Bools | Floats] = {
-        "drop": full_N.astype(np.float64) - right_LN,
-        "harm": full_N & ~right_LN,
-        "error": ~right_LN,
-        "disagreement": said_EN[exits] != full_said_N,
-    }
+def losses(path: Path, rows: Rows, risk: Risk) -> Floats:
+    """The loss of every row at each exit where it can stop ([L, N]), as ``Risk`` defines it, by the path's answers."""
+    if risk in ("disagreement", "brier"):
+        return _losses_of_answers(path.ensemble, rows, risk)
+    right_LN = path.seen(rows).right_LN
+    found = {"drop": rows.full_N.astype(np.float64) - right_LN, "harm": rows.full_N & ~right_LN, "error": ~right_LN}
     return np.asarray(found[risk], np.float64)
 
 
-def _brier(trace: Trace, exit: int) -> Floats:
-    softmax_NC = torch.softmax(trace.logits_ENC[exit].detach(), 1, dtype=torch.float64).nan_to_num_(nan=0.0)
-    softmax_NC[torch.arange(trace.num_samples), trace.labels_N] -= 1.0
-    score_N: Floats = (softmax_NC.square_().sum(1) / 2).numpy()
-    return score_N
+def _losses_of_answers(ensemble: Ensemble | None, rows: Rows, risk: Risk) -> Floats:
+    loss_LN = np.empty(rows.right_LN.shape)
+    for chunk, logits, labels_B in rows.chunks(len(rows.exits)):
+        softmax = [torch.softmax(logits_BC, 1, dtype=torch.float64) for logits_BC in logits]
+        full = _loss(logits[rows.full], softmax[rows.full], labels_B, risk)
+        for place, own_BC in enumerate(logits):
+            said = own_BC, softmax[place]
+            if ensemble is not None and ensemble.weight_EE[rows.exits[place]]:
+                said = ensemble.answer(rows.exits[place], rows.exits[: place + 1], softmax[: place + 1], own_BC)
+            mine_B = _loss(*said, labels_B, risk)
+            loss_LN[place, chunk] = (mine_B - full if risk == "brier" else mine_B != full).numpy()
+    return loss_LN
+
+
+def _loss(logits_BC: Tensor, softmax_BC: Tensor, labels_B: Tensor, risk: Risk) -> Tensor:
+    """The label (-1: not finite), or half the squared distance to the truth."""
+    if risk == "disagreement":
+        return torch.where(finite_rows(logits_BC), logits_BC.argmax(1), -1)
+    return (softmax_BC.nan_to_num(nan=0.0) - functional.one_hot(labels_B, logits_BC.shape[1])).square().sum(1) / 2
 
 
 def worst_so_far(leaving_KN: Steps, loss_LN: Floats) -> Floats:
@@ -186,14 +197,24 @@ def worst_so_far(leaving_KN: Steps, loss_LN: Floats) -> Floats:
     return worst_LN
 
 
-def _hopes(brings: Brings, loss_LN: Floats, bound: float, tested: int) -> Floats:
-    """How many standard errors of ``tested`` rows the mean loss lies below ``bound``, as the choosing part sees it [P].
+def _accuracy(parts: Parts) -> float:
+    return float(parts.choose_on.full_N.mean()) if len(parts.choosing) else 0.0
 
-    One row more, at a loss of 1, is counted for the spread: few rows without a loss do not make sure.
+
+def _hopes(brings: Brings, accuracy: float, aim: Aim, tested: int) -> Floats:
+    """How many standard errors of ``tested`` rows the mean loss lies below the bound, as held-out choosing rows see it
+    [P]; ``accuracy`` is the full network's on them.
+
+    One row more, at a loss of 1, is counted for the spread: few rows without a loss do not make sure. Where only the
+    drop is known (brier, and disagreement as far as it matters), it stands for the risk.
     """
-    rows, steps = loss_LN.shape[1], len(brings.cost_P)
-    mean_P, square_P = (along(brings.leaving_KN, value_LN, steps) / rows for value_LN in (loss_LN, loss_LN**2))
-    hopes_P: Floats = (bound - mean_P) / np.sqrt((square_P - mean_P**2 + 1 / (rows + 1)) / tested)
+    drop_P = accuracy - brings.accuracy_P
+    differ_P = 2 * brings.harm_P - drop_P
+    by_risk = {"harm": brings.harm_P, "error": 1 - brings.accuracy_P, "disagreement": differ_P}
+    mean_P = by_risk.get(aim.risk, drop_P)
+    square_P = by_risk.get(aim.risk, differ_P)
+    rows = brings.leaving_KN.shape[1]
+    hopes_P: Floats = (aim.bound - mean_P) / np.sqrt((square_P - mean_P**2 + 1 / (rows + 1)) / tested)
     return hopes_P
 
 
@@ -204,11 +225,24 @@ def _level(aim: Aim) -> float:
     return math.sqrt(2 * math.log(1 / aim.delta)) if _test_of(aim) == BETTING else float(norm.isf(aim.delta))
 
 
-def _hoped(brings: Brings, loss_LN: Floats, aim: Aim, tested: int) -> int:
+def _hoped(brings: Brings, accuracy: float, aim: Aim, tested: int) -> int:
     """The last step that can be hoped to pass; the surest one where none can, because testing may still prove it."""
-    hopes_P = _hopes(brings, loss_LN, aim.bound, max(tested, 1))
+    hopes_P = _hopes(brings, accuracy, aim, max(tested, 1))
     hoped = np.flatnonzero(hopes_P >= _level(aim))
     return int(hoped[-1]) if len(hoped) else int(hopes_P.argmax())
+
+
+def _start(choice: Choice, parts: Parts, aim: Aim) -> int:
+    """The step where testing starts, by the choosing part alone."""
+    if aim.delta is None:
+        return 0
+    tested, leaving_KN = len(parts.testing), choice.path.leaving(parts.choose_on)
+    at_the_end = bool(((leaving_KN > 0).sum(0) == parts.choose_on.full).all())
+    if at_the_end and choice.path.ensemble is None and aim.risk != "error":
+        nothing_KN, zero_LN = np.ones((len(leaving_KN), tested), np.int64), np.zeros((len(leaving_KN) + 1, tested))
+        if _passes(nothing_KN, zero_LN, aim, 1, 0)[0]:
+            return 0
+    return int(_hopes(choice.brings, _accuracy(parts), aim, tested).argmax())
 
 
 def _test_of(aim: Aim) -> str:
@@ -219,19 +253,15 @@ def _test_of(aim: Aim) -> str:
     return PAIRED if aim.risk == "drop" else BINOMIAL
 
 
-def _proved(leaving_KN: Steps, loss_LN: Floats, aim: Aim, sure: bool, hopes_P: Floats) -> int | None:
-    """The step that tested rows prove; ``sure``: where nobody leaves early nothing is lost, by definition."""
-    tested, steps = loss_LN.shape[1], len(hopes_P)
+def _proved(leaving_KN: Steps, loss_LN: Floats, aim: Aim, start: int, steps: int) -> int | None:
+    """The step that tested rows prove."""
+    tested = loss_LN.shape[1]
     if aim.method == "split":
         met = np.flatnonzero(along(leaving_KN, loss_LN, steps) / tested <= aim.bound + 1e-12)
         return int(met[-1]) if len(met) else None
     if aim.delta is None:
         risk_P = along(leaving_KN, worst_so_far(leaving_KN, loss_LN), steps) / tested
         return last_conformal(risk_P, tested, aim.bound)
-    nowhere_KN = np.ones((len(leaving_KN), tested), np.int64)
-    start = int(hopes_P.argmax())
-    if sure and _passes(nowhere_KN, np.zeros_like(loss_LN), aim, 1, 0)[0]:
-        start = 0
     return last_proved(_passes(leaving_KN, loss_LN, aim, steps, start), start)
 
 
@@ -257,21 +287,23 @@ def _passes(leaving_KN: Steps, loss_LN: Floats, aim: Aim, steps: int, start: int
     return passes_P
 
 
-def _refusal(parts: Parts, choosing_LN: Floats, aim: Aim, full_cost: float) -> Proof:
+def _refusal(parts: Parts, aim: Aim, full_cost: float) -> Proof:
     """The full network, why, and how many rows it would take."""
     tested = len(parts.testing)
     note = f"It is not proved that {claim_of(aim.risk, aim.bound)}: this is the full network, without a certificate."
     least = 1
     if aim.method != "split" and aim.bound > 0:
         least = rows_needed(aim.bound, aim.delta) if aim.delta is not None else math.ceil(1 / aim.bound) - 1
-    hoped = _rows_hoped(parts, choosing_LN, aim, full_cost)
+    hoped = _rows_hoped(parts, aim, full_cost)
     if tested < least:
         note += f" It takes at least {least} rows without any loss in the part that tests, {_in_all(least)} in all; "
         note += f"there are {tested}."
     elif hoped is None:
         note += " No policy comes so far on the rows that choose: more rows would not help."
+    elif (rows := len(parts.choosing) + tested) >= (in_all := _in_all(max(hoped, least))):
+        note += f" It takes more than these {rows} rows, by bad luck or by a little."
     else:
-        note += f" It takes about {_in_all(max(hoped, least))} rows in all, judging by those that choose."
+        note += f" It takes about {in_all} rows in all, judging by those that choose."
     return Proof(None, None, note, {"tested_rows": tested})
 
 
@@ -279,14 +311,14 @@ def _in_all(tested: int) -> int:
     return math.ceil(tested / (1 - CHOOSING))
 
 
-def _rows_hoped(parts: Parts, choosing_LN: Floats, aim: Aim, full_cost: float) -> int | None:
-    """With how many tested rows some policy of use would pass as often as not; None if no number of them would do."""
+def _rows_hoped(parts: Parts, aim: Aim, full_cost: float) -> int | None:
+    """With how many tested rows some policy of use would pass in five draws of six; None if no number would do."""
     most = 0.0
-    for fit in parts.fits:
-        hopes_P = _hopes(fit.brings, choosing_LN, aim.bound, 1)
+    for fit in parts.search.fits:
+        hopes_P = _hopes(fit.brings, _accuracy(parts), aim, 1)
         useful_P = (fit.brings.cost_P < full_cost) | (aim.bound < 0) | (aim.risk == "error")
         most = max(most, float(hopes_P[useful_P].max(initial=0.0)))
-    return math.ceil((_level(aim) / most) ** 2) if most > 0 else None
+    return math.ceil(((_level(aim) + 1) / most) ** 2) if most > 0 else None
 
 
 def _certificate(trace: Trace, asked: Sequence[bool], aim: Aim, observed: float, tested: int) -> Certificate:
@@ -307,7 +339,7 @@ def _certificate(trace: Trace, asked: Sequence[bool], aim: Aim, observed: float,
         precision=trace.info.get("precision", ""),
         exit_names=trace.exit_names,
         asked_E=tuple(asked),
-        view=trace.info.get("second_look", "") if any(asked[trace.full_exit + 1 :]) else "",
+        view=trace.info.get("second_look", ""),
         versions=_versions(),
     )
 

@@ -139,20 +139,6 @@ def answering(rows: Rows, ensemble: Ensemble | None) -> Rows:
     return rows
 
 
-def answered(trace: Trace, asked: Sequence[bool], ensemble: Ensemble | None) -> Trace:
-    """``trace`` with what policies with ``ensemble`` answer in place of what the exits say."""
-    if ensemble is None:
-        return trace
-    logits_ENC, rows = trace.logits_ENC.clone(), read_rows(trace, asked)
-    places = [place for place, exit in enumerate(rows.exits) if ensemble.weight_EE[exit]]
-    for chunk, logits, _ in rows.chunks(max(places, default=0) + 1):
-        softmax = [torch.softmax(logits_BC, 1, dtype=torch.float64) for logits_BC in logits]
-        for place in places:
-            exit, before = rows.exits[place], rows.exits[: place + 1]
-            logits_ENC[exit, chunk] = ensemble.answer(exit, before, softmax[: place + 1], logits[place])[0]
-    return dataclasses.replace(trace, logits_ENC=logits_ENC)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Path:
     """Policies in one line, from the one that lets nobody leave early to the cheapest: P steps.

@@ -23,12 +23,12 @@ from scipy.stats import binom
 
 from shallowdeep.calibration import calibrate
 from shallowdeep.effects import answers
+from shallowdeep.families import families_for, fit_ensemble
 from shallowdeep.files import read_json, write_text
 from shallowdeep.guarantees import full_cost_of
-from shallowdeep.paths import brings_of, read_rows
+from shallowdeep.paths import answering, brings_of, read_rows
 from shallowdeep.policies import Fixed
 from shallowdeep.progress import steps
-from shallowdeep.thresholds import fits
 from shallowdeep.types import Trace, table
 from shallowdeep.walking import simulate
 
@@ -180,11 +180,14 @@ def best_costs(population: Trace) -> dict[float, float]:
     """
     rows = read_rows(population, (True,) * population.num_exits)
     best = dict.fromkeys(BOUNDS, full_cost_of(population))
-    for _, path, *_ in fits(rows):
-        brings = brings_of(path.leaving(rows), path.seen(rows), path.steps)
-        drop_P = rows.full_N.mean() - brings.accuracy_P
-        for bound in BOUNDS:
-            best[bound] = min(best[bound], float(brings.cost_P[drop_P <= bound + 1e-12].min(initial=best[bound])))
+    for ensemble in (None, fit_ensemble(rows)):
+        seen = answering(rows, ensemble)
+        for family in families_for(rows):
+            path = family.fit(seen, None)
+            brings = brings_of(path.leaving(seen), seen, path.steps)
+            drop_P = rows.full_N.mean() - brings.accuracy_P
+            for bound in BOUNDS:
+                best[bound] = min(best[bound], float(brings.cost_P[drop_P <= bound + 1e-12].min(initial=best[bound])))
     return best
 
 
