@@ -30,7 +30,7 @@ from shallowdeep.inputs import (
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.progress import steps
 from shallowdeep.types import DataError, Trace
-from shallowdeep.views import CHECKED_ROWS, SecondLook, Look, second_look_of
+from shallowdeep.views import CHECKED_ROWS, Look, SecondLook, second_look_of
 
 MEMORY_LIMIT_BYTES = 1 << 30
 

@@ -28,7 +28,7 @@ from shallowdeep.policies import Policy, to_json
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.steps import Step, chain, export_step, make_steps, named, remembered
 from shallowdeep.types import ExportError, MissingExtra
-from shallowdeep.views import SecondLook, Look, check_view, second_look_of
+from shallowdeep.views import Look, SecondLook, check_view, second_look_of
 from shallowdeep.walking import Rule
 
 try:

@@ -124,19 +124,21 @@ def _least(timed: Trace, max_accuracy_drop: float) -> tuple[Policy, float]:
     """The best policy over sets of exits, leaving out one after the other, and its expected time."""
     full = timed.full_exit
 
-    def tried(asked: Iterable[int]) -> tuple[float, Policy]:
+    def tried(asked: Iterable[int]) -> tuple[bool, float, Policy]:
+        """Whether it misses the aim, its time, and the policy."""
         enabled_E = tuple(exit in asked for exit in range(timed.num_exits))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that no exit pays is one of the answers
             policy = calibrate(timed, max_accuracy_drop=max_accuracy_drop, enabled_E=enabled_E)
         assert policy.calibrated_on is not None
-        return float(policy.calibrated_on.info["expected_mean_cost"]), policy
+        misses = max_accuracy_drop < 0 and isinstance(policy, Fixed)  # the full network gains nothing on itself
+        return misses, float(policy.calibrated_on.info["expected_mean_cost"]), policy
 
     asked = frozenset(range(timed.num_exits)) - {full}
     best = tried(asked)
     while asked:
-        found = min(((*tried(asked - {exit}), asked - {exit}) for exit in asked), key=lambda one: one[0])
-        if found[0] >= best[0] and not isinstance(best[1], Fixed):
+        found = min(((*tried(asked - {exit}), asked - {exit}) for exit in asked), key=lambda one: one[:2])
+        if found[:2] >= best[:2] and not isinstance(best[2], Fixed):
             break
-        best, asked = found[:2], found[2]
-    return best[1], best[0]
+        best, asked = found[:3], found[3]
+    return best[2], best[1]

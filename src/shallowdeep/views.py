@@ -110,10 +110,14 @@ def view_of(policy: Policy) -> str | None:
 def check_view(policy: Policy, look: SecondLook | None) -> None:
     """Raise ``ValueError`` where ``policy`` was calibrated with another second look than ``look``, or without."""
     needs, has = view_of(policy), None if look is None else look.name
-    if policy.calibrated_on is not None and needs != has:
-        way = f"give second_look={needs!r}" if needs in VIEWS else "give the view it was collected with"
-        way = way if needs else "leave second_look out, or calibrate on a trace that was collected with it"
-        raise ValueError(f"The policy was calibrated with the second look {needs!r}, not with {has!r}: {way}.")
+    if policy.calibrated_on is None or needs == has:
+        return
+    way = "leave second_look out, or calibrate on a trace that was collected with it"
+    if needs is not None:
+        way = f"give second_look={needs!r}" if needs in VIEWS else "give the view that its trace was collected with"
+    was = "without a second look" if needs is None else f"with the second look {needs!r}"
+    runs = "without one" if has is None else f"with {has!r}"
+    raise ValueError(f"The policy was calibrated {was} and shall run {runs}: {way}.")
 
 
 def _is_image(leaf: Tensor) -> bool:

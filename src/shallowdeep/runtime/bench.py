@@ -27,7 +27,7 @@ from shallowdeep.runtime.backends import Backend, BackendName
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.runtime.programs import make_backend
 from shallowdeep.steps import Joined, make_steps, named
-from shallowdeep.views import SecondLook, Look, second_look_of
+from shallowdeep.views import Look, SecondLook, second_look_of
 
 PARTS = ("full", "every", "twice")
 """The whole network alone, with all ICs asked, and with a second look behind them."""
