@@ -18,7 +18,7 @@ STABLE = (
 RIVER = (
     "files types bounds certificates policies walking effects disagreement reliability paths families thresholds",
     "guarantees calibration comparison sequential audits reference monitor",
-    "inputs taps classifiers graph cuts network costs progress proof collection rates checkpoints segments augment",
+    "inputs views taps classifiers graph cuts network costs progress proof collection rates checkpoints segments augment",
     "features convolutions training joint timing steps onnx runs",
     "runtime runtime.backends runtime.times runtime.loop runtime.on_torch runtime.on_onnxruntime runtime.on_openvino",
     "runtime.programs runtime.modules runtime.streams runtime.engine",

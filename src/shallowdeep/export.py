@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from shallowdeep.costs import feeds, own_costs
+from shallowdeep.costs import Exits, exits_of
 from shallowdeep.graph import silence
 from shallowdeep.inputs import Inputs, example_of, in_order, num_rows, take, tensors
 from shallowdeep.network import ShallowDeepNetwork, fingerprint, plan_to_json
@@ -29,7 +29,8 @@ from shallowdeep.policies import Policy, to_json
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.steps import Step, chain, export_step, make_steps, named, remembered
 from shallowdeep.types import ExportError, MissingExtra
-from shallowdeep.walking import costs_when_asking, rule_of
+from shallowdeep.views import Look, SecondLook, check_view, second_look_of
+from shallowdeep.walking import Rule
 
 try:
     import onnxruntime
@@ -46,33 +47,50 @@ CHECKED = (1, 2, 7)
 """Batch sizes at which an artefact is compared, beside all rows at once."""
 
 
-def export_folder(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.PathLike[str], inputs: Inputs) -> None:
+def export_folder(
+    sdn: ShallowDeepNetwork,
+    policy: Policy,
+    folder: str | os.PathLike[str],
+    inputs: Inputs,
+    *,
+    second_look: Look = None,
+) -> None:
     """Write ``folder``: an ONNX file a step, ``manifest.json``, and ``host.py``, which runs them with NumPy and ONNX
     Runtime alone.
 
     ``inputs`` are real rows on which the artefact is compared with the engine before it is put in place; an earlier
     export there is replaced whole. Raises ``ExportError`` where answers differ, where ``folder`` holds something else,
-    and for networks that cannot be exported.
+    and for networks that cannot be exported, ``BackendError`` for a ``second_look`` (as in ``collect``) whose view
+    cannot be part of a graph.
     """
     with _put_in_place(Path(folder)) as fresh:
-        steps, examples, state = _steps(sdn, policy)
+        what = _what(sdn, policy, second_look)
+        steps, examples, state = _steps(what)
         inputs = in_order(inputs, sdn.plan.inputs.names)
         files = []
         for step, given in zip(steps, examples, strict=True):
             files.append(fresh / f"step{step.place}.onnx")
             files[-1].write_bytes(onnx_program(step, given).SerializeToString())
-        _write(fresh, _about(sdn, policy, "onnxruntime") | _loop_facts(sdn, policy, steps, files, state))
+        _write(fresh, _about(what, "onnxruntime") | _loop_facts(what, steps, files, state))
         shutil.copyfile(Path(__file__).with_name("host.py"), fresh / "host.py")
-        _compare(sdn, policy, EarlyExits(fresh), inputs)
+        _compare(what, EarlyExits(fresh), inputs)
 
 
-def export_programs(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.PathLike[str], inputs: Inputs) -> None:
+def export_programs(
+    sdn: ShallowDeepNetwork,
+    policy: Policy,
+    folder: str | os.PathLike[str],
+    inputs: Inputs,
+    *,
+    second_look: Look = None,
+) -> None:
     """Write ``folder``: a ``torch.export`` program (``.pt2``) a step and ``manifest.json``, for runtimes of others.
 
     Every program is compared with its step on ``inputs``, at full depth. Errors as in ``export_folder``.
     """
     with _put_in_place(Path(folder)) as fresh, torch.no_grad():
-        steps, examples, state = _steps(sdn, policy)
+        what = _what(sdn, policy, second_look)
+        steps, examples, state = _steps(what)
         inputs = in_order(inputs, sdn.plan.inputs.names)
         rows = named(sdn.plan.inputs.names, inputs) | remembered(policy, num_rows(inputs), torch.device("cpu"))
         files = []
@@ -84,56 +102,81 @@ def export_programs(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.Pa
             files.append(fresh / f"step{step.place}.pt2")
             with silence():
                 torch.export.save(program, files[-1])
-        _write(fresh, _about(sdn, policy, "torch") | _loop_facts(sdn, policy, steps, files, state))
+        _write(fresh, _about(what, "torch") | _loop_facts(what, steps, files, state))
 
 
-def export_file(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.PathLike[str], inputs: Inputs) -> None:
+def export_file(
+    sdn: ShallowDeepNetwork,
+    policy: Policy,
+    folder: str | os.PathLike[str],
+    inputs: Inputs,
+    *,
+    second_look: Look = None,
+) -> None:
     """Write ``folder``: ``model.onnx``, one graph with nested ``If`` that skips by itself, and ``manifest.json``.
 
     Its outputs are ``label``, ``probabilities``, ``exit``, ``confidence`` and ``confusion``. Rows leave inside the
     graph: who is answered is not computed on. ``inputs`` and errors as in ``export_folder``.
     """
     with _put_in_place(Path(folder)) as fresh:
-        steps, examples, state = _steps(sdn, policy)
+        what = _what(sdn, policy, second_look)
+        steps, examples, state = _steps(what)
         inputs = in_order(inputs, sdn.plan.inputs.names)
         questions = []
         for step, given in zip(steps, examples, strict=True):
-            facts = _step(sdn, policy, step)
+            facts = _step(what, step)
             wanted = {name: facts[name] for name in ("exit", "takes", "gives", "mean", "scale")}
             questions.append(Question(model=onnx_program(step, given), **wanted))
         rows = {name: x.numpy() for name, x in state.items()}
-        full = sdn.num_exits - 1
-        model = nested_model(questions, full_exit=full, fresh=rows, rowless=steps[0].rowless)
+        model = nested_model(questions, full_exit=what.exits.full_exit, fresh=rows, rowless=steps[0].rowless)
         (fresh / "model.onnx").write_bytes(model.SerializeToString())
         manifest: dict[str, Any] = {"file": "model.onnx", "sha256": _sha256(fresh / "model.onnx"), "outputs": OUTPUTS}
-        exits = [_step(sdn, policy, step) for step in steps]
+        exits = [_step(what, step) for step in steps]
         manifest["exits"] = [{name: one[name] for name in ("exit", "name", "cost")} for one in exits]
-        _write(fresh, _about(sdn, policy, "onnxruntime") | manifest)
-        _compare(sdn, policy, _runner(fresh / "model.onnx", sdn.plan.inputs.names), inputs)
+        _write(fresh, _about(what, "onnxruntime") | manifest)
+        _compare(what, _runner(fresh / "model.onnx", sdn.plan.inputs.names), inputs)
 
 
-def _steps(sdn: ShallowDeepNetwork, policy: Policy) -> tuple[list[Step], list[list[Tensor]], dict[str, Tensor]]:
-    """The steps, what each is exported with, and a row of what the policy remembers at first."""
+class _What(NamedTuple):
+    """What is exported."""
+
+    sdn: ShallowDeepNetwork
+    policy: Policy
+    look: SecondLook | None
+    exits: Exits
+    rule: Rule
+
+
+def _what(sdn: ShallowDeepNetwork, policy: Policy, second_look: Look) -> _What:
+    """All of it, if it can be exported."""
     if sdn.plan.via != "export":
         raise ExportError(f"{sdn.plan.model} cannot be exported: only its own modules run it.")
     if next(sdn.parameters()).device.type != "cpu":
         raise ExportError("Exports are made on the CPU: call sdn.cpu() first.")
-    cpu = torch.device("cpu")
-    example = example_of(sdn.plan.inputs, 2, cpu)
-    rows = named(sdn.plan.inputs.names, example) | remembered(policy, 2, cpu)
+    look = second_look_of(second_look)
+    check_view(policy, look)
+    exits = exits_of(sdn, look)
+    return _What(sdn, policy, look, exits, exits.rule(policy))
+
+
+def _steps(what: _What) -> tuple[list[Step], list[list[Tensor]], dict[str, Tensor]]:
+    """The steps, what each is exported with, and a row of what the policy remembers at first."""
+    cpu, signature = torch.device("cpu"), what.sdn.plan.inputs
+    example = example_of(signature, 2, cpu)
+    rows = named(signature.names, example) | remembered(what.policy, 2, cpu)
     with torch.no_grad():
-        steps = make_steps(sdn, policy, example)
+        steps = make_steps(what.sdn, what.policy, example, what.look)
         examples = [given for _, given, _ in chain(steps, rows)]
-    return steps, examples, remembered(policy, 1, cpu)
+    return steps, examples, remembered(what.policy, 1, cpu)
 
 
 def _loop_facts(
-    sdn: ShallowDeepNetwork, policy: Policy, steps: Sequence[Step], files: Sequence[Path], state: Mapping[str, Tensor]
+    what: _What, steps: Sequence[Step], files: Sequence[Path], state: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """What a loop over the steps' files must know."""
     fresh = {name: {"row": x.tolist(), "dtype": str(x.dtype).removeprefix("torch.")} for name, x in state.items()}
     about = [
-        {"file": file.name, "sha256": _sha256(file), **_step(sdn, policy, step)}
+        {"file": file.name, "sha256": _sha256(file), **_step(what, step)}
         for file, step in zip(files, steps, strict=True)
     ]
     return {"fresh": fresh, "rowless": sorted(steps[0].rowless), "steps": about}
@@ -159,9 +202,9 @@ def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def _about(sdn: ShallowDeepNetwork, policy: Policy, runtime: str) -> dict[str, Any]:
+def _about(what: _What, runtime: str) -> dict[str, Any]:
     """What is true of every kind of artefact; of a certificate only that of the ``runtime`` which made its trace."""
-    facts = to_json(policy)
+    sdn, facts = what.sdn, to_json(what.policy)
     if "calibrated_on" in facts:
         record = facts["calibrated_on"]
         del record["hash_N"]
@@ -177,23 +220,21 @@ def _about(sdn: ShallowDeepNetwork, policy: Policy, runtime: str) -> dict[str, A
         "num_classes": sdn.plan.num_classes,
         "class_names": sdn.class_names,
         "preprocessing": sdn.preprocessing,
-        "full_exit": sdn.num_exits - 1,
+        "full_exit": what.exits.full_exit,
+        "second_look": None if what.look is None else what.look.name,
         "policy": facts,
         "plan": plan_to_json(sdn.plan),
         "versions": {name: version(name) for name in ("shallowdeep", "torch", "onnx", "onnxruntime")},
     }
 
 
-def _step(sdn: ShallowDeepNetwork, policy: Policy, step: Step) -> dict[str, Any]:
+def _step(what: _What, step: Step) -> dict[str, Any]:
     """What the loop must know of one step."""
-    rule = rule_of(policy, sdn.num_exits, sdn.num_exits - 1, sdn.confusion_reference)
-    cost_E = torch.tensor(sdn.plan.cost_E, dtype=torch.float64)
-    cost_E = costs_when_asking(rule.asked, cost_E=cost_E, own_cost_E=own_costs(sdn), feeds_EE=feeds(sdn))
-    mean, std = rule.moments[step.exit]
+    mean, std = what.rule.moments[step.exit]
     return {
         "exit": step.exit,
-        "name": sdn.plan.exit_names[step.exit],
-        "cost": float(cost_E[step.exit]),
+        "name": what.exits.exit_names[step.exit],
+        "cost": float(what.exits.costs(what.rule)[step.exit]),
         "mean": mean,
         "scale": 1 / std if std > 1e-12 else 0.0,
         "takes": step.takes,
@@ -201,12 +242,13 @@ def _step(sdn: ShallowDeepNetwork, policy: Policy, step: Step) -> dict[str, Any]
     }
 
 
-def _compare(
-    sdn: ShallowDeepNetwork, policy: Policy, exported: Callable[..., Mapping[str, Any]], inputs: Inputs
-) -> None:
+def _compare(what: _What, exported: Callable[..., Mapping[str, Any]], inputs: Inputs) -> None:
     """Raise ``ExportError`` unless the artefact answers ``inputs`` as the engine does."""
-    plain: Any = policy  # compared in PyTorch whatever was certified: the rule alone matters
-    engine = Engine(sdn, dataclasses.replace(plain, calibrated_on=None), backend="torch")
+    # Compared in PyTorch whatever was certified, and with whatever view: the rule alone matters.
+    plain: Any = what.policy
+    engine = Engine(
+        what.sdn, dataclasses.replace(plain, calibrated_on=None), second_look=what.look, backend="torch"
+    )
     rows = num_rows(inputs)
     if rows < max(CHECKED):
         raise ExportError(f"To compare an export give at least {max(CHECKED)} real rows, found {rows}.")

@@ -322,6 +322,7 @@ def _rows_hoped(parts: Parts, aim: Aim, full_cost: float) -> int | None:
 
 
 def _certificate(trace: Trace, asked: Sequence[bool], aim: Aim, observed: float, tested: int) -> Certificate:
+    last = max(exit for exit, on in enumerate(asked) if on or exit == trace.full_exit)
     digest = hashlib.sha256(trace.labels_N.numpy().tobytes())
     rows = trace.logits_ENC.detach().contiguous() if trace.hash_N is None else trace.hash_N.contiguous()
     digest.update(rows.numpy().tobytes())
@@ -337,9 +338,9 @@ def _certificate(trace: Trace, asked: Sequence[bool], aim: Aim, observed: float,
         data_hash=digest.hexdigest()[:16],
         backend=trace.info.get("backend", ""),
         precision=trace.info.get("precision", ""),
-        exit_names=trace.exit_names,
-        asked_E=tuple(asked),
-        view=trace.info.get("second_look", ""),
+        exit_names=trace.exit_names[: last + 1],
+        asked_E=tuple(asked[: last + 1]),
+        view=trace.info.get("second_look", "") if last > trace.full_exit else "",
         versions=_versions(),
     )
 

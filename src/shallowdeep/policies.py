@@ -503,8 +503,13 @@ def _spelled(value: Any) -> Any:
 
 
 def asked_exits(enabled_E: Sequence[bool] | None, num_exits: int, full_exit: int) -> tuple[bool, ...]:
-    """Which exits are asked when ``enabled_E`` are (None: all); the full exit always is. Raises ``ValueError``."""
+    """Which exits are asked when ``enabled_E`` are (None: all); the full exit always is. Raises ``ValueError``.
+
+    An exit that is not asked, such as a second look that does not pay, need not be there.
+    """
     enabled_E = [True] * num_exits if enabled_E is None else enabled_E
+    while len(enabled_E) > num_exits and not enabled_E[-1]:
+        enabled_E = enabled_E[:-1]
     if len(enabled_E) != num_exits:
         raise ValueError(f"enabled_E has {len(enabled_E)} entries; {num_exits} exits need {num_exits}.")
     return tuple(bool(on) or e == full_exit for e, on in enumerate(enabled_E))
