@@ -13,7 +13,19 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from shallowdeep.policies import Confidence, Entropy, Fixed, Margin, Oracle, Patience, Policy, Tempered
+from shallowdeep.policies import (
+    Accumulated,
+    Confidence,
+    Entropy,
+    Fixed,
+    Margin,
+    Oracle,
+    Patience,
+    PerClass,
+    Policy,
+    Score,
+    Tempered,
+)
 from shallowdeep.types import ConfusionReference, Trace
 
 
@@ -54,6 +66,40 @@ def asked(policy: Policy, trace: Trace) -> list[int]:
     return [e for e in exits if policy.enabled_E is None or policy.enabled_E[e] or e == trace.full_exit]
 
 
+def mixed(policy: Policy, exit: int, own: dict[int, list[float]]) -> list[float]:
+    """What the policy compares and answers at ``exit``: the exit's logits, or those of its ensemble."""
+    if policy.ensemble is None or not policy.ensemble.weight_EE[exit] or not finite(own[exit]):
+        return own[exit]
+    total = list(policy.ensemble.bias_EC[exit]) if policy.ensemble.bias_EC else [0.0] * len(own[exit])
+    for other, logits in own.items():
+        for c, part in enumerate(softmax(logits)):
+            if not math.isnan(part):
+                total[c] += policy.ensemble.weight_EE[exit][other] * math.log(max(part, 1e-12))
+    return total
+
+
+def repeats(said: dict[int, list[float]]) -> int:
+    """How many exits in a row, up to the last, said what the one before them said."""
+    labels = [best(logits) if finite(logits) else None for logits in said.values()]
+    count = 0
+    while count + 1 < len(labels) and labels[-1] is not None and labels[-count - 2] == labels[-1]:
+        count += 1
+    return count
+
+
+def score_of(policy: Score, said: dict[int, list[float]]) -> float:
+    p = softmax(list(said.values())[-1])
+    if math.isnan(p[0]):
+        return math.nan
+    top, second = sorted(p)[::-1][:2]
+    others = list(p)
+    others.remove(top)
+    rest = max(math.fsum(others), 1e-12)
+    total = policy.confidence * math.log(top / rest) + policy.margin * math.log((1 + top - second) / (rest + second))
+    total += policy.entropy * -math.fsum(x * math.log(x) for x in p if x > 0)
+    return total + policy.agreement * repeats(said)
+
+
 def wants_to_stop(policy: Policy, exit: int, said: dict[int, list[float]], label: int) -> bool:
     """Whether a row stops at ``exit``, given the logits of the exits asked so far (in order)."""
     p = sorted(softmax(said[exit]), reverse=True)
@@ -65,6 +111,15 @@ def wants_to_stop(policy: Policy, exit: int, said: dict[int, list[float]], label
             if isinstance(policy, Margin):
                 return p[0] - p[1] >= bar
             return -math.fsum(x * math.log(x) for x in p if x > 0) <= bar
+        case PerClass():
+            return p[0] >= policy.threshold_C[best(said[exit])]
+        case Score() | Accumulated():
+            bar = policy.threshold if isinstance(policy.threshold, float) else policy.threshold[exit]
+            if isinstance(policy, Score):
+                return score_of(policy, said) >= bar
+            last = list(said)[-repeats(said) - 1 :]
+            weights = policy.weight_E or [1.0] * (exit + 1)
+            return math.fsum(weights[e] * max(softmax(said[e])) for e in last) >= bar
         case Patience():
             labels = [best(logits) if finite(logits) else None for logits in said.values()]
             tail = labels[-policy.patience - 1 :]
@@ -101,13 +156,13 @@ def walk(policy: Policy, trace: Trace) -> dict[str, list]:
     )
     cost = costs(trace, exits)
     for n in range(trace.num_samples):
-        said: dict[int, list[float]] = {}
+        own: dict[int, list[float]] = {}
+        said: dict[int, list[float]] = {}  # what the policy sees: an ensemble in place of some exits' own logits
         for exit in exits:
-            said[exit] = trace.logits_ENC[exit, n].double().tolist()
-            sure = (
-                exit != exits[-1] and finite(said[exit]) and wants_to_stop(policy, exit, said, int(trace.labels_N[n]))
-            )
-            lost = exit == trace.full_exit and not finite(said[exit])
+            own[exit] = trace.logits_ENC[exit, n].double().tolist()
+            said[exit] = mixed(policy, exit, own)
+            sure = exit != exits[-1] and finite(own[exit]) and wants_to_stop(policy, exit, said, int(trace.labels_N[n]))
+            lost = exit == trace.full_exit and not finite(own[exit])
             if sure or lost or exit == exits[-1]:
                 break
         answer = exit
@@ -115,7 +170,7 @@ def walk(policy: Policy, trace: Trace) -> dict[str, list]:
         if not sure and policy.fallback == "most_confident" and candidates:
             answer = max(candidates, key=lambda e: (max(softmax(said[e])), -e))
         p = softmax(said[answer])
-        raw = sum(distance(softmax(logits), p) for logits in said.values())
+        raw = sum(distance(softmax(logits), p) for logits in own.values())
         out["exit"].append(exit)
         out["label"].append(best(said[answer]))
         out["logits"].append(said[answer])

@@ -18,7 +18,19 @@ import shallowdeep as sd
 from nets import ZOO, images, planned
 from shallowdeep.inputs import Inputs, each
 from shallowdeep.network import ShallowDeepNetwork
-from shallowdeep.policies import Confidence, Entropy, Fixed, Margin, Patience, Policy, Tempered
+from shallowdeep.policies import (
+    Accumulated,
+    Confidence,
+    Ensemble,
+    Entropy,
+    Fixed,
+    Margin,
+    Patience,
+    PerClass,
+    Policy,
+    Score,
+    Tempered,
+)
 from shallowdeep.runtime import engine as engine_module
 from shallowdeep.runtime import loop
 from shallowdeep.runtime import programs as programs_module
@@ -65,6 +77,10 @@ def same(answer: Answer, expected: Answer, *, but: Sequence[str] = ()) -> None:
             )
 
 
+ENDS = Ensemble(weight_EE=((), (), (0.4, 0.8, 1.0)))
+EVERYWHERE = Ensemble(weight_EE=((1.5,), (0.4, 0.8), (0.4, 0.8, 1.0)), bias_EC=((0.3, 0.0, 0.0, 0.1),) * 3)
+
+
 def policies() -> dict[str, Policy]:
     levels = {score: middle(tiny(), rows(60), score) for score in ("top", "margin", "entropy")}
     entropy = tuple(-level for level in levels["entropy"])
@@ -75,12 +91,18 @@ def policies() -> dict[str, Policy]:
         "margin": Margin(threshold=levels["margin"]),
         "patience": Patience(patience=1),
         "tempered": Tempered(policy=Margin(threshold=levels["margin"]), temperature_E=(0.8, 1.25, 1.0)),
+        "per class": PerClass(threshold_C=(0.46, 0.5, 0.4, math.inf)),
+        "score": Score(threshold=(-0.72, -0.31), margin=0.4, entropy=-0.3, agreement=0.5),
+        "accumulated": Accumulated(threshold=(0.41, 0.46), weight_E=(1.0, 1.1)),
+        "ensemble at the end": Confidence(threshold=levels["top"], ensemble=ENDS),
+        "ensembles": Confidence(threshold=(0.435, 0.8), ensemble=EVERYWHERE, enabled_E=(True, False, True)),
         "fixed": Fixed(exit=1),
         "never": Confidence(threshold=math.inf),
     }
 
 
 NAMES = ("confidence", "most confident", "entropy, one exit", "margin", "patience", "tempered", "fixed", "never")
+NAMES += ("per class", "score", "accumulated", "ensemble at the end", "ensembles")
 
 
 @pytest.mark.parametrize("backend", OTHERS)

@@ -23,7 +23,7 @@ from shallowdeep.types import Trace
 from shallowdeep.walking import simulate
 
 EVERYTHING = (True,) * 5
-LEVELS, FREE, ONE = FAMILIES[0], FAMILIES[2], FAMILIES[3]
+LEVELS, FREE, ONE = FAMILIES[0], FAMILIES[3], FAMILIES[4]
 
 
 def population(samples: int, seed: int = 0) -> Trace:

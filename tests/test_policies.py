@@ -16,14 +16,18 @@ import shallowdeep.policies as policies
 import shallowdeep.walking as walking
 from shallowdeep.disagreement import fit_confusion
 from shallowdeep.policies import (
+    Accumulated,
     CalibrationRecord,
     Confidence,
+    Ensemble,
     Entropy,
     Fixed,
     Margin,
     Oracle,
     Patience,
+    PerClass,
     Policy,
+    Score,
     Tempered,
     from_json,
     to_json,
@@ -48,26 +52,45 @@ def cases(draw: st.DrawFn) -> tuple[Policy, Trace]:
     if draw(st.booleans()):
         reference = fit_confusion(None, oracle.random_trace(30, exits=exits, classes=classes, seed=1))
         trace = dataclasses.replace(trace, confusion_reference=reference)
-    return draw(some_policy(exits)), trace
+    return draw(some_policy(exits, classes)), trace
 
 
 @st.composite
-def some_policy(draw: st.DrawFn, exits: int) -> Policy:
+def some_policy(draw: st.DrawFn, exits: int, classes: int = 3) -> Policy:
     enabled = draw(st.none() | st.tuples(*[st.booleans()] * exits))
     fallback = draw(st.sampled_from(["last", "most_confident"]))
-    kind = draw(st.sampled_from([Confidence, Entropy, Margin, Patience, Fixed, Oracle, Tempered]))
+    kind = draw(st.sampled_from([*KINDS_DRAWN, Tempered]))
     if kind is Tempered:
         temperature = st.sampled_from([0.3, 1.0, 7.0])
-        return Tempered(policy=draw(some_policy(exits)), temperature_E=draw(st.tuples(*[temperature] * exits)))
+        inner = draw(some_policy(exits, classes).filter(lambda policy: policy.ensemble is None))
+        return Tempered(policy=inner, temperature_E=draw(st.tuples(*[temperature] * exits)))
     if kind is Fixed:
         return Fixed(exit=draw(st.integers(0, exits - 1)))
     if kind is Oracle:
         return Oracle()
+    weight = st.floats(-0.5, 2.0)
+    ensemble = None
+    if fallback == "last" and draw(st.booleans()):
+        weight_EE = [draw(st.just([]) | st.lists(weight, min_size=e + 1, max_size=e + 1)) for e in range(exits)]
+        bias_EC = [draw(st.lists(weight, min_size=classes, max_size=classes)) for _ in range(exits)]
+        ensemble = Ensemble(weight_EE=weight_EE, bias_EC=bias_EC if draw(st.booleans()) else ())
+    chosen = {"enabled_E": enabled, "fallback": fallback, "ensemble": ensemble}
     if kind is Patience:
-        return Patience(patience=draw(st.integers(1, 3)), enabled_E=enabled, fallback=fallback)
+        return Patience(patience=draw(st.integers(1, 3)), **chosen)
     bar = st.floats(0.05, 1.05) | st.just(math.inf)
+    if kind is PerClass:
+        return PerClass(threshold_C=draw(st.lists(bar, min_size=classes, max_size=classes).map(tuple)), **chosen)
     some = st.lists(bar, min_size=max(exits - 1, 1), max_size=exits).map(tuple)
-    return kind(threshold=draw(bar | some), enabled_E=enabled, fallback=fallback)
+    if kind is Score:
+        names = ("confidence", "margin", "entropy", "agreement")
+        return Score(threshold=draw(bar | some), **{name: draw(weight) for name in names}, **chosen)
+    if kind is Accumulated:
+        weight_E = draw(st.none() | st.lists(weight, min_size=exits, max_size=exits).map(tuple))
+        return Accumulated(threshold=draw(bar | some), weight_E=weight_E, **chosen)
+    return kind(threshold=draw(bar | some), **chosen)
+
+
+KINDS_DRAWN = [Confidence, Entropy, Margin, PerClass, Score, Accumulated, Patience, Fixed, Oracle]
 
 
 @settings(max_examples=200, deadline=None)
@@ -78,7 +101,8 @@ def test_simulate_is_the_slow_loop(case: tuple[Policy, Trace]) -> None:
     assert fast.exit_N.tolist() == slow["exit"]
     assert fast.labels_N.tolist() == slow["label"]
     expected = torch.tensor(slow["logits"], dtype=torch.float64)
-    torch.testing.assert_close(fast.logits_NC, expected, rtol=0, atol=0, equal_nan=True)
+    off = 0 if policy.ensemble is None else 1e-9
+    torch.testing.assert_close(fast.logits_NC, expected, rtol=off, atol=off, equal_nan=True)
     for name, got in (("cost", fast.cost_N), ("confidence", fast.confidence_N), ("confusion", fast.confusion_N)):
         wanted = torch.tensor(slow[name], dtype=torch.float64)
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9, equal_nan=True)
@@ -89,6 +113,10 @@ EVERY_KIND = (
     Confidence(threshold=(0.99, 0.9, 0.8, 0.7), fallback="most_confident"),
     Entropy(threshold=0.5),
     Margin(threshold=0.6, enabled_E=(True, False, True, True, True)),
+    PerClass(threshold_C=(0.7, 0.95) * 5),
+    Score(threshold=1.0, margin=0.5, entropy=-0.2, agreement=0.4),
+    Accumulated(threshold=(1.1, 1.7, 1.9, 2.5), weight_E=(1.0, 1.0, 1.2, 1.2)),
+    Confidence(threshold=0.9, ensemble=Ensemble(weight_EE=((), (), (0.1, 0.3, 1.0), (), (0.2, 0.0, 0.1, 0.5, 1.0)))),
     Patience(patience=2, fallback="most_confident"),
     Fixed(exit=2),
     Oracle(),
@@ -132,7 +160,7 @@ def test_nobody_beats_the_oracle_and_rows_leave_everywhere() -> None:
     for policy in EVERY_KIND:
         outcome = simulate(policy, trace)
         left += outcome.exit_N.bincount(minlength=5)
-        if policy.fallback == "last":
+        if policy.fallback == "last" and policy.ensemble is None:
             assert (outcome.labels_N == trace.labels_N).double().mean() <= best
     assert (left > 0).all()
 
@@ -211,6 +239,8 @@ def test_nobody_stops_on_logits_that_are_not_finite(policy: Policy, value: float
     """Broken everywhere: answered at the full exit, not at the second look behind it, and marked."""
     if isinstance(policy, Margin):
         policy = Margin(threshold=0.6)
+    if isinstance(policy, PerClass):
+        policy = PerClass(threshold_C=(0.9, 0.8, 0.9))
     logits = torch.zeros(5, 2, 3)
     logits[:, 0, 0] = value
     logits[:, 1, 0] = 9.0
@@ -320,7 +350,9 @@ def test_the_record_is_no_part_of_equality() -> None:
 
 
 def test_what_json_cannot_be() -> None:
-    with pytest.raises(ValueError, match="Kinds: Confidence, Entropy, Margin, Patience, Fixed, Oracle"):
+    with pytest.raises(
+        ValueError, match="Kinds: Confidence, Entropy, Margin, PerClass, Score, Accumulated, Patience, Fixed, Oracle"
+    ):
         from_json({"kind": "Certainty"})
     with pytest.raises(ValueError, match="found none"):
         from_json({"kind": "Patience"})
@@ -414,3 +446,6 @@ def test_a_tempered_policy_keeps_its_record_and_refuses_what_does_not_fit() -> N
     for wrong in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="finite numbers above 0"):
             Tempered(policy=plain, temperature_E=(1.0, wrong))
+    mixed = Confidence(threshold=0.5, ensemble=policies.Ensemble(weight_EE=((), (0.5, 1.0))))
+    with pytest.raises(ValueError, match="its policies take no temperatures"):
+        Tempered(policy=mixed, temperature_E=(2, 1))

@@ -6,15 +6,20 @@ that did not fit them.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from scipy.optimize import minimize
+from scipy.special import log_softmax
+from sklearn.linear_model import LogisticRegression
 
-from shallowdeep.paths import Bools, Floats, Kind, Path, Rows, Steps, in_units
-from shallowdeep.policies import Confidence, Margin, Policy
+from shallowdeep.paths import Bools, Brings, Floats, Kind, Path, Rows, Scores, Steps, brings_of, in_units
+from shallowdeep.policies import LEAST, Confidence, Ensemble, Margin, Policy, Score, finite_rows
 
 POINTS = 400
 """Steps of a family's path between the policy that lets nobody leave early and the one that lets everybody."""
@@ -26,11 +31,23 @@ USUAL_SLOPE, TRUST = -0.8, 30.0
 """Log-odds of harm per log-odds of confidence: what is expected before seeing rows, and how firmly (ridge)."""
 
 
+BONUSES = (0.0, 1.0, 2.0, 3.0)
+"""Tried at the full exit when a second look lies behind it."""
+DOUBT = 100.0
+"""How firmly other exits' weights in an ensemble are held at 0: in rows (a Gaussian prior of variance 1 / DOUBT)."""
+ENSEMBLE_ROWS, ENSEMBLE_ELEMENTS = 2500, 1 << 24
+"""Rows, and numbers (128 MB), that an ensemble is fitted on at most."""
+
+
 class Family(NamedTuple):
-    """A way to make paths: ``fit(rows, grid_P)``, at the steps marked by ``grid_P`` (None: at marks of its own)."""
+    """A way to make paths: ``fit(rows, grid_P)``, at the steps marked by ``grid_P`` (None: at marks of its own).
+
+    ``evidence`` is how many standard errors better than the rule it must be to take over.
+    """
 
     name: str
     fit: Callable[[Rows, Floats | None], Path]
+    evidence: float = 2.0
 
 
 def _steps(score_KN: Floats) -> Floats:
@@ -43,16 +60,25 @@ def _thresholds(kind: Kind, grid_P: Floats, path_PK: Floats, rows: Rows, *, shar
     """Thresholds [P, K] on scores as a path of policies of ``kind``; ``shared``: one number for all exits."""
 
     def make(bar_K: Floats, asked: Sequence[bool], num_exits: int) -> Policy:
-        enabled_E = None if all(asked) else tuple(asked)
+        enabled_E = _enabled(asked)
         if shared:
             return kind(threshold=float(bar_K[0]), enabled_E=enabled_E)
-        threshold = [math.inf] * (num_exits - 1)
-        for bar, exit in zip(bar_K, [exit for exit, on in enumerate(asked) if on][:-1], strict=True):
-            threshold[exit] = float(bar)
-        return kind(threshold=tuple(threshold), enabled_E=enabled_E)
+        return kind(threshold=_per_exit(bar_K, asked, num_exits), enabled_E=enabled_E)
 
     bar_PK = in_units(path_PK, rows.scores[kind], shared)
     return Path(grid_P=grid_P, bar_PK=bar_PK, unit=lambda others: others.scores[kind].unit_KN, make=make)
+
+
+def _enabled(asked: Sequence[bool]) -> tuple[bool, ...] | None:
+    return None if all(asked) else tuple(asked)
+
+
+def _per_exit(bar_K: Floats, asked: Sequence[bool], num_exits: int) -> tuple[float, ...]:
+    """Thresholds of all exits but the last: those of the deciding exits, and infinite where nobody is asked."""
+    threshold = [math.inf] * (num_exits - 1)
+    for bar, exit in zip(bar_K, [exit for exit, on in enumerate(asked) if on][:-1], strict=True):
+        threshold[exit] = float(bar)
+    return tuple(threshold)
 
 
 def _one(rows: Rows, grid_P: Floats | None) -> Path:
@@ -61,12 +87,154 @@ def _one(rows: Rows, grid_P: Floats | None) -> Path:
     return _thresholds(Confidence, grid_P, np.repeat(grid_P[:, None], len(score_KN), 1), rows, shared=True)
 
 
-def _levels(kind: Kind, rows: Rows, grid_P: Floats | None) -> Path:
-    """Every exit stops where the odds that stopping does harm fall below one bound: one shift over K levels."""
+def _levels(kind: Kind, rows: Rows, grid_P: Floats | None, bonus: float = 0.0) -> Path:
+    """Every exit stops where the odds that stopping does harm fall below one bound: one shift over K levels.
+
+    ``bonus`` (log-odds) favours stopping at the full exit, because a second look costs more than another exit.
+    """
     score_KN = rows.scores[kind].score_KN
     level_K, slope_K = _safety(score_KN, rows.right_LN)
+    level_K[rows.full : rows.full + 1] += bonus
     grid_P = _steps(level_K[:, None] + slope_K[:, None] * score_KN) if grid_P is None else grid_P
     return _thresholds(kind, grid_P, (grid_P[:, None] - level_K) / slope_K, rows)
+
+
+def _learned(rows: Rows, grid_P: Floats | None) -> Path:
+    """One threshold on the log-odds that stopping does no harm, from confidence, margin, entropy, agreement and exit.
+
+    scikit-learn's logistic regression of all exits together: one level per exit, and weights that they share.
+    """
+    said_FKN = _features(rows)
+    seen_KN = np.isfinite(said_FKN).all(0)
+    harm_KN = rows.right_LN[-1] & ~rows.right_LN[:-1]
+    exit_K, row_K = np.nonzero(seen_KN)
+    few = slice(None, None, max(1, len(row_K) // (FIT_ROWS * len(harm_KN))))
+    exit_K, row_K = exit_K[few], row_K[few]
+    found_SF, harm_S = said_FKN[:, exit_K, row_K].T, harm_KN[exit_K, row_K]
+    weight_F, level_K = np.array([1.0, 0.0, 0.0, 0.0]), np.zeros(len(harm_KN))
+    if harm_S.any() and not harm_S.all():
+        middle_F, spread_F = found_SF.mean(0), found_SF.std(0) + 1e-9
+        given = np.concatenate([(found_SF - middle_F) / spread_F, np.eye(len(harm_KN))[exit_K]], 1)
+        coefficient = LogisticRegression(fit_intercept=False, max_iter=300).fit(given, ~harm_S).coef_[0]
+        weight_F, level_K = coefficient[:4] / spread_F, coefficient[4:]
+        level_K = level_K - weight_F @ middle_F
+    score_KN = _weighed(weight_F, said_FKN)
+    grid_P = _steps(level_K[:, None] + score_KN) if grid_P is None else grid_P
+    bar_PK = in_units(grid_P[:, None] - level_K, Scores(score_KN, score_KN), False)
+    confidence, margin, entropy, agreement = weight_F.tolist()
+    learned = Score(threshold=0.0, confidence=confidence, margin=margin, entropy=entropy, agreement=agreement)
+
+    def make(bar_K: Floats, asked: Sequence[bool], num_exits: int) -> Policy:
+        threshold = _per_exit(bar_K, asked, num_exits)
+        return dataclasses.replace(learned, threshold=threshold, enabled_E=_enabled(asked))
+
+    return Path(grid_P=grid_P, bar_PK=bar_PK, unit=lambda others: _weighed(weight_F, _features(others)), make=make)
+
+
+def _features(rows: Rows) -> Floats:
+    """What ``Score`` weighs, [F, K, N]; NaN or, at the full exit, infinite where logits are not finite."""
+    found_FKN = np.empty((4, len(rows.exits) - 1, len(rows.index_N)))
+    for chunk, logits, labels_B in rows.chunks(len(rows.exits) - 1):
+        state = Score(threshold=0.0).init(len(labels_B), None, labels_B.device)
+        for place, logits_BC in enumerate(logits):
+            softmax_BC = torch.softmax(logits_BC, 1, dtype=torch.float64)
+            state, features = Score.features(state, logits_BC, softmax_BC)
+            lost = math.inf if place == rows.full else math.nan
+            found_FKN[:, place, chunk] = torch.stack(features).masked_fill(~finite_rows(logits_BC), lost).numpy()
+    return found_FKN
+
+
+def _weighed(weight_F: Floats, said_FKN: Floats) -> Floats:
+    lost_KN = np.isinf(said_FKN[0])
+    said_FKN = np.where(lost_KN, 0.0, said_FKN)
+    total_KN = sum(weight * said_KN for weight, said_KN in zip(weight_F, said_FKN, strict=True))
+    return np.where(lost_KN, math.inf, total_KN)
+
+
+def _second_look(rows: Rows, grid_P: Floats | None) -> Path:
+    """Levels with the bonus at the full exit that gives the most accuracy over all costs."""
+    paths = [_levels(Confidence, rows, grid_P, bonus) for bonus in BONUSES]
+    areas = [_area(brings_of(path.leaving(rows), rows, path.steps), float(rows.cost_L[rows.full])) for path in paths]
+    return paths[int(np.argmax(areas))]
+
+
+def _area(brings: Brings, full_cost: float) -> float:
+    """Mean accuracy over mean costs from half the full network's to its whole."""
+    cost_P = brings.cost_P[::-1]
+    accuracy_P = np.maximum.accumulate(brings.accuracy_P[::-1])
+    return float(np.interp(np.linspace(0.5, 1.0, 50) * full_cost, cost_P, accuracy_P).mean())
+
+
+def without_second_look(family: Family, evidence: float) -> Family:
+    """The same family where everything stops at the full exit, and what lies behind it is not asked."""
+
+    def fit(rows: Rows, grid_P: Floats | None) -> Path:
+        path = family.fit(rows.until_full(), grid_P)
+        behind = len(rows.exits) - 1 - rows.full
+
+        def unit(others: Rows) -> Floats:
+            unit_KN: Floats = np.pad(path.unit(others.until_full()), ((0, behind), (0, 0)), constant_values=math.inf)
+            return unit_KN
+
+        def make(bar_K: Floats, asked: Sequence[bool], num_exits: int) -> Policy:
+            full = rows.exits[rows.full]
+            return path.make(bar_K[: rows.full], [on and exit <= full for exit, on in enumerate(asked)], num_exits)
+
+        bar_PK = np.pad(path.bar_PK, ((0, 0), (0, behind)), constant_values=-math.inf)
+        return Path(grid_P=path.grid_P, bar_PK=bar_PK, unit=unit, make=make)
+
+    return Family(f"{family.name}, no second look", fit, evidence)
+
+
+def fit_ensemble(rows: Rows, first: int | None = None) -> Ensemble:
+    """Weights of earlier exits in the answers from the exit at ``first`` on (None: the full exit), by likelihood.
+
+    The exit's own weight is 1 up to a common scale (a temperature), the others are shrunk towards 0 by ``DOUBT``. With
+    many rows the least sure ones are fitted on: others do not change their answer.
+    """
+    weight_EE: list[tuple[float, ...]] = [()] * len(rows.logits_ENC)
+    for place in range(rows.full if first is None else first, len(rows.exits)):
+        if place:
+            weight_E = np.zeros(rows.exits[place] + 1)
+            weight_E[list(rows.exits[: place + 1])] = _weights(rows, place)
+            weight_EE[rows.exits[place]] = tuple(weight_E.tolist())
+    return Ensemble(weight_EE=tuple(weight_EE))
+
+
+def _weights(rows: Rows, place: int) -> Floats:
+    most = min(ENSEMBLE_ROWS, ENSEMBLE_ELEMENTS // ((place + 1) * rows.logits_ENC.shape[2]))
+    if len(rows.index_N) > most:
+        sure_N = np.nan_to_num(rows.scores[Confidence].score_KN[: place or 1].max(0), nan=math.inf)
+        rows = rows.take(np.argsort(sure_N, kind="stable")[:most])
+    parts = [
+        (torch.stack([torch.log_softmax(one, 1, dtype=torch.float64) for one in logits], 2), labels_B)
+        for _, logits, labels_B in rows.chunks(place + 1)
+    ]
+    said_NCL = torch.cat([said for said, _ in parts]).clamp_min(math.log(LEAST)).numpy()
+    labels_N = torch.cat([labels for _, labels in parts]).numpy()
+    good_N = np.isfinite(said_NCL).all((1, 2))
+    said_NCL, labels_N = said_NCL[good_N], labels_N[good_N]
+    if not len(labels_N):
+        return np.concatenate([np.zeros(place), [1.0]])
+    count = np.arange(len(labels_N))
+
+    def loss(given: Floats) -> tuple[float, Floats]:
+        scale, other_K = given[0], given[1:]
+        total_NC = said_NCL[..., -1] + said_NCL[..., :-1] @ other_K
+        log_NC = log_softmax(scale * total_NC, axis=1)
+        miss_NC = np.exp(log_NC)
+        miss_NC[count, labels_N] -= 1
+        pull = np.concatenate(
+            [[(miss_NC * total_NC).sum()], scale * np.einsum("nc,nck->k", miss_NC, said_NCL[..., :-1])]
+        )
+        doubt = DOUBT * np.concatenate([[0.0], other_K])
+        return float(DOUBT / 2 * other_K @ other_K - log_NC[count, labels_N].sum()), pull + doubt
+
+    found = minimize(
+        loss, np.eye(place + 1)[0], jac=True, method="L-BFGS-B", bounds=[(0.05, 20.0)] + [(-2, 2)] * place
+    ).x
+    weight_L: Floats = found[0] * np.concatenate([found[1:], [1.0]])
+    return weight_L
 
 
 def _safety(score_KN: Floats, right_LN: Bools) -> tuple[Floats, Floats]:
@@ -144,7 +312,22 @@ def _descend(bar_K: Floats, loss_LN: Floats, score_KN: Floats, order_KN: Steps) 
 FAMILIES = (
     Family("one shift over levels of confidence", partial(_levels, Confidence)),
     Family("one shift over levels of margin", partial(_levels, Margin)),
+    Family("learned score", _learned),
     Family("free confidence thresholds", _free),
     Family("one confidence threshold", _one),
 )
 """The first is the rule, the last what is left when rows are few."""
+FEW_ROWS = 100
+"""With fewer rows only the single threshold is tried: there is nothing to fit more on."""
+SECOND_LOOK = Family("one shift over levels of confidence, second look", _second_look)
+"""The rule where a second look lies behind the full exit."""
+
+
+def families_for(rows: Rows) -> tuple[Family, ...]:
+    """What is searched on these rows, the rule first: a second look stays only where it is better than none."""
+    if len(rows.full_N) < FEW_ROWS:
+        return FAMILIES[-1:]
+    if rows.full == len(rows.exits) - 1:
+        return FAMILIES
+    alone = [without_second_look(family, 2.0 * bool(place)) for place, family in enumerate(FAMILIES)]
+    return (SECOND_LOOK, *alone)

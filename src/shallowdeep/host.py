@@ -58,14 +58,14 @@ class EarlyExits:
                 self.sessions
             ):  # a stop counts where logits are numbers; where they are not, the end does
                 stop = stop | ~finite if step["exit"] == about["full_exit"] else stop & finite
-            said = rows.get("answer.softmax", rows[f"softmax.{place}"])[stop]
+            said = rows.get(f"answer.softmax.{place}", rows[f"softmax.{place}"])[stop]
             out = where[stop]
             answer["probabilities"][out], answer["confidence"][out], answer["exit"][out] = (
                 said,
                 said.max(1),
                 step["exit"],
             )
-            logits = rows.get("answer.logits", rows[f"logits.{place}"])[stop]
+            logits = rows.get(f"answer.logits.{place}", rows[f"logits.{place}"])[stop]
             answer["label"][out], answer["valid"][out] = logits.argmax(1), np.isfinite(logits).all(1)
             apart = [np.abs(rows[f"softmax.{k}"][stop] - said).sum(1) for k in range(place + 1)]
             answer["confusion"][out] = (np.sum(np.nan_to_num(apart, nan=2.0), 0) - step["mean"]) * step["scale"]

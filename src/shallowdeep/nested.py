@@ -117,9 +117,9 @@ def _ask(
     """Names of the answers of the rows that step ``place`` and those behind it are asked about."""
     question, last = questions[place], place + 1 == len(questions)
     rows = rows | graph.inline(question, rows)
-    own, said = rows[f"logits.{place}"], rows.get("answer.softmax", rows[f"softmax.{place}"])
+    own, said = rows[f"logits.{place}"], rows.get(f"answer.softmax.{place}", rows[f"softmax.{place}"])
     here = {
-        "label": graph.add("ArgMax", rows.get("answer.logits", own), axis=1, keepdims=0),
+        "label": graph.add("ArgMax", rows.get(f"answer.logits.{place}", own), axis=1, keepdims=0),
         "probabilities": said,
         "confidence": graph.add("ReduceMax", said, graph.ints([1]), keepdims=0),
         "confusion": _confusion(graph, [rows[f"softmax.{k}"] for k in range(place + 1)], said, question),

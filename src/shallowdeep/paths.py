@@ -5,17 +5,19 @@ It refuses to know how a path was found: its steps let ever more rows leave, and
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from shallowdeep.effects import answers
-from shallowdeep.policies import Confidence, Margin, Policy
+from shallowdeep.policies import Confidence, Ensemble, Margin, Policy, finite_rows
 from shallowdeep.types import Trace
 from shallowdeep.walking import CHUNK_ELEMENTS, policy_costs
 
@@ -37,41 +39,104 @@ class Scores(NamedTuple):
 class Rows(NamedTuple):
     """What paths are fitted on and judged by: K exits that decide, L = K + 1 exits where a row can stop.
 
-    ``right_LN`` ends with the exit where everything stops, ``full_N`` says who is right at the full exit.
+    ``right_LN`` ends with the exit where everything stops, ``full_N`` says who is right at the full exit, which is at
+    ``full`` among ``exits``; with a second look it decides, too. ``index_N`` are the rows' places in ``logits_ENC``.
     """
 
     scores: Mapping[Kind, Scores]
     right_LN: Bools
     full_N: Bools
     cost_L: Floats
+    exits: tuple[int, ...]
+    full: int
+    logits_ENC: Tensor
+    labels_N: Tensor
+    index_N: Steps
 
     def take(self, index: Any) -> Rows:
         """The rows ``index``: positions, a slice or a mask."""
         scores = {kind: Scores(*(part[:, index] for part in mine)) for kind, mine in self.scores.items()}
-        return Rows(scores, self.right_LN[:, index], self.full_N[index], self.cost_L)
+        right_LN, full_N, index_N = self.right_LN[:, index], self.full_N[index], self.index_N[index]
+        return self._replace(scores=scores, right_LN=right_LN, full_N=full_N, index_N=index_N)
+
+    def until_full(self) -> Rows:
+        """The same rows without a second look: everything stops at the full exit."""
+        end = self.full + 1
+        scores = {kind: Scores(*(part[: self.full] for part in mine)) for kind, mine in self.scores.items()}
+        right_LN, cost_L, exits = self.right_LN[:end], self.cost_L[:end], self.exits[:end]
+        return self._replace(scores=scores, right_LN=right_LN, cost_L=cost_L, exits=exits)
+
+    def chunks(self, exits: int) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
+        """Slices of the rows, what the first ``exits`` of ``exits`` say about them (logits [B, C] each), and labels."""
+        size = max(1, CHUNK_ELEMENTS // (exits * self.logits_ENC.shape[2]))
+        for start in range(0, len(self.index_N), size):
+            rows = slice(start, start + size)
+            index_B = torch.from_numpy(self.index_N[rows])
+            yield rows, [self.logits_ENC[e, index_B].detach() for e in self.exits[:exits]], self.labels_N[index_B]
 
 
 def read_rows(trace: Trace, asked: Sequence[bool]) -> Rows:
     """The rows of ``trace`` when the exits ``asked`` are; all but the last of them decide."""
-    exits = [exit for exit, on in enumerate(asked) if on]
-    said_EN = answers(trace)
-    right_EN = (said_EN == trace.labels_N).numpy()
+    exits = tuple(exit for exit, on in enumerate(asked) if on)
+    right_EN = (answers(trace) == trace.labels_N).numpy()
     cost_E = policy_costs(trace, asked).numpy()
-    size = max(1, CHUNK_ELEMENTS // trace.num_classes)
-    scores_4KN = np.empty((4, len(exits) - 1, trace.num_samples))
-    for k, exit in enumerate(exits[:-1]):
-        for start in range(0, trace.num_samples, size):
-            softmax_BC = torch.softmax(trace.logits_ENC[exit, start : start + size].detach(), 1, dtype=torch.float64)
-            top_B, label_B = softmax_BC.max(1)
-            softmax_BC.scatter_(1, label_B[:, None], 0.0)
-            rest_B, second_B = softmax_BC.sum(1).clamp_min(1e-300), softmax_BC.amax(1)
-            odds_B, lead_B = (top_B / rest_B).log(), top_B - second_B
-            lead_odds_B = ((1 + lead_B) / (rest_B + second_B)).log()
-            scores_4KN[:, k, start : start + size] = torch.stack([odds_B, top_B, lead_odds_B, lead_B]).numpy()
-        scores_4KN[:, k, (said_EN[exit] < 0).numpy()] = math.nan
-    odds_KN, top_KN, lead_odds_KN, lead_KN = scores_4KN
-    scores: dict[Kind, Scores] = {Confidence: Scores(odds_KN, top_KN), Margin: Scores(lead_odds_KN, lead_KN)}
-    return Rows(scores, right_EN[exits], right_EN[trace.full_exit], cost_E[exits])
+    empty = np.empty((len(exits) - 1, trace.num_samples))
+    rows = Rows(
+        scores={kind: Scores(empty.copy(), empty.copy()) for kind in (Confidence, Margin)},
+        right_LN=right_EN[list(exits)],
+        full_N=right_EN[trace.full_exit],
+        cost_L=cost_E[list(exits)],
+        exits=exits,
+        full=exits.index(trace.full_exit),
+        logits_ENC=trace.logits_ENC,
+        labels_N=trace.labels_N,
+        index_N=np.arange(trace.num_samples),
+    )
+    for chunk, logits, _ in rows.chunks(len(exits)):
+        for place, logits_BC in enumerate(logits[:-1]):
+            _note(rows, place, chunk, logits_BC, torch.softmax(logits_BC, 1, dtype=torch.float64))
+    return rows
+
+
+def _note(rows: Rows, place: int, chunk: slice, logits_BC: Tensor, softmax_BC: Tensor) -> None:
+    """Write the scores of what is said at a deciding exit. Logits that are not finite stop nobody before the full exit,
+    and let nobody pass it.
+    """
+    top_B, label_B = softmax_BC.max(1)
+    others_BC = softmax_BC.scatter(1, label_B[:, None], 0.0)
+    rest_B, second_B = others_BC.sum(1).clamp_min(1e-300), others_BC.amax(1)
+    lead_B = top_B - second_B
+    lead_odds_B = ((1 + lead_B) / (rest_B + second_B)).log()
+    lost = math.inf if place == rows.full else math.nan
+    finite_B = finite_rows(logits_BC)
+    said: dict[Kind, tuple[Tensor, Tensor]] = {
+        Confidence: ((top_B / rest_B).log(), top_B),
+        Margin: (lead_odds_B, lead_B),
+    }
+    for kind, mine in said.items():
+        for part_KN, value_B in zip(rows.scores[kind], mine, strict=True):
+            part_KN[place, chunk] = torch.where(finite_B, value_B, lost).numpy()
+
+
+def answering(rows: Rows, ensemble: Ensemble | None) -> Rows:
+    """The rows as policies with ``ensemble`` see and answer them."""
+    if ensemble is None:
+        return rows
+    rows = rows._replace(
+        scores={kind: Scores(*(part.copy() for part in mine)) for kind, mine in rows.scores.items()},
+        right_LN=rows.right_LN.copy(),
+    )
+    places = [place for place, exit in enumerate(rows.exits) if ensemble.weight_EE[exit]]
+    for chunk, logits, labels_B in rows.chunks(max(places, default=0) + 1):
+        softmax = [torch.softmax(logits_BC, 1, dtype=torch.float64) for logits_BC in logits]
+        for place in places:
+            asked, own_BC = rows.exits[: place + 1], logits[place]
+            logits_BC, softmax_BC = ensemble.answer(rows.exits[place], asked, softmax[: place + 1], own_BC)
+            right_B = (logits_BC.argmax(1) == labels_B) & finite_rows(logits_BC)
+            rows.right_LN[place, chunk] = right_B.numpy()
+            if place + 1 < len(rows.exits):
+                _note(rows, place, chunk, own_BC, softmax_BC)
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,26 +145,34 @@ class Path:
 
     A row stops where ``unit(rows)`` [K, N] reaches ``bar_PK``, which never rises along the path and lies midway between
     scores that were seen; ``make(bar_K, asked, num_exits)`` is the policy that says so. ``grid_P`` marks the steps
-    on a scale of the family: a path fitted on other rows at the same marks has the same steps.
+    on a scale of the family: a path fitted on other rows at the same marks has the same steps. With an ``ensemble``
+    its policies see and answer ``seen(rows)``.
     """
 
     grid_P: Floats
     bar_PK: Floats
     unit: Callable[[Rows], Floats]
     make: Callable[[Floats, Sequence[bool], int], Policy]
+    ensemble: Ensemble | None = None
 
     @property
     def steps(self) -> int:
         """P."""
         return len(self.bar_PK)
 
+    def seen(self, rows: Rows) -> Rows:
+        """The rows with what the path's policies compare and answer: ``right_LN`` speaks of their answers."""
+        return answering(rows, self.ensemble)
+
     def leaving(self, rows: Rows) -> Steps:
         """The first step at which each row leaves at or before each deciding exit ([K, N]; P: at no step)."""
-        return leaving_steps(self.bar_PK, self.unit(rows))
+        return leaving_steps(self.bar_PK, self.unit(self.seen(rows)))
 
     def policy(self, step: int, asked: Sequence[bool], num_exits: int) -> Policy:
         """The policy of ``step`` for a network of ``num_exits`` exits of which ``asked`` are asked."""
-        return self.make(self.bar_PK[step], asked, num_exits)
+        made: Any = self.make(self.bar_PK[step], asked, num_exits)
+        policy: Policy = made if self.ensemble is None else dataclasses.replace(made, ensemble=self.ensemble)
+        return policy
 
 
 def leaving_steps(path_PK: Floats, score_KN: Floats) -> Steps:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 Fallback = Literal["last", "most_confident"]
+LEAST = 1e-12
+"""No probability is taken to be less where its logarithm counts."""
 State = tuple[Tensor, ...]  # what a policy remembers of its rows, their axis first: compacted as rows leave
 
 
@@ -27,12 +29,61 @@ class CalibrationRecord:
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ensemble:
+    """Answers made of several exits: at exit e the softmax of ``sum_j weight_EE[e][j] * log p_j + bias_EC[e]``.
+
+    ``weight_EE[e]`` is empty where the exit answers for itself, else it has a weight for each exit up to e; those not
+    asked, and those whose logits are not finite, count as 0. ``bias_EC`` may be left out. Zero Time Waste (arXiv
+    2106.05409, section 3) weighs ICs by ``exp(w_j) / (e + 1)`` and leaves the backbone's own answer alone.
+    >>> Ensemble(weight_EE=((), (0.5, 1.0))).weight_EE[1]
+    (0.5, 1.0)
+    """
+
+    weight_EE: tuple[tuple[float, ...], ...]
+    bias_EC: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("weight_EE", "bias_EC"):
+            object.__setattr__(self, name, tuple(tuple(map(float, row)) for row in getattr(self, name)))
+        sizes = [len(row) for row in self.weight_EE]
+        if any(size not in (0, exit + 1) for exit, size in enumerate(sizes)):
+            raise ValueError(f"weight_EE has a weight per exit up to each, or none; found rows of {sizes}.")
+        if self.bias_EC and (len(self.bias_EC) != len(sizes) or len({len(row) for row in self.bias_EC}) > 1):
+            raise ValueError(
+                f"bias_EC has {len(sizes)} rows of a number per class; found {list(map(len, self.bias_EC))}."
+            )
+        if not all(math.isfinite(value) for row in (*self.weight_EE, *self.bias_EC) for value in row):
+            raise ValueError("Weights and biases of an ensemble must be finite.")
+
+    def answer(
+        self, exit: int, asked: Sequence[int], softmax: Sequence[Tensor], logits_BC: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and float64 softmax [B, C] of the answer at ``exit``, of what ``asked`` exits up to it said.
+
+        Rows whose own logits are not finite keep them: nothing hides that.
+        """
+        total_BC = torch.zeros_like(softmax[-1])
+        for other, said_BC in zip(asked, softmax, strict=True):
+            log_BC = torch.where(said_BC == said_BC, said_BC, 1.0).clamp_min(LEAST).log()
+            total_BC = total_BC + self.weight_EE[exit][other] * log_BC
+        if self.bias_EC:
+            total_BC = total_BC + torch.tensor(self.bias_EC[exit], dtype=torch.float64, device=total_BC.device)
+        finite_B1 = finite_rows(logits_BC)[:, None]
+        answer_BC = torch.where(finite_B1, torch.softmax(total_BC, 1), softmax[-1])
+        return torch.where(finite_B1, total_BC.to(logits_BC.dtype), logits_BC), answer_BC
+
+
 class Policy(Hashable, Protocol):
     """A rule with memory: ``init`` once per batch, ``step`` at every exit asked but the last, where all stop."""
 
     @property
     def fallback(self) -> Fallback:
         """What a row that no exit could stop is answered: the last exit asked, or the most confident one."""
+
+    @property
+    def ensemble(self) -> Ensemble | None:
+        """What is answered, and seen by ``step``, in place of an exit's own logits and softmax."""
 
     @property
     def calibrated_on(self) -> CalibrationRecord | None:
@@ -58,6 +109,10 @@ class _Forgetful:
     def fallback(self) -> Fallback:
         return "last"
 
+    @property
+    def ensemble(self) -> Ensemble | None:
+        return None
+
     def init(self, batch: int, labels_B: Tensor | None, device: torch.device) -> State:
         return ()
 
@@ -68,18 +123,24 @@ class _Choosing(_Forgetful):
 
     ``enabled_E`` says which exits are asked at all (None: all; the full exit always is). ``fallback`` answers rows that
     no exit could stop: the ``last`` exit asked, or the ``most_confident`` finite one (the paper's; ties: the earliest).
+    ``ensemble`` takes the place of exits' own answers: the policy compares it and answers it.
     """
 
     enabled_E: tuple[bool, ...] | None = None
     fallback: Fallback = "last"
+    ensemble: Ensemble | None = None
 
     def __post_init__(self) -> None:
         if self.fallback not in ("last", "most_confident"):
             raise ValueError(f"fallback is 'last' or 'most_confident', found {self.fallback!r}.")
+        if self.ensemble is not None and self.fallback != "last":
+            raise ValueError("An ensemble answers what nobody stopped by itself: fallback must be 'last' beside it.")
         if self.enabled_E is not None:
             object.__setattr__(self, "enabled_E", tuple(bool(e) for e in self.enabled_E))
 
     def asks(self, num_exits: int, full_exit: int) -> tuple[bool, ...]:
+        if self.ensemble is not None and len(self.ensemble.weight_EE) != num_exits:
+            raise ValueError(f"The ensemble speaks of {len(self.ensemble.weight_EE)} exits, not of {num_exits}.")
         return asked_exits(self.enabled_E, num_exits, full_exit)
 
 
@@ -145,6 +206,114 @@ class Margin(_Thresholded):
     def step(self, state: State, exit: int, logits_BC: Tensor, softmax_BC: Tensor) -> tuple[State, Tensor]:
         top_B2 = softmax_BC.topk(2).values
         return state, top_B2[:, 0] - top_B2[:, 1] >= self.at(exit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerClass(_Choosing):
+    """Stop where the greatest softmax is >= the threshold of its class.
+
+    >>> PerClass(threshold_C=(0.9, 0.99)).threshold_C
+    (0.9, 0.99)
+    """
+
+    threshold_C: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        values = tuple(map(float, self.threshold_C))
+        if not values or any(map(math.isnan, values)):
+            raise ValueError(f"threshold_C is one number per class; found {self.threshold_C}.")
+        object.__setattr__(self, "threshold_C", values)
+
+    def step(self, state: State, exit: int, logits_BC: Tensor, softmax_BC: Tensor) -> tuple[State, Tensor]:
+        if softmax_BC.shape[1] != len(self.threshold_C):
+            raise ValueError(f"PerClass has {len(self.threshold_C)} thresholds for {softmax_BC.shape[1]} classes.")
+        top_B, label_B = softmax_BC.max(1)
+        bar_C = torch.tensor(self.threshold_C, dtype=torch.float64, device=softmax_BC.device)
+        return state, top_B >= bar_C.index_select(0, label_B)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scored(_Thresholded):
+    """What policies have in common that stop where a score is >= ``threshold``, and remember the label before it."""
+
+    def init(self, batch: int, labels_B: Tensor | None, device: torch.device) -> State:
+        return torch.full((batch,), -1, device=device), torch.zeros(batch, dtype=torch.float64, device=device)
+
+    def step(self, state: State, exit: int, logits_BC: Tensor, softmax_BC: Tensor) -> tuple[State, Tensor]:
+        state, score_B = self.score(state, exit, logits_BC, softmax_BC)
+        return state, score_B >= self.at(exit)
+
+    def score(self, state: State, exit: int, logits_BC: Tensor, softmax_BC: Tensor) -> tuple[State, Tensor]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(_Scored):
+    """Stop where a weighted sum over what the exits said is >= ``threshold``: a learned stopping score.
+
+    ``confidence`` weighs the log-odds of the greatest softmax, ``margin`` those of its lead over the second,
+    ``entropy`` the entropy in nats, ``agreement`` how many exits asked in a row have repeated the label before them.
+    Thresholds per exit are the levels of the exits. Confidence with a bonus for agreement:
+    >>> Score(threshold=4.0, agreement=0.5).confidence
+    1.0
+    """
+
+    confidence: float = 1.0
+    margin: float = 0.0
+    entropy: float = 0.0
+    agreement: float = 0.0
+
+    def score(self, state: State, exit: int, logits_BC: Tensor, softmax_BC: Tensor) -> tuple[State, Tensor]:
+        state, features = self.features(state, logits_BC, softmax_BC)
+        weights = (self.confidence, self.margin, self.entropy, self.agreement)
+        score_B = torch.zeros_like(softmax_BC[:, 0])
+        for weight, feature_B in zip(weights, features, strict=True):
+            score_B = score_B + weight * feature_B
+        return state, score_B
+
+    @staticmethod
+    def features(state: State, logits_BC: Tensor, softmax_BC: Tensor) -> tuple[State, tuple[Tensor, ...]]:
+        """What is weighed ([B] each, float64), in the order of the fields."""
+        before_B, repeats_B = state
+        label_B = torch.where(finite_rows(logits_BC), logits_BC.argmax(1), -1)
+        repeats_B = (repeats_B + 1) * ((label_B == before_B) & (label_B >= 0))
+        top_B, second_B = softmax_BC.topk(2).values.unbind(1)
+        others_B = torch.where(softmax_BC < top_B[:, None], softmax_BC, 0.0).sum(1)
+        rest_B = torch.where(top_B == second_B, 1 - top_B, others_B).clamp_min(LEAST)
+        lead_B = ((1 + top_B - second_B) / (rest_B + second_B)).log()
+        entropy_B = torch.special.entr(softmax_BC).sum(1)
+        return (label_B, repeats_B), ((top_B / rest_B).log(), lead_B, entropy_B, repeats_B)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accumulated(_Scored):
+    """Stop where confidence summed over exits in a row that agree is >= ``threshold`` (BEEM, ICLR 2025).
+
+    S = w_e * confidence, plus the S before it where the label is the same; ``weight_E`` are the w_e (None: all 1).
+    >>> Accumulated(threshold=2.5).weight_E is None
+    True
+    """
+
+    weight_E: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight_E is not None:
+            object.__setattr__(self, "weight_E", tuple(map(float, self.weight_E)))
+
+    def asks(self, num_exits: int, full_exit: int) -> tuple[bool, ...]:
+        if self.weight_E is not None and len(self.weight_E) not in (num_exits - 1, num_exits):
+            raise ValueError(f"Accumulated has {len(self.weight_E)} weights; {num_exits} exits need {num_exits - 1}.")
+        return super().asks(num_exits, full_exit)
+
+    def score(self, state: State, exit: int, logits_BC: Tensor, softmax_BC: Tensor) -> tuple[State, Tensor]:
+        before_B, total_B = state
+        label_B = torch.where(finite_rows(logits_BC), logits_BC.argmax(1), -1)
+        weight = 1.0 if self.weight_E is None else self.weight_E[exit]
+        kept_B = torch.where((label_B == before_B) & (label_B >= 0), total_B, 0.0)
+        total_B = kept_B + weight * softmax_BC.amax(1)
+        return (label_B, total_B), total_B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +401,8 @@ class Tempered(_Forgetful):
         object.__setattr__(self, "temperature_E", tuple(map(float, self.temperature_E)))
         if not all(0 < value < math.inf for value in self.temperature_E):
             raise ValueError(f"Temperatures are finite numbers above 0, found {self.temperature_E}.")
+        if self.policy.ensemble is not None:
+            raise ValueError("An ensemble's weights say how sharp every exit is: its policies take no temperatures.")
         if self.policy.calibrated_on is not None:
             inner: Any = self.policy  # every policy is a dataclass, which a protocol cannot say
             object.__setattr__(self, "calibrated_on", self.calibrated_on or inner.calibrated_on)
@@ -255,7 +426,8 @@ class Tempered(_Forgetful):
 
 
 KINDS: Mapping[str, type[Any]] = {
-    kind.__name__: kind for kind in (Confidence, Entropy, Margin, Patience, Fixed, Oracle, Tempered)
+    kind.__name__: kind
+    for kind in (Confidence, Entropy, Margin, PerClass, Score, Accumulated, Patience, Fixed, Oracle, Tempered)
 }
 
 
@@ -278,7 +450,7 @@ def from_json(facts: Mapping[str, Any]) -> Policy:
     """The policy that ``to_json`` wrote, exactly. Raises ``ValueError`` on an unknown kind or wrong fields.
 
     >>> from_json({"kind": "Patience", "patience": 2})
-    Patience(enabled_E=None, fallback='last', patience=2)
+    Patience(enabled_E=None, fallback='last', ensemble=None, patience=2)
     """
     given = dict(facts)
     name = given.pop("kind", None)
@@ -293,6 +465,8 @@ def from_json(facts: Mapping[str, Any]) -> Policy:
         given["calibrated_on"] = CalibrationRecord(hash_N=tuple(record["hash_N"]), info=record["info"])
     if "policy" in given:
         given["policy"] = from_json(given["policy"])
+    if "ensemble" in given:
+        given["ensemble"] = Ensemble(**given["ensemble"])
     if "threshold" in given:
         value = given["threshold"]
         given["threshold"] = tuple(map(float, value)) if isinstance(value, list) else float(value)
@@ -306,6 +480,8 @@ def _fields(kind: type[Any]) -> dict[str, dataclasses.Field[Any]]:
 
 def _spelled(value: Any) -> Any:
     """JSON has neither tuples nor infinity."""
+    if isinstance(value, Ensemble):
+        return {name: _spelled(getattr(value, name)) for name in _fields(Ensemble)}
     if isinstance(value, tuple):
         return [_spelled(entry) for entry in value]
     return str(value) if isinstance(value, float) and math.isinf(value) else value

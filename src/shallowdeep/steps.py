@@ -41,9 +41,9 @@ class Step(nn.Module):
     is called the same.
 
     At the k-th exit asked they are ``stop`` (which rows the policy stops, bool [B]; not at the last), ``logits.k`` and
-    ``softmax.k``, ``answer.logits`` and ``answer.softmax`` where another exit may answer, and what later steps take:
-    ``crossing``, ``side.NODE``, ``said.log_probs``, ``said.hidden``, ``state.i``. Inputs are ``input.NAME``. The batch
-    is the first axis of all but those in ``rowless``.
+    ``softmax.k``, ``answer.logits.k`` and ``answer.softmax.k`` where others have a say in the answer, and what later
+    steps take: ``crossing``, ``side.NODE``, ``said.log_probs``, ``said.hidden``, ``state.i``. Inputs are
+    ``input.NAME``. The batch is the first axis of all but those in ``rowless``.
     """
 
     def __init__(
@@ -81,9 +81,8 @@ class Step(nn.Module):
         found |= {f"state.{i}": tensor for i, tensor in enumerate(memory.state)}
         if stop_B is not None:
             found["stop"] = stop_B
-        if self._rule.falls_back(self.exit):
-            answer = self._rule.most_confident(self.exit, memory)
-            found |= zip(("answer.logits", "answer.softmax"), answer, strict=True)
+        if self._rule.recalls(self.exit):
+            found |= zip(_answer(self.place), self._rule.answer(self.exit, memory), strict=True)
         if said is not None:
             found["said.log_probs"] = said.log_probs_BC
             if said.hidden_BH is not None:
@@ -123,8 +122,7 @@ def make_steps(sdn: ShallowDeepNetwork, policy: Policy, example: Inputs) -> list
         fed = group[0].classifier.spec if group[0].classifier is not None and place else None
         said = ["said.log_probs", *["said.hidden"] * bool(fed.fed_hidden)] if fed is not None and fed.fed else []
         memory = states if group[-1].exit != rule.last else []
-        if rule.falls_back(group[-1].exit):
-            memory = [*memory, *(f"{kind}.{k}" for kind in ("softmax", "logits") for k in range(place))]
+        memory = [*memory, *(f"{kind}.{k}" for kind in rule.recalls(group[-1].exit) for k in range(place))]
         takes.append([*inputs, *crossing, *said, *memory])
     sides = [side for group in groups for part in group for side in part.segment.sides.items()]
     rowless = frozenset(f"side.{name}" for name, rows in sides if not rows)
@@ -132,7 +130,7 @@ def make_steps(sdn: ShallowDeepNetwork, policy: Policy, example: Inputs) -> list
     for place, group in enumerate(groups):
         last, later = group[-1].exit == rule.last, {name for names in takes[place + 1 :] for name in names}
         gives = [*([] if last else ["stop"]), f"logits.{place}", f"softmax.{place}"]
-        gives += ["answer.logits", "answer.softmax"] if rule.falls_back(group[-1].exit) else []
+        gives += _answer(place) if rule.recalls(group[-1].exit) else ()
         made = ("said.log_probs", "said.hidden", *states, *_names_of(group[-1].segment))
         at_once = set(takes[place + 1]) if not last else set()  # said.* is replaced by every step
         gives += [name for name in made if name in (at_once if name.startswith("said.") else later)]
@@ -213,6 +211,11 @@ def needed_ics(asked: tuple[bool, ...], feeds_EE: Tensor) -> tuple[int, ...]:
 def _names_of(segment: Segment) -> tuple[str, ...]:
     """Names of what leaves a segment, in its order."""
     return ("crossing", *(f"side.{name}" for name in segment.sides))
+
+
+def _answer(place: int) -> tuple[str, str]:
+    """Names of the answer of rows that end there, where it is not the exit's own."""
+    return f"answer.logits.{place}", f"answer.softmax.{place}"
 
 
 def _listed(rows: Mapping[str, Tensor], kind: str) -> tuple[Tensor, ...]:

@@ -5,30 +5,54 @@ It refuses to know why one asks: a target is a function of what the steps of a p
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import isotonic_regression
 from scipy.stats import beta
 
-from shallowdeep.families import FAMILIES, Family
-from shallowdeep.paths import Brings, Floats, Path, Rows, Steps, brings_of
+from shallowdeep.families import FEW_ROWS, Family, families_for, fit_ensemble
+from shallowdeep.paths import Brings, Floats, Path, Rows, Steps, answering, brings_of
 
 FOLDS = 5
-FEW_ROWS = 100
-"""With fewer rows only the single threshold is tried: there is nothing to fit more on."""
 
 
-def crossfit(family: Family, rows: Rows, grid_P: Floats) -> Steps:
-    """When each row leaves ([K, N]), judged by paths that were fitted without it."""
-    leaving_KN = np.empty((len(rows.right_LN) - 1, len(rows.full_N)), np.int64)
+class _Fold(NamedTuple):
+    """Rows to fit on and rows to judge by (``held`` of all), as an ensemble sees them that was fitted on the first."""
+
+    fit_on: Rows
+    judge_by: Rows
+    held: Steps
+
+
+def _folds(rows: Rows, *, ensembles: bool) -> list[_Fold]:
+    """Every row is judged once by what was fitted without it."""
     fold_N = np.random.default_rng(0).permutation(len(rows.full_N)) % FOLDS
+    found = []
     for fold in range(FOLDS):
-        path = family.fit(rows.take(fold_N != fold), grid_P)
-        leaving_KN[:, fold_N == fold] = path.leaving(rows.take(fold_N == fold))
+        fit_on, held = rows.take(fold_N != fold), np.flatnonzero(fold_N == fold)
+        ensemble = fit_ensemble(fit_on) if ensembles else None
+        found.append(_Fold(answering(fit_on, ensemble), answering(rows.take(held), ensemble), held))
+    return found
+
+
+def _crossfit(family: Family, folds: Sequence[_Fold], grid_P: Floats) -> Steps:
+    """When each row leaves ([K, N]), judged by paths that were fitted without it."""
+    leaving_KN = np.empty((len(folds[0].fit_on.exits) - 1, sum(len(fold.held) for fold in folds)), np.int64)
+    for fold in folds:
+        leaving_KN[:, fold.held] = family.fit(fold.fit_on, grid_P).leaving(fold.judge_by)
     return leaving_KN
+
+
+def _judged(folds: Sequence[_Fold], rows: Rows) -> Rows:
+    """``rows`` with the answers that the folds give."""
+    right_LN = rows.right_LN.copy()
+    for fold in folds:
+        right_LN[:, fold.held] = fold.judge_by.right_LN
+    return rows._replace(right_LN=right_LN)
 
 
 class Choice(NamedTuple):
@@ -46,33 +70,44 @@ class Choice(NamedTuple):
         return right_N
 
 
-def choose(rows: Rows, reach: Callable[[Brings], int | None]) -> Choice | None:
+def choose(
+    rows: Rows,
+    reach: Callable[[Brings], int | None],
+    *,
+    families: Sequence[Family] | None = None,
+    ensembles: bool = True,
+) -> Choice | None:
     """The step that reaches the target, of the family that cross-validation prefers; None when no family has one.
 
-    The levels are the rule. Another family takes over when it is more accurate on held-out folds, at the same mean
-    cost, by over two standard errors of the paired difference: less is chance, and to follow chance costs more than it
-    brings (measured: docs/calibration.md).
+    Where held-out answers at the ends are more often right by an ensemble with earlier exits, all families have it. The
+    first family is the rule. Another takes over when it is more accurate on held-out folds, at the same mean cost, by
+    over two standard errors of the paired difference: less is chance, and to follow chance costs more than it brings
+    (measured: docs/calibration.md). ``families`` (None: ``families_for(rows)``) and ``ensembles`` restrict the search.
     """
-    rule: Choice | None = None
-    best: Choice | None = None
-    best_lead = 2.0
     if len(rows.right_LN) == 1 or not len(rows.full_N):
         return None
-    few = len(rows.full_N) < FEW_ROWS
-    for family in FAMILIES[-1:] if few else FAMILIES:
-        path = family.fit(rows, None)
-        brings = brings_of(crossfit(family, rows, path.grid_P), rows, path.steps)
+    folds, judged, ensemble = _folds(rows, ensembles=False), rows, None
+    if ensembles and len(rows.full_N) >= FEW_ROWS:
+        mixed = _folds(rows, ensembles=True)
+        mixed_judged = _judged(mixed, rows)
+        if mixed_judged.right_LN[rows.full :].sum() > rows.right_LN[rows.full :].sum():
+            folds, judged, ensemble = mixed, mixed_judged, fit_ensemble(rows)
+    seen = answering(rows, ensemble)
+    best, rule, best_lead = None, None, 0.0
+    for family in families_for(rows) if families is None else families:
+        path = family.fit(seen, None)
+        brings = brings_of(_crossfit(family, folds, path.grid_P), judged, path.steps)
         step = reach(brings)
         if step is None:
             continue
-        choice = Choice(family.name, path, step, brings)
+        choice = Choice(family.name, dataclasses.replace(path, ensemble=ensemble), step, brings)
         if rule is None:
             rule = best = choice
             continue
         as_dear = int(np.argmax(brings.cost_P <= rule.brings.cost_P[rule.step] + 1e-12))
-        gain_N = choice.right(as_dear, rows) - rule.right(rule.step, rows)
+        gain_N = choice.right(as_dear, judged) - rule.right(rule.step, judged)
         lead = gain_N.mean() * math.sqrt(len(gain_N)) / max(float(gain_N.std()), 1e-12)
-        if lead > best_lead:
+        if lead > max(best_lead, family.evidence):
             best, best_lead = choice, lead
     return best
 

@@ -76,7 +76,7 @@ class Rule:
         said = Memory(memory.state, (*memory.softmax, softmax_BC), (*before, logits_BC))
         if exit == self.last:
             return said, None
-        state, stop_B = self.policy.step(memory.state, exit, logits_BC, softmax_BC)
+        state, stop_B = self.policy.step(memory.state, exit, *self._said(exit, said))
         return said._replace(state=state), stop_B
 
     def heed(self, exit: int, stop_B: Array, finite_B: Array) -> Array:
@@ -85,11 +85,25 @@ class Rule:
         """
         return stop_B | ~finite_B if exit == self.full_exit else stop_B & finite_B
 
-    def falls_back(self, exit: int) -> bool:
-        """Whether rows that nobody stopped may be answered by another exit than ``exit``, where they end."""
-        return self.policy.fallback == "most_confident" and exit in (self.last, self.full_exit)
+    def recalls(self, exit: int) -> tuple[str, ...]:
+        """What the answer at ``exit`` takes of the exits before, by ``Memory``'s names; nothing where it is its own."""
+        if self.policy.ensemble is not None:
+            return ("softmax",) if self.policy.ensemble.weight_EE[exit] else ()
+        falls_back = self.policy.fallback == "most_confident" and exit in (self.last, self.full_exit)
+        return ("softmax", "logits") if falls_back else ()
 
-    def most_confident(self, exit: int, memory: Memory) -> tuple[Tensor, Tensor]:
+    def answer(self, exit: int, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Logits and softmax that rows are answered that end at ``exit``."""
+        return self._most_confident(exit, memory) if "logits" in self.recalls(exit) else self._said(exit, memory)
+
+    def _said(self, exit: int, memory: Memory) -> tuple[Tensor, Tensor]:
+        """What the policy sees at ``exit``: the exit's own logits and softmax, or the ensemble's."""
+        if self.policy.ensemble is None or not self.recalls(exit):
+            return memory.logits[-1], memory.softmax[-1]
+        asked = [e for e in range(exit + 1) if self.asked[e]]
+        return self.policy.ensemble.answer(exit, asked, memory.softmax, memory.logits[-1])
+
+    def _most_confident(self, exit: int, memory: Memory) -> tuple[Tensor, Tensor]:
         """Logits and softmax of each row's most confident finite exit; before the last exit, of lost rows alone."""
         logits_EBC, softmax_EBC = torch.stack(memory.logits), torch.stack(memory.softmax)
         finite_EB = logits_EBC.abs().amax(2) < math.inf
@@ -190,9 +204,7 @@ class Walk:
         )
 
     def _record(self, exit: int, row_S: Tensor | None, memory: Memory, capped_S: Tensor) -> None:
-        logits_SC, softmax_SC = memory.logits[-1], memory.softmax[-1]
-        if self._rule.falls_back(exit):
-            logits_SC, softmax_SC = self._rule.most_confident(exit, memory)
+        logits_SC, softmax_SC = self._rule.answer(exit, memory)
         row_S = torch.arange(len(logits_SC), device=self._device) if row_S is None else row_S
         confusion_S = self._rule.confusion(exit, memory.softmax, softmax_SC)
         left = Left(row_S, torch.full_like(row_S, exit), logits_SC, softmax_SC.amax(1), confusion_S, capped_S)

@@ -132,7 +132,7 @@ def _leave(program: Program, place: int, rows: Mapping[str, Array], row_S: Array
     """
     exit = program.steps[place].exit
     own = rows[f"logits.{place}"], rows[f"softmax.{place}"]
-    logits_SC, answer_SC = rows.get("answer.logits", own[0]), rows.get("answer.softmax", own[1])
+    logits_SC, answer_SC = rows.get(f"answer.logits.{place}", own[0]), rows.get(f"answer.softmax.{place}", own[1])
     confusion_S = program.rule.confusion(exit, [rows[f"softmax.{k}"] for k in range(place + 1)], answer_SC)
     capped_S = row_S < 0 if stop_S is None else ~stop_S
     return Left(row_S, row_S * 0 + exit, logits_SC, program.backend.largest(answer_SC), confusion_S, capped_S)

@@ -1,0 +1,160 @@
+"""What policies cost at an aimed drop of accuracy: 20 splits of a trace, one half chooses, the other reports.
+
+    python benchmarks/policies.py TRACE OUT.json
+
+Every family alone, with and without an ensemble at the ends, then `calibrate`'s own choice among them. `mean_cost` at a
+measured drop is read off the mean curve of the reported halves: the family's worth, apart from how well aims are met.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path as File
+from typing import Any
+
+import numpy as np
+import torch
+
+from shallowdeep.families import FAMILIES, SECOND_LOOK, Family, _steps, families_for, fit_ensemble, without_second_look
+from shallowdeep.files import write_text
+from shallowdeep.paths import Floats, Path, Rows, answering, brings_of, read_rows
+from shallowdeep.policies import Accumulated, Confidence, Score
+from shallowdeep.thresholds import choose, within_drop
+from shallowdeep.types import Trace
+
+SPLITS = 20
+AIMS, AIMS_WITH_A_SECOND_LOOK = (0.005, 0.0055, 0.006, 0.01), (-0.005, -0.0035, 0.0, 0.005)
+READ_AT = (-0.005, 0.0, 0.0025, 0.005, 0.01)
+
+
+def scored(policy: Score | Accumulated) -> Callable[[Rows, Floats | None], Path]:
+    """One threshold on what ``policy`` scores."""
+
+    def unit(rows: Rows) -> Floats:
+        found_KN = np.empty((len(rows.exits) - 1, len(rows.index_N)))
+        for chunk, logits, labels_B in rows.chunks(len(rows.exits) - 1):
+            state = policy.init(len(labels_B), None, labels_B.device)
+            for place, logits_BC in enumerate(logits):
+                softmax_BC = torch.softmax(logits_BC, 1, dtype=torch.float64)
+                state, score_B = policy.score(state, rows.exits[place], logits_BC, softmax_BC)
+                found_KN[place, chunk] = score_B.numpy()
+        return found_KN
+
+    return on_one_line(unit)
+
+
+def on_one_line(unit: Callable[[Rows], Floats]) -> Callable[[Rows, Floats | None], Path]:
+    def fit(rows: Rows, grid_P: Floats | None) -> Path:
+        grid_P = _steps(unit(rows)) if grid_P is None else grid_P
+        return Path(grid_P=grid_P, bar_PK=np.repeat(grid_P[:, None], len(rows.exits) - 1, 1), unit=unit, make=unmade)
+
+    return fit
+
+
+def unmade(*_: Any) -> Any:
+    raise NotImplementedError("a path that is only measured")
+
+
+def per_class(rows: Rows, grid_P: Floats | None) -> Path:
+    """One shift over levels of classes: log-odds, shrunk by 50 rows, of an exit's saying a class harmfully."""
+    classes = rows.logits_ENC.shape[2]
+
+    def said(others: Rows) -> Any:
+        return np.stack([rows.logits_ENC[e, others.index_N].argmax(1).numpy() for e in others.exits[:-1]])
+
+    harm_KN, label_KN = rows.right_LN[-1] & ~rows.right_LN[:-1], said(rows)
+    share = harm_KN.mean()
+    harmed_C, count_C = (
+        np.bincount(label_KN[harm_KN], minlength=classes),
+        np.bincount(label_KN.ravel(), minlength=classes),
+    )
+    level_C = -np.log((harmed_C + 50 * share) / (count_C + 50) / share)
+    return on_one_line(lambda others: others.scores[Confidence].score_KN + level_C[said(others)])(rows, grid_P)
+
+
+def everywhere(rows: Rows, grid_P: Floats | None) -> Path:
+    """Zero Time Waste's way: a fitted ensemble of all exits so far at each, compared and answered; one threshold."""
+    ensemble = fit_ensemble(rows, first=1)
+    path = FAMILIES[-1].fit(answering(rows, ensemble), grid_P)
+    return dataclasses.replace(path, ensemble=ensemble)
+
+
+def candidates(rows: Rows) -> dict[str, tuple[Family, bool]]:
+    """Families by name, and whether the ends are answered by an ensemble."""
+    tried = [
+        *FAMILIES,
+        Family("agreement bonus .5", scored(Score(threshold=0.0, agreement=0.5))),
+        Family("accumulated confidence (BEEM)", scored(Accumulated(threshold=0.0))),
+        Family("levels of classes", per_class),
+    ]
+    if rows.full < len(rows.exits) - 1:
+        tried = [SECOND_LOOK, *(without_second_look(family, 0.0) for family in tried)]
+    found = {f"{family.name}{', ensemble at the ends' * on}": (family, on) for on in (False, True) for family in tried}
+    if rows.full == len(rows.exits) - 1:
+        found["ensembles at every exit (ZTW)"] = Family("ensembles", everywhere), False
+    return found
+
+
+def reported(path: Path, step: int, rows: Rows) -> tuple[float, float]:
+    brings = brings_of(path.leaving(rows), path.seen(rows), path.steps)
+    return float(rows.full_N.mean() - brings.accuracy_P[step]), float(brings.cost_P[step])
+
+
+def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
+    drop_S, cost_S = np.array(pairs).T
+    spread = {"drop_std": drop_S.std(ddof=1), "mean_cost_std": cost_S.std(ddof=1)}
+    return {"drop": round(drop_S.mean(), 5), "mean_cost": round(cost_S.mean(), 4)} | {
+        name: round(value, 5) for name, value in spread.items()
+    }
+
+
+def main(file: File, out: File) -> None:
+    trace = Trace.load(file)
+    rows = read_rows(trace, (True,) * trace.num_exits)
+    orders = [np.random.default_rng(split).permutation(trace.num_samples) for split in range(SPLITS)]
+    halves = [(rows.take(np.sort(o[: len(o) // 2])), rows.take(np.sort(o[len(o) // 2 :]))) for o in orders]
+    curves: dict[str, Any] = {}
+    for name, (family, ensembles) in candidates(rows).items():
+        drops, costs = [], []
+        for chosen, others in halves:
+            ensemble = fit_ensemble(chosen) if ensembles else None
+            path = family.fit(answering(chosen, ensemble), None)
+            path = path if ensemble is None else dataclasses.replace(path, ensemble=ensemble)
+            brings = brings_of(path.leaving(others), path.seen(others), path.steps)
+            drops.append(others.full_N.mean() - brings.accuracy_P)
+            costs.append(brings.cost_P)
+        drop_P, cost_P = np.maximum.accumulate(np.mean(drops, 0)), np.mean(costs, 0)
+        curves[name] = {str(x): round(float(np.interp(x, drop_P, cost_P)), 4) for x in READ_AT if x >= drop_P[0]}
+        print(name, curves[name], flush=True)
+    choices: dict[str, Any] = {}
+    for aim in AIMS if rows.full == len(rows.exits) - 1 else AIMS_WITH_A_SECOND_LOOK:
+        for label, only in (("calibrate", None), ("levels alone, as before", FAMILIES[:1])):
+            pairs, names = [], Counter[str]()
+            for chosen, others in halves:
+                full = float(chosen.full_N.mean())
+                given = chosen.until_full() if only else chosen
+                choice = choose(
+                    given,
+                    partial(within_drop, accuracy_full=full, max_accuracy_drop=aim),
+                    families=only or families_for(given),
+                    ensembles=only is None,
+                )
+                if choice is not None:
+                    pairs.append(reported(choice.path, choice.step, others.until_full() if only else others))
+                    names[choice.family + " + ensemble" * (choice.path.ensemble is not None)] += 1
+            if len(pairs) == SPLITS:
+                choices.setdefault(str(aim), {})[label] = summary(pairs) | {"families": dict(names)}
+                print(aim, label, choices[str(aim)][label], flush=True)
+    write_text(
+        out, json.dumps({"trace": file.stem, "splits": SPLITS, "cost_at_drop": curves, "aims": choices}, indent=1)
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(File(sys.argv[1]), File(sys.argv[2]))
