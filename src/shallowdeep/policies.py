@@ -386,10 +386,9 @@ class Oracle(_Forgetful):
 
 @dataclass(frozen=True, kw_only=True)
 class Tempered(_Forgetful):
-    """Decide as ``policy`` does when it sees logits divided by one temperature per exit; the answer, and its
-    confidence, stay the network's own.
+    """Decide as ``policy``, calibrated on ``reliability.scaled(trace, temperature_E)``, does on logits divided by them.
 
-    ``policy`` is calibrated on ``reliability.scaled(trace, temperature_E)``; its record becomes this one's.
+    The answer, and its confidence, stay the network's own. The record of ``policy`` becomes this one's.
     >>> Tempered(policy=Confidence(threshold=0.9), temperature_E=(2.0, 1.5)).asks(2, 1)
     (True, True)
     """
@@ -404,8 +403,8 @@ class Tempered(_Forgetful):
         if self.policy.ensemble is not None:
             raise ValueError("An ensemble's weights say how sharp every exit is: its policies take no temperatures.")
         if self.policy.calibrated_on is not None:
+            object.__setattr__(self, "calibrated_on", self.calibrated_on or self.policy.calibrated_on)
             inner: Any = self.policy  # every policy is a dataclass, which a protocol cannot say
-            object.__setattr__(self, "calibrated_on", self.calibrated_on or inner.calibrated_on)
             object.__setattr__(self, "policy", dataclasses.replace(inner, calibrated_on=None))
 
     @property
