@@ -22,9 +22,10 @@ from shallowdeep.classifiers import Said
 from shallowdeep.data import read_data
 from shallowdeep.files import read_json
 from shallowdeep.network import ShallowDeepNetwork
-from shallowdeep.policies import Confidence, from_json
+from shallowdeep.policies import Confidence
 from shallowdeep.runs import describe_device
 from shallowdeep.runtime.engine import Engine
+from shallowdeep.spelling import from_json
 from shallowdeep.verbs import load_sdn, ready
 
 SLOW_ROWS, ROUNDS = 200, 9

@@ -16,7 +16,8 @@ from shallowdeep import calibration
 from shallowdeep.calibration import calibrate, evaluate, tradeoff
 from shallowdeep.families import FAMILIES
 from shallowdeep.paths import brings_of, read_rows
-from shallowdeep.policies import Confidence, Fixed, from_json, to_json
+from shallowdeep.policies import Confidence, Fixed
+from shallowdeep.spelling import from_json, to_json
 from shallowdeep.thresholds import within_drop
 from shallowdeep.types import Trace
 from shallowdeep.walking import simulate

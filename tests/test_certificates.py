@@ -10,7 +10,8 @@ import pytest
 
 from shallowdeep import certificates
 from shallowdeep.certificates import Certificate, certificate_from_json, claim_of
-from shallowdeep.policies import CalibrationRecord, Fixed, from_json, to_json
+from shallowdeep.policies import CalibrationRecord, Fixed
+from shallowdeep.spelling import from_json, to_json
 
 PROVED = Certificate(
     method="ltt",

@@ -21,7 +21,7 @@ from shallowdeep.paths import Floats, Rows, read_rows
 from shallowdeep.paths import Path as Steps
 from shallowdeep.policies import Confidence, Entropy, Fixed, Oracle, Policy, Tempered
 from shallowdeep.reliability import fit_temperatures, scaled
-from shallowdeep.thresholds import search, within_drop
+from shallowdeep.thresholds import choose, within_drop
 from shallowdeep.types import Trace
 from shallowdeep.walking import simulate
 
@@ -31,7 +31,7 @@ ONE = next(family for family in FAMILIES if family.name == "one confidence thres
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cheap families and fewer resamples; the first is the default."""
-    monkeypatch.setattr(comparison, "FAMILIES", (FAMILIES[0], ONE))
+    monkeypatch.setattr(comparison, "families_for", lambda rows: (FAMILIES[0], ONE))
     monkeypatch.setattr(comparison, "RESAMPLES", 500)
 
 
@@ -41,11 +41,11 @@ def of(found: Comparison, name: str, what: str, drop: float = 0.01) -> Differenc
 
 def chosen(family: Family, rows: Rows, trace: Trace, aim: float) -> Policy:
     """A family's policy for an aim, as ``calibrate`` would take it."""
-    ((_, path, brings),) = search(rows, families=(family,), ensembles=False).fits
-    step = within_drop(brings, float(rows.full_N.mean()), aim)
-    if step is None or brings.cost_P[step] >= 1:
+    full = float(rows.full_N.mean())
+    choice = choose(rows, lambda brings: within_drop(brings, full, aim), families=(family,), ensembles=False)
+    if choice is None or choice.brings.cost_P[choice.step] >= 1:
         return Fixed(exit=trace.full_exit)
-    return path.policy(step, (True,) * trace.num_exits, trace.num_exits)
+    return choice.path.policy(choice.step, (True,) * trace.num_exits, trace.num_exits)
 
 
 @pytest.mark.parametrize("second_look", [False, True])
@@ -54,11 +54,11 @@ def test_lines_are_what_policies_do_on_rows_that_did_not_choose_them(second_look
     trace.logits_ENC[1, ::50, 0] = math.nan
     found = compare(trace, {"entropy": [Entropy(threshold=0.1), Entropy(threshold=0.7)]}, splits=2, seed=5)
     names = [FAMILIES[0].name, ONE.name]
-    tempered = [f"{name}, tempered" for name in names]
-    assert [line.name for line in found.lines] == [*names, f"{names[0]}, ensembles", *tempered, "entropy"]
-    for line, family, tempered in zip(
-        found.lines[:2] + found.lines[3:5], (FAMILIES[0], ONE) * 2, (False, False, True, True), strict=True
-    ):
+    tempered_names = [f"{name}, tempered" for name in names]
+    assert [line.name for line in found.lines] == [*names, f"{names[0]}, ensemble", *tempered_names, "entropy"]
+    cases = [*zip(names, (FAMILIES[0], ONE), strict=True), *zip(tempered_names, (FAMILIES[0], ONE), strict=True)]
+    for name, family in cases:
+        line, tempered = next(line for line in found.lines if line.name == name), name in tempered_names
         drops, costs = np.zeros(len(AIMS)), np.zeros(len(AIMS))
         for split in range(2):
             order = np.random.default_rng(5 + split).permutation(600)
@@ -117,10 +117,10 @@ def test_no_row_reports_on_a_path_that_it_chose(monkeypatch: pytest.MonkeyPatch)
         return leaving(self, rows)
 
     leaving = Steps.leaving
-    monkeypatch.setattr(comparison, "FAMILIES", (Family("spy", fit),))
+    monkeypatch.setattr(comparison, "families_for", lambda rows: (Family("spy", fit),))
     monkeypatch.setattr(Steps, "leaving", spied)
     compare(oracle.bed(300, exits=3), {}, splits=2)
-    assert len(fitted) == 8, "plain and tempered"
+    assert len(fitted) == 12, "plain, ensemble, tempered"
     assert len(judged) == 4
     for chose, told in zip(fitted, judged, strict=False):
         assert len(chose) == len(told) == 150
@@ -174,7 +174,7 @@ def test_blocks_of_draws_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_is_the_same_is_not_different_and_what_is_better_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "FAMILIES", (ONE, Family("twin", ONE.fit)))
+    monkeypatch.setattr(comparison, "families_for", lambda rows: (ONE, Family("twin", ONE.fit)))
     monkeypatch.setattr(comparison, "RESAMPLES", 2000)
     trace = oracle.bed(1500)
     found = compare(trace, {"oracle": [Oracle()], "last but one": [Fixed(exit=3)]}, splits=2)
@@ -189,7 +189,7 @@ def test_what_is_the_same_is_not_different_and_what_is_better_is(monkeypatch: py
     # A line that never gets cheap enough is not tried.
     assert math.isnan(of(found, "last but one", "accuracy").value)
     tried = [one for one in found.differences if one.name != ONE.name and not math.isnan(one.p)]
-    assert len(tried) == 2 * (2 + 2 + 2 + 2 + 1), "cost and accuracy of twin, two tempered, oracle; cost of the last"
+    assert len(tried) == 2 * (5 * 2 + 1), "cost and accuracy of twin, ensemble, two tempered, oracle; cost of the last"
     assert found.verdict().startswith(f"{len(tried)} differences to 'one confidence threshold' were tried")
     assert "Really different in cost at a 1.00% drop: dearer: last but one; cheaper: oracle." in found.verdict()
     assert "default" in str(found)
@@ -212,10 +212,13 @@ def test_a_difference_that_is_chance_is_seldom_called_real(monkeypatch: pytest.M
 
         return Family(f"noise {seed}", fit)
 
-    monkeypatch.setattr(comparison, "FAMILIES", (noisy(0), noisy(1), noisy(2)))
+    monkeypatch.setattr(comparison, "families_for", lambda rows: (noisy(0), noisy(1), noisy(2)))
+
+    def noisy_differences(seed: int) -> Sequence[Difference]:
+        return compare(oracle.bed(800, exits=3, seed=seed), {}, splits=1).differences
+
     wrong = sum(
-        any(one.real for one in compare(oracle.bed(800, exits=3, seed=seed), {}, splits=1).differences)
-        for seed in range(20)
+        any(one.real and one.name in ("noise 1", "noise 2") for one in noisy_differences(seed)) for seed in range(20)
     )
     assert wrong <= 4
 
@@ -260,7 +263,7 @@ def test_usual_policies_go_from_dear_to_cheap() -> None:
         assert costs == sorted(costs, reverse=True), name
         assert costs[0] > 0.9
     found = compare(trace, splits=1)
-    assert [line.name for line in found.lines[4:]] == list(usual_policies(trace))
+    assert [line.name for line in found.lines[5:]] == list(usual_policies(trace))
 
 
 @pytest.mark.parametrize(
@@ -295,7 +298,7 @@ def test_the_verbs_leave_tables_files_and_figures(tmp_path: Path, capsys: pytest
     assert 0.4 < last["ms at 0.01"][ONE.name] < 2.2
     assert any(line.startswith("at a drop of 1.00%") for line in said)
     about = json.loads((tmp_path / "c" / "compare.json").read_text())
-    assert len(about["lines"]) == 7
+    assert len(about["lines"]) == 8
     assert len(about["lines"][0]["drop_A"]) == len(AIMS)
     assert {one["what"] for one in about["differences"]} == {"cost", "ms", "accuracy"}
     for name in ("compare.svg", "compare_ms.svg"):

@@ -29,10 +29,9 @@ from shallowdeep.policies import (
     Policy,
     Score,
     Tempered,
-    from_json,
-    to_json,
 )
 from shallowdeep.reliability import scaled
+from shallowdeep.spelling import from_json, to_json
 from shallowdeep.types import Outcome, Trace
 from shallowdeep.walking import Walk, policy_costs, rule_of, simulate
 
@@ -59,10 +58,11 @@ def cases(draw: st.DrawFn) -> tuple[Policy, Trace]:
 def some_policy(draw: st.DrawFn, exits: int, classes: int = 3) -> Policy:
     enabled = draw(st.none() | st.tuples(*[st.booleans()] * exits))
     fallback = draw(st.sampled_from(["last", "most_confident"]))
-    kind = draw(st.sampled_from(KINDS_DRAWN))
+    kind = draw(st.sampled_from([*KINDS_DRAWN, Tempered]))
     if kind is Tempered:
         temperature = st.sampled_from([0.3, 1.0, 7.0])
-        return Tempered(policy=draw(some_policy(exits)), temperature_E=draw(st.tuples(*[temperature] * exits)))
+        inner = draw(some_policy(exits, classes).filter(lambda policy: policy.ensemble is None))
+        return Tempered(policy=inner, temperature_E=draw(st.tuples(*[temperature] * exits)))
     if kind is Fixed:
         return Fixed(exit=draw(st.integers(0, exits - 1)))
     if kind is Oracle:
@@ -89,7 +89,7 @@ def some_policy(draw: st.DrawFn, exits: int, classes: int = 3) -> Policy:
     return kind(threshold=draw(bar | some), **chosen)
 
 
-KINDS_DRAWN = [Confidence, Entropy, Margin, PerClass, Score, Accumulated, Patience, Fixed, Oracle, Tempered]
+KINDS_DRAWN = [Confidence, Entropy, Margin, PerClass, Score, Accumulated, Patience, Fixed, Oracle]
 
 
 @settings(max_examples=200, deadline=None)
@@ -445,3 +445,6 @@ def test_a_tempered_policy_keeps_its_record_and_refuses_what_does_not_fit() -> N
     for wrong in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="finite numbers above 0"):
             Tempered(policy=plain, temperature_E=(1.0, wrong))
+    mixed = Confidence(threshold=0.5, ensemble=policies.Ensemble(weight_EE=((), (0.5, 1.0))))
+    with pytest.raises(ValueError, match="its policies take no temperatures"):
+        Tempered(policy=mixed, temperature_E=(2, 1))

@@ -16,10 +16,10 @@ STABLE = (
     "simulate calibrate tradeoff Engine save load",
 )
 RIVER = (
-    "files types bounds certificates policies walking effects disagreement reliability paths families thresholds",
-    "guarantees calibration comparison sequential audits reference monitor",
-    "inputs views taps classifiers graph cuts network costs progress proof collection rates checkpoints segments augment",
-    "features convolutions training joint timing steps onnx runs",
+    "files types bounds certificates policies spelling walking effects disagreement reliability paths families",
+    "thresholds guarantees calibration comparison sequential audits reference monitor",
+    "inputs views taps classifiers graph cuts network costs progress proof collection rates checkpoints segments",
+    "augment features convolutions training joint timing steps onnx runs",
     "runtime runtime.backends runtime.times runtime.loop runtime.on_torch runtime.on_onnxruntime runtime.on_openvino",
     "runtime.programs runtime.modules runtime.streams runtime.engine",
     "runtime.bench watched host nested export tuning explain cifar data models shifts",

@@ -28,7 +28,7 @@ from shallowdeep.demo import SmallNet
 from shallowdeep.explain import enlarged, grad_cam
 from shallowdeep.files import FormatError
 from shallowdeep.network import attach, save
-from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Patience, to_json
+from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Patience
 from shallowdeep.report import numbers, words
 from shallowdeep.report.compact import NOBODY, kept_rows, packed, steps_of, threshold_of, top_three
 from shallowdeep.report.facts import Facts, facts_of
@@ -36,6 +36,7 @@ from shallowdeep.report.page import page_of
 from shallowdeep.report.pictures import COLUMNS, GRID, as_pictures, sheets_of
 from shallowdeep.report_verbs import report_verb
 from shallowdeep.runs import write_run
+from shallowdeep.spelling import to_json
 from shallowdeep.types import DataError, Trace
 from shallowdeep.verbs import DataChoice
 

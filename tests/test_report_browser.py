@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from shallowdeep.calibration import evaluate
-from shallowdeep.policies import Confidence, from_json, to_json
+from shallowdeep.policies import Confidence
 from shallowdeep.report.compact import threshold_of
 from shallowdeep.report.facts import facts_of
 from shallowdeep.report_verbs import report_verb
+from shallowdeep.spelling import from_json, to_json
 from shallowdeep.types import Trace
 from shallowdeep.verbs import DataChoice
 from test_report import HOSTILE, a_bench, a_trace, write_rows

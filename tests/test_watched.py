@@ -16,9 +16,10 @@ import shallowdeep as sd
 from shallowdeep.cli import main
 from shallowdeep.files import write_text
 from shallowdeep.monitor import Monitor
-from shallowdeep.policies import Confidence, Fixed, to_json
+from shallowdeep.policies import Confidence, Fixed
 from shallowdeep.reference import refer
 from shallowdeep.runtime.engine import Engine
+from shallowdeep.spelling import to_json
 from shallowdeep.types import Trace
 from shallowdeep.walking import simulate
 from shallowdeep.watched import Watched

@@ -27,11 +27,12 @@ from shallowdeep.hardening import HARDENING, harden
 from shallowdeep.inputs import row_hashes
 from shallowdeep.limits import CostWindow
 from shallowdeep.network import ShallowDeepNetwork, fingerprint
-from shallowdeep.policies import Policy, to_json
+from shallowdeep.policies import Policy
 from shallowdeep.progress import steps
 from shallowdeep.resistance import Limited, Resistance, resistance, under_cap, under_window
 from shallowdeep.runs import plain
 from shallowdeep.runtime.engine import Engine
+from shallowdeep.spelling import to_json
 from shallowdeep.types import table
 
 Rows: TypeAlias = tuple[Tensor, Tensor]

@@ -16,11 +16,11 @@ import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
-from shallowdeep.families import FAMILIES, FEW_ROWS, Family
-from shallowdeep.paths import Bools, Brings, Floats, Rows, Steps, answering, read_rows
+from shallowdeep.families import FEW_ROWS, Family, families_for
+from shallowdeep.paths import Bools, Brings, Floats, Rows, Steps, read_rows
 from shallowdeep.policies import Entropy, Fixed, Oracle, Patience, Policy, asked_exits, finite_rows
 from shallowdeep.reliability import fit_temperatures, scaled
-from shallowdeep.thresholds import search, within_drop
+from shallowdeep.thresholds import choose, within_drop
 from shallowdeep.types import Trace, table
 from shallowdeep.walking import CHUNK_ELEMENTS, policy_costs, simulate
 
@@ -155,8 +155,8 @@ def usual_policies(trace: Trace) -> dict[str, tuple[Policy, ...]]:
     """Policies set by hand, in lines from dear to cheap, that no family makes: entropy, patience, one exit for all.
 
     >>> trace = Trace(logits_ENC=torch.zeros(3, 1, 2), labels_N=torch.tensor([0]), cost_E=torch.tensor([0.2, 0.5, 1]))
-    >>> usual_policies(trace)["patience"]
-    (Patience(enabled_E=None, fallback='last', patience=2), Patience(enabled_E=None, fallback='last', patience=1))
+    >>> [policy.patience for policy in usual_policies(trace)["patience"]]
+    [2, 1]
     """
     bars = math.log(trace.num_classes) * np.geomspace(1e-4, 1, 40)
     full = trace.full_exit
@@ -179,8 +179,8 @@ def compare(
 ) -> Comparison:
     """Every family of ``calibrate``, and ``policies`` in named lines from dear to cheap, on one accuracy-cost plane.
 
-    The first and the last family, the rule and the single threshold, also run on logits tempered exit by exit, the
-    first with ensembles that answer, too.
+    The first family, the rule, also answers by ensembles; it and the last, the single threshold, also run on logits
+    tempered exit by exit.
     ``policies`` are set by hand or calibrated on other rows (None: ``usual_policies``). In each of ``splits`` random
     halvings each half chooses, as ``calibrate`` would, a step of every line for every aim, and the other half reports:
     every row is reported ``splits`` times. Between aims, two policies are thought mixed at random. Differences are to
@@ -202,12 +202,11 @@ def compare(
     _check(trace, rows, max_accuracy_drops, splits)
     prices = _Prices(trace, clock)
     exits = [exit for exit, on in enumerate(asked) if on]
-    contenders = {family.name: _fitted(family, rows, prices.of(asked)[:, exits]) for family in FAMILIES}
-    contenders[f"{FAMILIES[0].name}, ensembles"] = _fitted(
-        FAMILIES[0], rows, prices.of(asked)[:, exits], ensembles=True
-    )
-    for family in (FAMILIES[0], FAMILIES[-1]):
-        contenders[f"{family.name}, tempered"] = _tempered(family, trace, asked, prices.of(asked)[:, exits])
+    families, paid_XL = families_for(rows), prices.of(asked)[:, exits]
+    contenders = {family.name: _fitted(family, rows, paid_XL) for family in families}
+    contenders[f"{families[0].name}, ensemble"] = _fitted(families[0], rows, paid_XL, ensembles=True)
+    for family in (families[0], families[-1]):
+        contenders[f"{family.name}, tempered"] = _tempered(family, trace, asked, paid_XL)
     for name, line in (usual_policies(trace) if policies is None else policies).items():
         contenders[name] = _by_hand(line, trace, prices)
     full_N = rows.full_N.astype(np.float64)
@@ -215,7 +214,7 @@ def compare(
     halves = [half for split in range(splits) for half in _halves(trace.num_samples, seed + split)]
     found = {name: _reported(contender, halves, full_N, full_X) for name, contender in contenders.items()}
     oracle = simulate(Oracle(), trace)
-    default, accuracy = FAMILIES[0].name, float(full_N.mean())
+    default, accuracy = families[0].name, float(full_N.mean())
     return Comparison(
         samples=trace.num_samples,
         splits=splits,
@@ -267,16 +266,19 @@ Contender = Callable[[Steps, Steps], tuple[Brings, Callable[[int], tuple[Floats,
 
 
 def _fitted(family: Family, rows: Rows, paid_XL: Floats, *, ensembles: bool = False) -> Contender:
+    """The family as ``calibrate`` fits it; with ``ensembles``, where held-out answers are better by them."""
+
     def split(choosing: Steps, reporting: Steps) -> tuple[Brings, Callable[[int], tuple[Floats, Floats]]]:
-        (fit,) = search(rows.take(choosing), families=(family,), ensembles=ensembles).fits
-        others = answering(rows.take(reporting), fit.path.ensemble)
-        leaving_KM = fit.path.leaving(others)
+        choice = choose(rows.take(choosing), lambda _: 0, families=(family,), ensembles=ensembles)
+        assert choice is not None, "any step would do"
+        others = choice.path.seen(rows.take(reporting))
+        leaving_KM = choice.path.leaving(rows.take(reporting))
 
         def report(step: int) -> tuple[Floats, Floats]:
             stop_M = (leaving_KM > step).sum(0)
             return others.right_LN[stop_M, np.arange(len(stop_M))].astype(np.float64), paid_XL[:, stop_M]
 
-        return fit.brings, report
+        return choice.brings, report
 
     return split
 

@@ -28,10 +28,11 @@ from shallowdeep.joint import JointRecipe, train_backbone
 from shallowdeep.models import load_weights
 from shallowdeep.network import ShallowDeepNetwork, attach, save
 from shallowdeep.paper.networks import resnet20, resnet56
-from shallowdeep.policies import Policy, to_json
+from shallowdeep.policies import Policy
 from shallowdeep.progress import steps
 from shallowdeep.runs import plain, write_run
 from shallowdeep.runtime.engine import Engine
+from shallowdeep.spelling import to_json
 from shallowdeep.training import train_exits
 from shallowdeep.types import DataError, Trace, table
 from shallowdeep.verbs import IMAGENET_MEAN, IMAGENET_STD, halves, time_engine

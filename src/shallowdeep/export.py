@@ -25,8 +25,9 @@ from shallowdeep.graph import silence
 from shallowdeep.inputs import Inputs, example_of, in_order, num_rows, take, tensors
 from shallowdeep.network import ShallowDeepNetwork, fingerprint, plan_to_json
 from shallowdeep.onnx import onnx_program
-from shallowdeep.policies import Policy, to_json
+from shallowdeep.policies import Policy
 from shallowdeep.runtime.engine import Engine
+from shallowdeep.spelling import to_json
 from shallowdeep.steps import Step, chain, export_step, make_steps, named, remembered
 from shallowdeep.types import ExportError, MissingExtra
 from shallowdeep.views import Look, SecondLook, check_view, second_look_of
@@ -246,9 +247,7 @@ def _compare(what: _What, exported: Callable[..., Mapping[str, Any]], inputs: In
     """Raise ``ExportError`` unless the artefact answers ``inputs`` as the engine does."""
     # Compared in PyTorch whatever was certified, and with whatever view: the rule alone matters.
     plain: Any = what.policy
-    engine = Engine(
-        what.sdn, dataclasses.replace(plain, calibrated_on=None), second_look=what.look, backend="torch"
-    )
+    engine = Engine(what.sdn, dataclasses.replace(plain, calibrated_on=None), second_look=what.look, backend="torch")
     rows = num_rows(inputs)
     if rows < max(CHECKED):
         raise ExportError(f"To compare an export give at least {max(CHECKED)} real rows, found {rows}.")

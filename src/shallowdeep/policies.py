@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from shallowdeep.certificates import Certificate, certificate_from_json
+from shallowdeep.certificates import Certificate
 
 Fallback = Literal["last", "most_confident"]
 LEAST = 1e-12
@@ -391,10 +391,9 @@ class Oracle(_Forgetful):
 
 @dataclass(frozen=True, kw_only=True)
 class Tempered(_Forgetful):
-    """Decide as ``policy`` does when it sees logits divided by one temperature per exit; the answer, and its
-    confidence, stay the network's own.
+    """Decide as ``policy``, calibrated on ``reliability.scaled(trace, temperature_E)``, does on logits divided by them.
 
-    ``policy`` is calibrated on ``reliability.scaled(trace, temperature_E)``; its record becomes this one's.
+    The answer, and its confidence, stay the network's own. The record of ``policy`` becomes this one's.
     >>> Tempered(policy=Confidence(threshold=0.9), temperature_E=(2.0, 1.5)).asks(2, 1)
     (True, True)
     """
@@ -406,18 +405,16 @@ class Tempered(_Forgetful):
         object.__setattr__(self, "temperature_E", tuple(map(float, self.temperature_E)))
         if not all(0 < value < math.inf for value in self.temperature_E):
             raise ValueError(f"Temperatures are finite numbers above 0, found {self.temperature_E}.")
+        if self.policy.ensemble is not None:
+            raise ValueError("An ensemble's weights say how sharp every exit is: its policies take no temperatures.")
         if self.policy.calibrated_on is not None:
+            object.__setattr__(self, "calibrated_on", self.calibrated_on or self.policy.calibrated_on)
             inner: Any = self.policy  # every policy is a dataclass, which a protocol cannot say
-            object.__setattr__(self, "calibrated_on", self.calibrated_on or inner.calibrated_on)
             object.__setattr__(self, "policy", dataclasses.replace(inner, calibrated_on=None))
 
     @property
     def fallback(self) -> Fallback:
         return self.policy.fallback
-
-    @property
-    def ensemble(self) -> Ensemble | None:
-        return self.policy.ensemble
 
     def asks(self, num_exits: int, full_exit: int) -> tuple[bool, ...]:
         if len(self.temperature_E) != num_exits:
@@ -430,76 +427,6 @@ class Tempered(_Forgetful):
     def step(self, state: State, exit: int, logits_BC: Tensor, softmax_BC: Tensor) -> tuple[State, Tensor]:
         tempered_BC = logits_BC.double() / self.temperature_E[exit]
         return self.policy.step(state, exit, tempered_BC, torch.softmax(tempered_BC, 1))
-
-
-KINDS: Mapping[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (Confidence, Entropy, Margin, PerClass, Score, Accumulated, Patience, Fixed, Oracle, Tempered)
-}
-
-
-def to_json(policy: Policy) -> dict[str, Any]:
-    """The policy as JSON-able facts, ``{"kind": "Confidence", ...}``; an infinite threshold is the string "inf".
-
-    >>> to_json(Fixed(exit=2))
-    {'kind': 'Fixed', 'exit': 2}
-    """
-    facts = {name: getattr(policy, name) for name in _fields(type(policy))}
-    record = facts.pop("calibrated_on")
-    if "policy" in facts:
-        facts["policy"] = to_json(facts["policy"])
-    if record is not None:
-        facts["calibrated_on"] = {"hash_N": list(record.hash_N), "info": dict(record.info)}
-        if record.certificate is not None:
-            proved = dataclasses.asdict(record.certificate).items()
-            facts["calibrated_on"]["certificate"] = {name: _spelled(value) for name, value in proved}
-    return {"kind": type(policy).__name__} | {k: _spelled(v) for k, v in facts.items() if v is not None}
-
-
-def from_json(facts: Mapping[str, Any]) -> Policy:
-    """The policy that ``to_json`` wrote, exactly. Raises ``ValueError`` on an unknown kind or wrong fields.
-
-    >>> from_json({"kind": "Patience", "patience": 2})
-    Patience(enabled_E=None, fallback='last', ensemble=None, patience=2)
-    """
-    given = dict(facts)
-    name = given.pop("kind", None)
-    if name not in KINDS:
-        raise ValueError(f"No policy of kind {name!r}. Kinds: {', '.join(KINDS)}.")
-    fields = _fields(KINDS[name])
-    missing = [key for key, f in fields.items() if f.default is dataclasses.MISSING and key not in given]
-    if missing or not given.keys() <= fields.keys():
-        raise ValueError(f"{name} has the fields {', '.join(fields)}; found {', '.join(given) or 'none'}.")
-    if "calibrated_on" in given:
-        record = given["calibrated_on"]
-        proved = record.get("certificate")
-        given["calibrated_on"] = CalibrationRecord(
-            hash_N=tuple(record["hash_N"]),
-            info=record["info"],
-            certificate=None if proved is None else certificate_from_json(proved),
-        )
-    if "ensemble" in given:
-        given["ensemble"] = Ensemble(**given["ensemble"])
-    if "policy" in given:
-        given["policy"] = from_json(given["policy"])
-    if "threshold" in given:
-        value = given["threshold"]
-        given["threshold"] = tuple(map(float, value)) if isinstance(value, list) else float(value)
-    policy: Policy = KINDS[name](**given)
-    return policy
-
-
-def _fields(kind: type[Any]) -> dict[str, dataclasses.Field[Any]]:
-    return {f.name: f for f in dataclasses.fields(kind)}
-
-
-def _spelled(value: Any) -> Any:
-    """JSON has neither tuples nor infinity."""
-    if isinstance(value, Ensemble):
-        return {name: _spelled(getattr(value, name)) for name in _fields(Ensemble)}
-    if isinstance(value, tuple):
-        return [_spelled(entry) for entry in value]
-    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def asked_exits(enabled_E: Sequence[bool] | None, num_exits: int, full_exit: int) -> tuple[bool, ...]:

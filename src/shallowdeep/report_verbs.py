@@ -18,11 +18,12 @@ from torch import Tensor
 from shallowdeep.data import Dataset
 from shallowdeep.files import read_json, write_text
 from shallowdeep.inputs import take
-from shallowdeep.policies import Policy, from_json
+from shallowdeep.policies import Policy
 from shallowdeep.report.compact import eights, kept_rows, top_three
 from shallowdeep.report.facts import Facts, facts_of
 from shallowdeep.report.page import Explorer, page_of
 from shallowdeep.report.pictures import COLUMNS, GRID, SHEET, as_pictures, looks, sheets_of
+from shallowdeep.spelling import from_json
 from shallowdeep.types import DataError, Trace
 from shallowdeep.verbs import DataChoice, load_sdn, ready
 

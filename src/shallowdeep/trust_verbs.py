@@ -22,11 +22,11 @@ from shallowdeep.data import Dataset
 from shallowdeep.files import FormatError, read_json, write_text
 from shallowdeep.monitor import Monitor
 from shallowdeep.paper.figures import line_figure, save_figure
-from shallowdeep.policies import from_json
 from shallowdeep.proof import prove
 from shallowdeep.reference import Reference, SeenRows, refer, seen_in
 from shallowdeep.reliability import temper
 from shallowdeep.runs import plain, read_run, write_run
+from shallowdeep.spelling import from_json
 from shallowdeep.tuning import MachineCosts
 from shallowdeep.types import DataError, MissingExtra, Trace
 from shallowdeep.verbs import DataChoice, halves, load_sdn, ready

@@ -32,12 +32,13 @@ from shallowdeep.inputs import Inputs, each, num_rows, take
 from shallowdeep.joint import JointRecipe, train_jointly
 from shallowdeep.models import load_model
 from shallowdeep.network import ShallowDeepNetwork, attach, load, plan_from_json, plan_to_json, save
-from shallowdeep.policies import Fixed, from_json, to_json
+from shallowdeep.policies import Fixed
 from shallowdeep.progress import steps
 from shallowdeep.runs import plain, read_run, write_run
 from shallowdeep.runtime.backends import BackendName
 from shallowdeep.runtime.bench import bench, verdict
 from shallowdeep.runtime.engine import Engine
+from shallowdeep.spelling import from_json, to_json
 from shallowdeep.timing import compare
 from shallowdeep.training import train_exits
 from shallowdeep.tuning import machine_costs, tune

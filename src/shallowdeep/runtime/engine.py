@@ -154,7 +154,9 @@ class Engine:
             backend=self.backend,
             precision=str(next(floats, torch.float32)),
             exit_names=self._names,
-            view=self.second_look.name if self.second_look is not None and self._rule.last > self._rule.full_exit else "",
+            view=self.second_look.name
+            if self.second_look is not None and self._rule.last > self._rule.full_exit
+            else "",
             capped=capped,
         )
 

@@ -1,0 +1,97 @@
+"""Policies as JSON, ``{"kind": "Patience", ...}``, and back: one visible table of kinds.
+
+It refuses to know files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from shallowdeep.certificates import certificate_from_json
+from shallowdeep.policies import (
+    Accumulated,
+    CalibrationRecord,
+    Confidence,
+    Ensemble,
+    Entropy,
+    Fixed,
+    Margin,
+    Oracle,
+    Patience,
+    PerClass,
+    Policy,
+    Score,
+    Tempered,
+)
+
+KINDS: Mapping[str, type[Any]] = {
+    kind.__name__: kind
+    for kind in (Confidence, Entropy, Margin, PerClass, Score, Accumulated, Patience, Fixed, Oracle, Tempered)
+}
+
+
+def to_json(policy: Policy) -> dict[str, Any]:
+    """The policy as JSON-able facts, ``{"kind": "Confidence", ...}``; an infinite threshold is the string "inf".
+
+    >>> to_json(Fixed(exit=2))
+    {'kind': 'Fixed', 'exit': 2}
+    """
+    facts = {name: getattr(policy, name) for name in _fields(type(policy))}
+    record = facts.pop("calibrated_on")
+    if "policy" in facts:
+        facts["policy"] = to_json(facts["policy"])
+    if record is not None:
+        facts["calibrated_on"] = {"hash_N": list(record.hash_N), "info": dict(record.info)}
+        if record.certificate is not None:
+            proved = dataclasses.asdict(record.certificate).items()
+            facts["calibrated_on"]["certificate"] = {name: _spelled(value) for name, value in proved}
+    return {"kind": type(policy).__name__} | {k: _spelled(v) for k, v in facts.items() if v is not None}
+
+
+def from_json(facts: Mapping[str, Any]) -> Policy:
+    """The policy that ``to_json`` wrote, exactly. Raises ``ValueError`` on an unknown kind or wrong fields.
+
+    >>> from_json({"kind": "Patience", "patience": 2})
+    Patience(enabled_E=None, fallback='last', ensemble=None, patience=2)
+    """
+    given = dict(facts)
+    name = given.pop("kind", None)
+    if name not in KINDS:
+        raise ValueError(f"No policy of kind {name!r}. Kinds: {', '.join(KINDS)}.")
+    fields = _fields(KINDS[name])
+    missing = [key for key, f in fields.items() if f.default is dataclasses.MISSING and key not in given]
+    if missing or not given.keys() <= fields.keys():
+        raise ValueError(f"{name} has the fields {', '.join(fields)}; found {', '.join(given) or 'none'}.")
+    if "calibrated_on" in given:
+        record = given["calibrated_on"]
+        proved = record.get("certificate")
+        given["calibrated_on"] = CalibrationRecord(
+            hash_N=tuple(record["hash_N"]),
+            info=record["info"],
+            certificate=None if proved is None else certificate_from_json(proved),
+        )
+    if "ensemble" in given:
+        given["ensemble"] = Ensemble(**given["ensemble"])
+    if "policy" in given:
+        given["policy"] = from_json(given["policy"])
+    if "threshold" in given:
+        value = given["threshold"]
+        given["threshold"] = tuple(map(float, value)) if isinstance(value, list) else float(value)
+    policy: Policy = KINDS[name](**given)
+    return policy
+
+
+def _fields(kind: type[Any]) -> dict[str, dataclasses.Field[Any]]:
+    return {f.name: f for f in dataclasses.fields(kind)}
+
+
+def _spelled(value: Any) -> Any:
+    """JSON has neither tuples nor infinity."""
+    if isinstance(value, Ensemble):
+        return {name: _spelled(getattr(value, name)) for name in _fields(Ensemble)}
+    if isinstance(value, tuple):
+        return [_spelled(entry) for entry in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
