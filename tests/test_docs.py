@@ -11,7 +11,20 @@ import torch
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(page.stem for page in DOCS.glob("*.md") if ">>> " in page.read_text(encoding="utf-8"))
-MODULES = ("cuts", "network", "rates", "augment", "collection", "inputs", "types", "costs", "taps", "graph", "features")
+MODULES = (
+    "cuts",
+    "network",
+    "rates",
+    "augment",
+    "collection",
+    "inputs",
+    "types",
+    "costs",
+    "taps",
+    "graph",
+    "features",
+    "spelling",
+)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -150,13 +150,12 @@ class Engine:
         """Why the policy's certificate does not hold here."""
         assert self.certificate is not None
         floats = (p.dtype for p in self.sdn.parameters() if p.is_floating_point())
+        look = self.second_look if self._rule.last > self._rule.full_exit else None
         return self.certificate.void_for(
             backend=self.backend,
             precision=str(next(floats, torch.float32)),
             exit_names=self._names,
-            view=self.second_look.name
-            if self.second_look is not None and self._rule.last > self._rule.full_exit
-            else "",
+            view=look.name if look is not None else "",
             capped=capped,
         )
 
