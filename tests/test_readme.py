@@ -16,7 +16,8 @@ STABLE = (
     "simulate calibrate tradeoff Engine save load",
 )
 RIVER = (
-    "files types policies walking effects disagreement thresholds calibration inputs taps classifiers graph cuts",
+    "files types policies trajectory walking effects finding disagreement thresholds calibration alarming abstention",
+    "inputs taps classifiers graph cuts",
     "network costs progress collection rates checkpoints segments augment features convolutions training joint timing",
     "steps onnx runs",
     "runtime runtime.backends runtime.times runtime.loop runtime.on_torch runtime.on_onnxruntime runtime.on_openvino",

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shallowdeep.disagreement import error_auroc
 from shallowdeep.effects import answers, share
+from shallowdeep.finding import error_auroc
 from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Margin, Policy, asked_exits, finite_rows
 from shallowdeep.thresholds import (
     FAMILIES,

@@ -27,6 +27,7 @@ from shallowdeep.onnx import onnx_program
 from shallowdeep.policies import Policy, to_json
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.steps import Step, chain, export_step, make_steps, named, remembered
+from shallowdeep.trajectory import LEAST, Alarm
 from shallowdeep.types import ExportError, MissingExtra
 from shallowdeep.walking import costs_when_asking, rule_of
 
@@ -34,7 +35,7 @@ try:
     import onnxruntime
 
     from shallowdeep.host import EarlyExits
-    from shallowdeep.nested import OUTPUTS, Question, nested_model
+    from shallowdeep.nested import Question, nested_model
 except ImportError as error:
     raise MissingExtra(f"Exports need {error.name}: pip install 'shallowdeep[export]'.") from error
 
@@ -45,9 +46,15 @@ CHECKED = (1, 2, 7)
 """Batch sizes at which an artefact is compared, beside all rows at once."""
 
 
-def export_folder(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.PathLike[str], inputs: Inputs) -> None:
+def export_folder(
+    sdn: ShallowDeepNetwork,
+    policy: Policy,
+    folder: str | os.PathLike[str],
+    inputs: Inputs,
+    alarm: Alarm | None = None,
+) -> None:
     """Write ``folder``: an ONNX file a step, ``manifest.json``, and ``host.py``, which runs them with NumPy and ONNX
-    Runtime alone.
+    Runtime alone. With an ``alarm`` its answers say how probably they are wrong.
 
     ``inputs`` are real rows on which the artefact is compared with the engine before it is put in place; an earlier
     export there is replaced whole. Raises ``ExportError`` where answers differ, where ``folder`` holds something else,
@@ -60,12 +67,18 @@ def export_folder(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.Path
         for step, given in zip(steps, examples, strict=True):
             files.append(fresh / f"step{step.place}.onnx")
             files[-1].write_bytes(onnx_program(step, given).SerializeToString())
-        _write(fresh, _about(sdn, policy) | _loop_facts(sdn, policy, steps, files, state))
+        _write(fresh, _about(sdn, policy, alarm) | _loop_facts(sdn, policy, steps, files, state, alarm))
         shutil.copyfile(Path(__file__).with_name("host.py"), fresh / "host.py")
-        _compare(sdn, policy, EarlyExits(fresh), inputs)
+        _compare(sdn, policy, alarm, EarlyExits(fresh), inputs)
 
 
-def export_programs(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.PathLike[str], inputs: Inputs) -> None:
+def export_programs(
+    sdn: ShallowDeepNetwork,
+    policy: Policy,
+    folder: str | os.PathLike[str],
+    inputs: Inputs,
+    alarm: Alarm | None = None,
+) -> None:
     """Write ``folder``: a ``torch.export`` program (``.pt2``) a step and ``manifest.json``, for runtimes of others.
 
     Every program is compared with its step on ``inputs``, at full depth. Errors as in ``export_folder``.
@@ -83,32 +96,40 @@ def export_programs(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.Pa
             files.append(fresh / f"step{step.place}.pt2")
             with silence():
                 torch.export.save(program, files[-1])
-        _write(fresh, _about(sdn, policy) | _loop_facts(sdn, policy, steps, files, state))
+        _write(fresh, _about(sdn, policy, alarm) | _loop_facts(sdn, policy, steps, files, state, alarm))
 
 
-def export_file(sdn: ShallowDeepNetwork, policy: Policy, folder: str | os.PathLike[str], inputs: Inputs) -> None:
+def export_file(
+    sdn: ShallowDeepNetwork,
+    policy: Policy,
+    folder: str | os.PathLike[str],
+    inputs: Inputs,
+    alarm: Alarm | None = None,
+) -> None:
     """Write ``folder``: ``model.onnx``, one graph with nested ``If`` that skips by itself, and ``manifest.json``.
 
-    Its outputs are ``label``, ``probabilities``, ``exit``, ``confidence`` and ``confusion``. Rows leave inside the
-    graph: who is answered is not computed on. ``inputs`` and errors as in ``export_folder``.
+    Its outputs are ``label``, ``probabilities``, ``exit``, ``confidence``, ``confusion`` and, where one is given,
+    ``alarm``. Rows leave inside the graph: who is answered is not computed on. ``inputs`` and errors as in
+    ``export_folder``.
     """
     with _put_in_place(Path(folder)) as fresh:
         steps, examples, state = _steps(sdn, policy)
         inputs = in_order(inputs, sdn.plan.inputs.names)
         questions = []
         for step, given in zip(steps, examples, strict=True):
-            facts = _step(sdn, policy, step)
-            wanted = {name: facts[name] for name in ("exit", "takes", "gives", "mean", "scale")}
+            facts = _step(sdn, policy, step, alarm)
+            wanted = {name: facts[name] for name in ("exit", "takes", "gives", "mean", "scale", "alarm")}
             questions.append(Question(model=onnx_program(step, given), **wanted))
         rows = {name: x.numpy() for name, x in state.items()}
         full = sdn.num_exits - 1
         model = nested_model(questions, full_exit=full, fresh=rows, rowless=steps[0].rowless)
         (fresh / "model.onnx").write_bytes(model.SerializeToString())
-        manifest: dict[str, Any] = {"file": "model.onnx", "sha256": _sha256(fresh / "model.onnx"), "outputs": OUTPUTS}
-        exits = [_step(sdn, policy, step) for step in steps]
+        manifest: dict[str, Any] = {"file": "model.onnx", "sha256": _sha256(fresh / "model.onnx")}
+        manifest["outputs"] = [given.name for given in model.graph.output]
+        exits = [_step(sdn, policy, step, alarm) for step in steps]
         manifest["exits"] = [{name: one[name] for name in ("exit", "name", "cost")} for one in exits]
-        _write(fresh, _about(sdn, policy) | manifest)
-        _compare(sdn, policy, _runner(fresh / "model.onnx", sdn.plan.inputs.names), inputs)
+        _write(fresh, _about(sdn, policy, alarm) | manifest)
+        _compare(sdn, policy, alarm, _runner(fresh / "model.onnx", sdn.plan.inputs.names), inputs)
 
 
 def _steps(sdn: ShallowDeepNetwork, policy: Policy) -> tuple[list[Step], list[list[Tensor]], dict[str, Tensor]]:
@@ -127,12 +148,17 @@ def _steps(sdn: ShallowDeepNetwork, policy: Policy) -> tuple[list[Step], list[li
 
 
 def _loop_facts(
-    sdn: ShallowDeepNetwork, policy: Policy, steps: Sequence[Step], files: Sequence[Path], state: Mapping[str, Tensor]
+    sdn: ShallowDeepNetwork,
+    policy: Policy,
+    steps: Sequence[Step],
+    files: Sequence[Path],
+    state: Mapping[str, Tensor],
+    alarm: Alarm | None,
 ) -> dict[str, Any]:
     """What a loop over the steps' files must know."""
     fresh = {name: {"row": x.tolist(), "dtype": str(x.dtype).removeprefix("torch.")} for name, x in state.items()}
     about = [
-        {"file": file.name, "sha256": _sha256(file), **_step(sdn, policy, step)}
+        {"file": file.name, "sha256": _sha256(file), **_step(sdn, policy, step, alarm)}
         for file, step in zip(files, steps, strict=True)
     ]
     return {"fresh": fresh, "rowless": sorted(steps[0].rowless), "steps": about}
@@ -141,11 +167,11 @@ def _loop_facts(
 def _runner(file: Path, names: Sequence[str]) -> Callable[..., Mapping[str, Any]]:
     """The single file as a function of arrays in the order of ``names``; inputs that it does not read are left out."""
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    read = {given.name for given in session.get_inputs()}
+    read, answers = {given.name for given in session.get_inputs()}, [given.name for given in session.get_outputs()]
 
     def run(*arrays: Any) -> dict[str, Any]:
         feed = {f"input.{name}": x for name, x in zip(names, arrays, strict=True) if f"input.{name}" in read}
-        return dict(zip(OUTPUTS, session.run(list(OUTPUTS), feed), strict=True))
+        return dict(zip(answers, session.run(answers, feed), strict=True))
 
     return run
 
@@ -158,11 +184,14 @@ def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def _about(sdn: ShallowDeepNetwork, policy: Policy) -> dict[str, Any]:
+def _about(sdn: ShallowDeepNetwork, policy: Policy, alarm: Alarm | None) -> dict[str, Any]:
     """What is true of every kind of artefact."""
     facts = to_json(policy)
     if "calibrated_on" in facts:
         del facts["calibrated_on"]["hash_N"]
+    watched = None if alarm is None else alarm.to_json()
+    if watched is not None and "fitted_on" in watched:
+        del watched["fitted_on"]["hash_N"]
     signature = sdn.plan.inputs
     leaves = zip(signature.names, signature.shapes, signature.dtypes, strict=True)
     return {
@@ -175,14 +204,15 @@ def _about(sdn: ShallowDeepNetwork, policy: Policy) -> dict[str, Any]:
         "preprocessing": sdn.preprocessing,
         "full_exit": sdn.num_exits - 1,
         "policy": facts,
+        "alarm": watched,
         "plan": plan_to_json(sdn.plan),
         "versions": {name: version(name) for name in ("shallowdeep", "torch", "onnx", "onnxruntime")},
     }
 
 
-def _step(sdn: ShallowDeepNetwork, policy: Policy, step: Step) -> dict[str, Any]:
+def _step(sdn: ShallowDeepNetwork, policy: Policy, step: Step, alarm: Alarm | None) -> dict[str, Any]:
     """What the loop must know of one step."""
-    rule = rule_of(policy, sdn.num_exits, sdn.num_exits - 1, sdn.confusion_reference)
+    rule = rule_of(policy, sdn.num_exits, sdn.num_exits - 1, sdn.confusion_reference, alarm)
     cost_E = torch.tensor(sdn.plan.cost_E, dtype=torch.float64)
     cost_E = costs_when_asking(rule.asked, cost_E=cost_E, own_cost_E=own_costs(sdn), feeds_EE=feeds(sdn))
     mean, std = rule.moments[step.exit]
@@ -192,16 +222,21 @@ def _step(sdn: ShallowDeepNetwork, policy: Policy, step: Step) -> dict[str, Any]
         "cost": float(cost_E[step.exit]),
         "mean": mean,
         "scale": 1 / std if std > 1e-12 else 0.0,
+        "alarm": alarm and {"bias": alarm.bias_E[step.exit], "weights": alarm.weights(step.exit), "least": LEAST},
         "takes": step.takes,
         "gives": step.gives,
     }
 
 
 def _compare(
-    sdn: ShallowDeepNetwork, policy: Policy, exported: Callable[..., Mapping[str, Any]], inputs: Inputs
+    sdn: ShallowDeepNetwork,
+    policy: Policy,
+    alarm: Alarm | None,
+    exported: Callable[..., Mapping[str, Any]],
+    inputs: Inputs,
 ) -> None:
     """Raise ``ExportError`` unless the artefact answers ``inputs`` as the engine does."""
-    engine = Engine(sdn, policy, backend="torch")
+    engine = Engine(sdn, policy, alarm=alarm, backend="torch")
     rows = num_rows(inputs)
     if rows < max(CHECKED):
         raise ExportError(f"To compare an export give at least {max(CHECKED)} real rows, found {rows}.")
@@ -217,6 +252,10 @@ def _compare(
         far_BC = (torch.from_numpy(found["probabilities"]) - softmax_BC)[same_B & expected.valid_B.cpu()].abs()
         if far_BC.numel() and float(far_BC.max()) > 1e-3:
             raise ExportError(f"The export's probabilities are {float(far_BC.max()):.2g} away from the engine's.")
+        if expected.alarm_B is not None:
+            far_B = (torch.from_numpy(found["alarm"]) - expected.alarm_B.cpu())[same_B].abs()
+            if far_B.numel() and float(far_B.max()) > 1e-3:
+                raise ExportError(f"The export's alarms are {float(far_B.max()):.2g} away from the engine's.")
 
 
 @contextmanager

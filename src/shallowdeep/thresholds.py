@@ -307,8 +307,9 @@ def within_cost(brings: Brings, max_mean_cost: float) -> int | None:
     return int(met[accuracy_M >= accuracy_M.max() - 1e-12][-1])
 
 
-def last_safe(harmed_P: Floats, rows: int, bound: float, confidence: float) -> int | None:
-    """Fixed-sequence test along a path: the last step before the first whose harm may exceed ``bound``.
+def last_safe(harmed_P: Floats, rows: int | Floats, bound: float, confidence: float) -> int | None:
+    """Fixed-sequence test along a path: the last step before the first whose harm, of ``rows`` rows, may exceed
+    ``bound``.
 
     Clopper-Pearson's upper limit of a binomial share, exact. Source: Learn then Test, arXiv 2110.01052, section 3.
     """

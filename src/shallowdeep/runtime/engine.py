@@ -36,6 +36,7 @@ from shallowdeep.runtime.programs import make_backend, make_program, measure
 from shallowdeep.runtime.streams import Stream
 from shallowdeep.runtime.times import StepTimes
 from shallowdeep.steps import chain, named, needed_ics
+from shallowdeep.trajectory import Alarm
 from shallowdeep.types import (
     Answer,
     BackboneMismatch,
@@ -66,16 +67,24 @@ class Engine:
     (None: as many as PyTorch has), or "auto": the quickest that is installed, by measurement. Weights are snapshotted:
     a call soon after the SDN has changed raises ``BackboneMismatch``. A backbone that cannot be exported runs through
     its own modules, in PyTorch alone. Several threads may call one engine. Rows whose logits are not finite are
-    answered by the backbone's own exit with ``valid_B`` False. Source: arXiv 1810.07052, section 5.1.
+    answered by the backbone's own exit with ``valid_B`` False. An ``alarm`` (of ``fit_alarm`` or ``calibrate_alarm``,
+    for policies that ask the same exits) adds ``alarm_B``, how probably each answer is wrong. Source: arXiv 1810.07052,
+    section 5.1.
     """
 
     def __init__(
-        self, sdn: ShallowDeepNetwork, policy: Policy, *, backend: BackendName = "auto", threads: int | None = None
+        self,
+        sdn: ShallowDeepNetwork,
+        policy: Policy,
+        *,
+        alarm: Alarm | None = None,
+        backend: BackendName = "auto",
+        threads: int | None = None,
     ) -> None:
-        self.sdn, self.policy = sdn, policy
+        self.sdn, self.policy, self.alarm = sdn, policy, alarm
         self.times: StepTimes | None = None
         self._device, self._exported = next(sdn.parameters()).device, sdn.plan.via == "export"
-        self._rule = rule_of(policy, sdn.num_exits, sdn.num_exits - 1, sdn.confusion_reference)
+        self._rule = rule_of(policy, sdn.num_exits, sdn.num_exits - 1, sdn.confusion_reference, alarm)
         policy.init(1, None, self._device)  # a rule that needs labels says so now
         cost_E = torch.tensor(sdn.plan.cost_E, dtype=torch.float64)
         self._cost_E = costs_when_asking(
@@ -200,7 +209,7 @@ class Engine:
         found: list[tuple[float, Backend, Program]] = []
         for backend in backends:
             try:
-                program = make_program(self.sdn, self.policy, self.sdn.plan.inputs, backend)
+                program = make_program(self.sdn, self.policy, self.sdn.plan.inputs, backend, self.alarm)
             except (MissingExtra, BackendError):
                 continue
             entered = {name: backend.enter(x) for name, x in named(self.sdn.plan.inputs.names, rows).items()}
@@ -246,8 +255,10 @@ class Engine:
         with self._lock:
             key = signature, every_exit or all(self._rule.asked)
             if key not in self._programs:
-                policy = Confidence(threshold=math.inf) if key[1] and not all(self._rule.asked) else self.policy
-                program = make_program(self.sdn, policy, signature, self._backend)
+                if key[1] and not all(self._rule.asked):
+                    program = make_program(self.sdn, Confidence(threshold=math.inf), signature, self._backend)
+                else:
+                    program = make_program(self.sdn, self.policy, signature, self._backend, self.alarm)
                 if len(self._programs) >= PROGRAMS_KEPT:
                     self._programs.pop(next(iter(self._programs)))
                 self._programs[key] = program
@@ -280,10 +291,11 @@ class Engine:
 
     def _answer(self, left: Sequence[Left]) -> Answer:
         """What the rows of a batch are answered, in its order."""
-        _, exit_B, logits_BC, confidence_B, confusion_B, capped_B = in_batch_order(left, self._backend.joined)
+        _, exit_B, logits_BC, confidence_B, confusion_B, capped_B, alarm_B = in_batch_order(left, self._backend.joined)
         found = {"labels_B": logits_BC.argmax(1), "logits_BC": logits_BC, "exit_B": exit_B}
         found |= {"confidence_B": confidence_B, "confusion_B": confusion_B, "capped_B": capped_B}
         found |= {"cost_B": self._cost[exit_B], "valid_B": self._backend.finite(logits_BC)}
+        found |= {} if alarm_B is None else {"alarm_B": alarm_B}
         return Answer(**{name: self._backend.leave(array) for name, array in found.items()})
 
     def _state(self) -> list[tuple[int, int]]:
@@ -301,4 +313,5 @@ class Engine:
             cost_B=none.double(),
             valid_B=none.bool(),
             capped_B=none.bool(),
+            alarm_B=None if self.alarm is None else none.double(),
         )

@@ -22,6 +22,7 @@ from shallowdeep.runtime.on_openvino import OnOpenVino
 from shallowdeep.runtime.on_torch import OnTorch
 from shallowdeep.runtime.times import StepTimes
 from shallowdeep.steps import chain, make_steps, named, remembered
+from shallowdeep.trajectory import Alarm
 from shallowdeep.types import BackendError, DataError, InputSignature
 from shallowdeep.walking import rule_of
 
@@ -45,7 +46,13 @@ def make_backend(name: BackendName, device: torch.device, threads: int) -> Backe
     return ways[name]()
 
 
-def make_program(sdn: ShallowDeepNetwork, policy: Policy, signature: InputSignature, backend: Backend) -> Program:
+def make_program(
+    sdn: ShallowDeepNetwork,
+    policy: Policy,
+    signature: InputSignature,
+    backend: Backend,
+    alarm: Alarm | None = None,
+) -> Program:
     """The program for rows like ``signature``; every step is run once on noise and compared with PyTorch.
 
     Raises ``BackendError`` where the numbers differ, ``DataError`` for rows that the network does not take.
@@ -70,7 +77,7 @@ def make_program(sdn: ShallowDeepNetwork, policy: Policy, signature: InputSignat
     said = [{f"softmax.{k}" for k in range(place + 1)} for place in range(len(ready))]
     later = [said[place].union(*(step.takes for step in ready[place + 1 :])) for place in range(len(ready))]
     entered = {name: backend.enter(tensor) for name, tensor in remembered(policy, 1, device).items()}
-    rule = rule_of(policy, sdn.num_exits, sdn.num_exits - 1, sdn.confusion_reference)
+    rule = rule_of(policy, sdn.num_exits, sdn.num_exits - 1, sdn.confusion_reference, alarm)
     return Program(backend, rule, tuple(ready), entered, tuple(map(frozenset, later)), steps[0].rowless)
 
 
