@@ -79,36 +79,34 @@ def calibrate_alarm(
     else:
         choosing, testing = order.tensor_split([round(trace.num_samples * UPTO[0])])
     choose, test = (_judged(trace.rows(part), policy, alarm) for part in (choosing, testing))
-    path_P = _path(choose, len(testing), confidence)
-    kept_P, wrong_P = _counts(path_P, test)
-    step = last_safe(wrong_P, kept_P, max_error, confidence)
-    kept, wrong = (0, 0) if step is None else (round(kept_P[step]), round(wrong_P[step]))
+    found = last_passing(choose, test, max_error, confidence)
     facts: dict[str, Any] = {
         "max_error": max_error,
         "confidence": confidence,
         "method": "exact binomial, fixed sequence",
     }
-    facts |= {"tested_rows": len(testing), "kept_rows": kept, "wrong_rows": wrong, "coverage": kept / len(testing)}
-    if step is None:
-        facts["note"] = _too_few(max_error, confidence, len(testing), kept_P[0], wrong_P[0])
-        warnings.warn(facts["note"], stacklevel=2)
-    else:
+    facts |= {"tested_rows": len(testing), "kept_rows": 0, "wrong_rows": 0, "coverage": 0.0}
+    if found.passed:
+        facts |= {"kept_rows": found.kept, "wrong_rows": found.wrong, "coverage": found.kept / len(testing)}
         facts["note"] = (
             f"With probability {confidence:g} over the draw of calibration rows, at most {max_error:.2%} of the "
-            f"answers whose alarm is at most {path_P[step]:.4g} are wrong, on fresh rows like these."
+            f"answers whose alarm is at most {found.threshold:.4g} are wrong, on fresh rows like these."
         )
+    else:
+        facts["note"] = _too_few(max_error, confidence, len(testing), found)
+        warnings.warn(facts["note"], stacklevel=2)
     info = {**(alarm.fitted_on.info if alarm.fitted_on else {}), **facts}
     hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
     record = CalibrationRecord(hash_N=hash_N, info=info)
-    return dataclasses.replace(alarm, threshold=NOTHING if step is None else float(path_P[step]), fitted_on=record)
+    return dataclasses.replace(alarm, threshold=found.threshold if found.passed else NOTHING, fitted_on=record)
 
 
-def _too_few(max_error: float, confidence: float, testing: int, kept: float, wrong: float) -> str:
+def _too_few(max_error: float, confidence: float, testing: int, found: Found) -> str:
     needed = math.ceil(math.log(1 - confidence) / math.log(1 - max_error))
     return (
         f"No threshold could be shown to keep errors at {max_error:.2%} of the answers kept: nothing is kept. It takes "
         f"at least {needed} kept answers without any error among the rows that test, of which there are {testing} "
-        f"here; the most promising threshold keeps {kept:.0f}, {wrong:.0f} of them wrong."
+        f"here; the most promising threshold keeps {found.kept}, {found.wrong} of them wrong."
     )
 
 
@@ -123,21 +121,39 @@ def _refuse_seen(trace: Trace, name: str, record: CalibrationRecord | None) -> N
         )
 
 
-class _Judged(NamedTuple):
+class Judged(NamedTuple):
     """Alarms of answers, from the least, and which of the answers are wrong."""
 
     alarm_N: Floats
     wrong_N: Bools
 
 
-def _judged(trace: Trace, policy: Policy, alarm: Alarm) -> _Judged:
+class Found(NamedTuple):
+    """A threshold, whether it ``passed`` the test, and how many of the rows that tested it keeps, right and wrong."""
+
+    threshold: float
+    passed: bool
+    kept: int
+    wrong: int
+
+
+def last_passing(choose: Judged, test: Judged, max_error: float, confidence: float) -> Found:
+    """The last threshold before the first that fails, on the path that ``choose`` suggests; if all fail, the first."""
+    path_P = _path(choose, len(test.alarm_N), confidence)
+    kept_P, wrong_P = _counts(path_P, test)
+    step = last_safe(wrong_P, kept_P, max_error, confidence)
+    at = step or 0
+    return Found(float(path_P[at]), step is not None, round(kept_P[at]), round(wrong_P[at]))
+
+
+def _judged(trace: Trace, policy: Policy, alarm: Alarm) -> Judged:
     outcome = simulate(policy, trace, alarm)
     assert outcome.alarm_N is not None
     order_N = outcome.alarm_N.argsort()
-    return _Judged(outcome.alarm_N[order_N].numpy(), wrong_answers(outcome, trace)[order_N].numpy())
+    return Judged(outcome.alarm_N[order_N].numpy(), wrong_answers(outcome, trace)[order_N].numpy())
 
 
-def _path(choose: _Judged, testing: int, confidence: float) -> Floats:
+def _path(choose: Judged, testing: int, confidence: float) -> Floats:
     """Thresholds, midway between alarms seen, from the one most likely to pass the test to the one that keeps all."""
     rows = len(choose.alarm_N)
     last_P = np.unique(np.linspace(0, rows, min(STEPS, rows) + 1).astype(np.int64)[1:]) - 1
@@ -151,7 +167,7 @@ def _path(choose: _Judged, testing: int, confidence: float) -> Floats:
     return hopeful_P
 
 
-def _counts(path_P: Floats, judged: _Judged) -> tuple[Floats, Floats]:
+def _counts(path_P: Floats, judged: Judged) -> tuple[Floats, Floats]:
     """How many answers each threshold keeps, and how many of those are wrong."""
     kept_P = np.searchsorted(judged.alarm_N, path_P, side="right")
     return kept_P.astype(np.float64), np.append(0.0, judged.wrong_N.cumsum())[kept_P]
