@@ -1,4 +1,4 @@
-"""Confusion equals its definition, moments those of numpy, AUROC that of scikit-learn and of the loop over pairs."""
+"""Confusion equals its definition, moments those of numpy, AUROC that of scikit-learn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 import oracle
 import shallowdeep.disagreement as disagreement
-from shallowdeep.disagreement import confusion, error_auroc, error_finding, error_scores, fit_confusion
+from shallowdeep.disagreement import confusion, error_finding, fit_confusion
 from shallowdeep.policies import Confidence
 from shallowdeep.types import ConfusionReference, Trace
 from shallowdeep.walking import simulate
@@ -105,48 +105,6 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disagreement, "CHUNK_ELEMENTS", 7 * 50)
     assert torch.equal(confusion(trace), whole)
     torch.testing.assert_close(fit_confusion(None, trace).covariance_EEE, moments.covariance_EEE, rtol=0, atol=1e-12)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([-1.0, 0.0, 0.5, 0.5000001, 7.0]), st.booleans()), min_size=1, max_size=30))
-def test_auroc_is_the_share_of_pairs(rows: list[tuple[float, bool]]) -> None:
-    score, wrong = [s for s, _ in rows], [w for _, w in rows]
-    got = error_auroc(torch.tensor(score, dtype=torch.float64), torch.tensor(wrong))
-    assert got == pytest.approx(oracle.auroc(score, wrong), nan_ok=True)
-    if 0 < sum(wrong) < len(wrong):
-        assert got == pytest.approx(roc_auc_score(wrong, score))
-
-
-def test_auroc_refuses_scores_that_are_no_numbers() -> None:
-    with pytest.raises(ValueError, match="1 of 2 scores are not numbers"):
-        error_auroc(torch.tensor([math.nan, 0.0]), torch.tensor([True, False]))
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=40))
-def test_error_scores_are_the_slow_ones(rows: list[tuple[int, bool]]) -> None:
-    score, wrong = torch.tensor([s for s, _ in rows]).double(), torch.tensor([w for _, w in rows])
-    found = error_scores(score, wrong)
-    errors = [s for s, w in rows if w]
-    rights = [s for s, w in rows if not w]
-    if not errors or not rights:
-        assert math.isnan(found.aurc)
-        assert math.isnan(found.fpr_at_95_tpr)
-        return
-    # The highest bar that suspects 95 % of the errors, and the right answers at or above it.
-    bar = max(b for b in errors if sum(e >= b for e in errors) >= 0.95 * len(errors))
-    assert found.fpr_at_95_tpr == pytest.approx(sum(r >= bar for r in rights) / len(rights))
-    # Errors among the k least suspicious rows, equal scores shared out evenly, averaged over k.
-    risks = []
-    for k in range(1, len(rows) + 1):
-        left, seen = k, 0.0
-        for value in sorted({s for s, _ in rows}):
-            group = [w for s, w in rows if s == value]
-            taken = min(left, len(group))
-            seen, left = seen + taken * sum(group) / len(group), left - taken
-        risks.append(seen / k)
-    assert found.aurc == pytest.approx(sum(risks) / len(risks))
-    assert found.auroc == error_auroc(score, wrong)
 
 
 def test_error_finding_is_scikit_learns() -> None:

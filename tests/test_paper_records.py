@@ -12,8 +12,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import shallowdeep as sd
-from shallowdeep.disagreement import error_auroc
 from shallowdeep.files import FormatError, write_tensors
+from shallowdeep.finding import error_auroc
 from shallowdeep.paper import tables
 from shallowdeep.paper.experiments import early_exits, error_alarms, galleries, overthinking_by_exit
 from shallowdeep.paper.records import GRID, ReducedTrace, figures, reduce_traces

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from shallowdeep.certificates import Certificate, Method, Risk
-from shallowdeep.disagreement import error_auroc
 from shallowdeep.effects import answers, share
 from shallowdeep.families import FAMILIES
+from shallowdeep.finding import error_auroc
 from shallowdeep.guarantees import Aim, certify, full_cost_of
 from shallowdeep.paths import Rows, brings_of, read_rows
 from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Policy, asked_exits, finite_rows

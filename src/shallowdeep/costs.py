@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Policy
+from shallowdeep.trajectory import Alarm
 from shallowdeep.types import ConfusionReference, Costs, table
 from shallowdeep.views import SecondLook
 from shallowdeep.walking import Rule, costs_when_asking, rule_of
@@ -59,9 +60,9 @@ class Exits:
     feeds_EE: Tensor
     confusion_reference: ConfusionReference | None
 
-    def rule(self, policy: Policy) -> Rule:
-        """What ``policy`` means on them. Raises ``ValueError`` where it speaks of other exits."""
-        return rule_of(policy, len(self.exit_names), self.full_exit, self.confusion_reference)
+    def rule(self, policy: Policy, alarm: Alarm | None = None) -> Rule:
+        """What ``policy`` means on them. Raises ``ValueError`` where it, or ``alarm``, speaks of other exits."""
+        return rule_of(policy, len(self.exit_names), self.full_exit, self.confusion_reference, alarm)
 
     def costs(self, rule: Rule) -> Tensor:
         """Cost of stopping at each exit under ``rule``, float64 [E]."""

@@ -10,13 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
-from scipy.stats import rankdata
-from sklearn.metrics import average_precision_score, roc_curve
 from torch import Tensor
 
 from shallowdeep.effects import answers
+from shallowdeep.finding import error_auroc
 from shallowdeep.types import ConfusionReference, Trace, table
 from shallowdeep.walking import CHUNK_ELEMENTS, l1, standardised
 
@@ -72,60 +70,6 @@ def fit_confusion(sdn: KeepsReference | None, trace: Trace) -> ConfusionReferenc
     if sdn is not None:
         sdn.set_confusion_reference(reference)
     return reference
-
-
-def error_auroc(score_N: Tensor, wrong_N: Tensor) -> float:
-    """How well ``score_N`` finds errors: the chance that an error scores above a right answer, ties counting half.
-
-    Exact (Mann-Whitney). nan when there is no error, or nothing but errors. Raises ``ValueError`` on a score that is
-    not a number.
-    >>> error_auroc(torch.tensor([0.1, 0.9, 0.9]), torch.tensor([False, True, False]))
-    0.75
-    """
-    score, wrong = score_N.numpy(force=True), wrong_N.numpy(force=True).astype(bool)
-    if np.isnan(score).any():
-        raise ValueError(f"{int(np.isnan(score).sum())} of {len(score)} scores are not numbers.")
-    errors, rights = int(wrong.sum()), int((~wrong).sum())
-    if not errors or not rights:
-        return float("nan")
-    above = rankdata(score)[wrong].sum() - errors * (errors + 1) / 2
-    return float(above / (errors * rights))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ErrorScores:
-    """How well one score finds errors, errors being the positives.
-
-    ``fpr_at_95_tpr``: the share of right answers that are suspected when 95 % of the errors are. ``aurc``: the mean
-    share of errors among the least suspicious rows, over all coverages (arXiv 1705.08500); lower is better.
-    """
-
-    auroc: float
-    aupr: float
-    fpr_at_95_tpr: float
-    aurc: float
-
-
-def error_scores(score_N: Tensor, wrong_N: Tensor) -> ErrorScores:
-    """How well ``score_N`` (higher: more suspicious) finds the True of ``wrong_N``; all nan when all rows are alike.
-
-    >>> error_scores(torch.tensor([0.1, 0.2, 0.9]), torch.tensor([False, False, True])).fpr_at_95_tpr
-    0.0
-    """
-    auroc = error_auroc(score_N, wrong_N)
-    if np.isnan(auroc):
-        return ErrorScores(auroc=auroc, aupr=auroc, fpr_at_95_tpr=auroc, aurc=auroc)
-    score, wrong = score_N.double().numpy(force=True), wrong_N.numpy(force=True).astype(bool)
-    fpr, tpr, _ = roc_curve(wrong, score, drop_intermediate=False)
-    # Rows of equal score come in any order: each stands for the mean of its group.
-    _, group, size = np.unique(score, return_inverse=True, return_counts=True)
-    spread = (np.bincount(group, wrong) / size)[np.sort(group)]
-    return ErrorScores(
-        auroc=auroc,
-        aupr=float(average_precision_score(wrong, score)),
-        fpr_at_95_tpr=float(fpr[tpr >= 0.95 - 1e-12][0]),
-        aurc=float((spread.cumsum() / np.arange(1, len(score) + 1)).mean()),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from shallowdeep.policies import Policy
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.spelling import to_json
 from shallowdeep.steps import Step, chain, export_step, make_steps, named, remembered
+from shallowdeep.trajectory import LEAST, Alarm
 from shallowdeep.types import ExportError, MissingExtra
 from shallowdeep.views import Look, SecondLook, check_view, second_look_of
 from shallowdeep.walking import Rule
@@ -37,7 +38,7 @@ try:
     import onnxruntime
 
     from shallowdeep.host import EarlyExits
-    from shallowdeep.nested import OUTPUTS, Question, nested_model
+    from shallowdeep.nested import Question, nested_model
 except ImportError as error:
     raise MissingExtra(f"Exports need {error.name}: pip install 'shallowdeep[export]'.") from error
 
@@ -55,9 +56,10 @@ def export_folder(
     inputs: Inputs,
     *,
     second_look: Look = None,
+    alarm: Alarm | None = None,
 ) -> None:
     """Write ``folder``: an ONNX file a step, ``manifest.json``, and ``host.py``, which runs them with NumPy and ONNX
-    Runtime alone.
+    Runtime alone. With an ``alarm`` its answers say how probably they are wrong.
 
     ``inputs`` are real rows on which the artefact is compared with the engine before it is put in place; an earlier
     export there is replaced whole. Raises ``ExportError`` where answers differ, where ``folder`` holds something else,
@@ -65,7 +67,7 @@ def export_folder(
     cannot be part of a graph.
     """
     with _put_in_place(Path(folder)) as fresh:
-        what = _what(sdn, policy, second_look)
+        what = _what(sdn, policy, second_look, alarm)
         steps, examples, state = _steps(what)
         inputs = in_order(inputs, sdn.plan.inputs.names)
         files = []
@@ -84,13 +86,14 @@ def export_programs(
     inputs: Inputs,
     *,
     second_look: Look = None,
+    alarm: Alarm | None = None,
 ) -> None:
     """Write ``folder``: a ``torch.export`` program (``.pt2``) a step and ``manifest.json``, for runtimes of others.
 
     Every program is compared with its step on ``inputs``, at full depth. Errors as in ``export_folder``.
     """
     with _put_in_place(Path(folder)) as fresh, torch.no_grad():
-        what = _what(sdn, policy, second_look)
+        what = _what(sdn, policy, second_look, alarm)
         steps, examples, state = _steps(what)
         inputs = in_order(inputs, sdn.plan.inputs.names)
         rows = named(sdn.plan.inputs.names, inputs) | remembered(policy, num_rows(inputs), torch.device("cpu"))
@@ -113,25 +116,28 @@ def export_file(
     inputs: Inputs,
     *,
     second_look: Look = None,
+    alarm: Alarm | None = None,
 ) -> None:
     """Write ``folder``: ``model.onnx``, one graph with nested ``If`` that skips by itself, and ``manifest.json``.
 
-    Its outputs are ``label``, ``probabilities``, ``exit``, ``confidence`` and ``confusion``. Rows leave inside the
-    graph: who is answered is not computed on. ``inputs`` and errors as in ``export_folder``.
+    Its outputs are ``label``, ``probabilities``, ``exit``, ``confidence``, ``confusion`` and, where one is given,
+    ``alarm``. Rows leave inside the graph: who is answered is not computed on. ``inputs`` and errors as in
+    ``export_folder``.
     """
     with _put_in_place(Path(folder)) as fresh:
-        what = _what(sdn, policy, second_look)
+        what = _what(sdn, policy, second_look, alarm)
         steps, examples, state = _steps(what)
         inputs = in_order(inputs, sdn.plan.inputs.names)
         questions = []
         for step, given in zip(steps, examples, strict=True):
             facts = _step(what, step)
-            wanted = {name: facts[name] for name in ("exit", "takes", "gives", "mean", "scale")}
+            wanted = {name: facts[name] for name in ("exit", "takes", "gives", "mean", "scale", "alarm")}
             questions.append(Question(model=onnx_program(step, given), **wanted))
         rows = {name: x.numpy() for name, x in state.items()}
         model = nested_model(questions, full_exit=what.exits.full_exit, fresh=rows, rowless=steps[0].rowless)
         (fresh / "model.onnx").write_bytes(model.SerializeToString())
-        manifest: dict[str, Any] = {"file": "model.onnx", "sha256": _sha256(fresh / "model.onnx"), "outputs": OUTPUTS}
+        manifest: dict[str, Any] = {"file": "model.onnx", "sha256": _sha256(fresh / "model.onnx")}
+        manifest["outputs"] = [given.name for given in model.graph.output]
         exits = [_step(what, step) for step in steps]
         manifest["exits"] = [{name: one[name] for name in ("exit", "name", "cost")} for one in exits]
         _write(fresh, _about(what, "onnxruntime") | manifest)
@@ -144,11 +150,12 @@ class _What(NamedTuple):
     sdn: ShallowDeepNetwork
     policy: Policy
     look: SecondLook | None
+    alarm: Alarm | None
     exits: Exits
     rule: Rule
 
 
-def _what(sdn: ShallowDeepNetwork, policy: Policy, second_look: Look) -> _What:
+def _what(sdn: ShallowDeepNetwork, policy: Policy, second_look: Look, alarm: Alarm | None) -> _What:
     """All of it, if it can be exported."""
     if sdn.plan.via != "export":
         raise ExportError(f"{sdn.plan.model} cannot be exported: only its own modules run it.")
@@ -157,7 +164,7 @@ def _what(sdn: ShallowDeepNetwork, policy: Policy, second_look: Look) -> _What:
     look = second_look_of(second_look)
     check_view(policy, look)
     exits = exits_of(sdn, look)
-    return _What(sdn, policy, look, exits, exits.rule(policy))
+    return _What(sdn, policy, look, alarm, exits, exits.rule(policy, alarm))
 
 
 def _steps(what: _What) -> tuple[list[Step], list[list[Tensor]], dict[str, Tensor]]:
@@ -186,11 +193,11 @@ def _loop_facts(
 def _runner(file: Path, names: Sequence[str]) -> Callable[..., Mapping[str, Any]]:
     """The single file as a function of arrays in the order of ``names``; inputs that it does not read are left out."""
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    read = {given.name for given in session.get_inputs()}
+    read, answers = {given.name for given in session.get_inputs()}, [given.name for given in session.get_outputs()]
 
     def run(*arrays: Any) -> dict[str, Any]:
         feed = {f"input.{name}": x for name, x in zip(names, arrays, strict=True) if f"input.{name}" in read}
-        return dict(zip(OUTPUTS, session.run(list(OUTPUTS), feed), strict=True))
+        return dict(zip(answers, session.run(answers, feed), strict=True))
 
     return run
 
@@ -211,6 +218,9 @@ def _about(what: _What, runtime: str) -> dict[str, Any]:
         del record["hash_N"]
         if record.get("certificate", {}).get("backend") != runtime:
             record.pop("certificate", None)
+    watched = None if what.alarm is None else what.alarm.to_json()
+    if watched is not None and "fitted_on" in watched:
+        del watched["fitted_on"]["hash_N"]
     signature = sdn.plan.inputs
     leaves = zip(signature.names, signature.shapes, signature.dtypes, strict=True)
     return {
@@ -224,6 +234,7 @@ def _about(what: _What, runtime: str) -> dict[str, Any]:
         "full_exit": what.exits.full_exit,
         "second_look": None if what.look is None else what.look.name,
         "policy": facts,
+        "alarm": watched,
         "plan": plan_to_json(sdn.plan),
         "versions": {name: version(name) for name in ("shallowdeep", "torch", "onnx", "onnxruntime")},
     }
@@ -231,13 +242,14 @@ def _about(what: _What, runtime: str) -> dict[str, Any]:
 
 def _step(what: _What, step: Step) -> dict[str, Any]:
     """What the loop must know of one step."""
-    mean, std = what.rule.moments[step.exit]
+    (mean, std), alarm = what.rule.moments[step.exit], what.alarm
     return {
         "exit": step.exit,
         "name": what.exits.exit_names[step.exit],
         "cost": float(what.exits.costs(what.rule)[step.exit]),
         "mean": mean,
         "scale": 1 / std if std > 1e-12 else 0.0,
+        "alarm": alarm and {"bias": alarm.bias_E[step.exit], "weights": alarm.weights(step.exit), "least": LEAST},
         "takes": step.takes,
         "gives": step.gives,
     }
@@ -247,7 +259,8 @@ def _compare(what: _What, exported: Callable[..., Mapping[str, Any]], inputs: In
     """Raise ``ExportError`` unless the artefact answers ``inputs`` as the engine does."""
     # Compared in PyTorch whatever was certified, and with whatever view: the rule alone matters.
     plain: Any = what.policy
-    engine = Engine(what.sdn, dataclasses.replace(plain, calibrated_on=None), second_look=what.look, backend="torch")
+    rule = dataclasses.replace(plain, calibrated_on=None)
+    engine = Engine(what.sdn, rule, second_look=what.look, alarm=what.alarm, backend="torch")
     rows = num_rows(inputs)
     if rows < max(CHECKED):
         raise ExportError(f"To compare an export give at least {max(CHECKED)} real rows, found {rows}.")
@@ -263,6 +276,10 @@ def _compare(what: _What, exported: Callable[..., Mapping[str, Any]], inputs: In
         far_BC = (torch.from_numpy(found["probabilities"]) - softmax_BC)[same_B & expected.valid_B.cpu()].abs()
         if far_BC.numel() and float(far_BC.max()) > 1e-3:
             raise ExportError(f"The export's probabilities are {float(far_BC.max()):.2g} away from the engine's.")
+        if expected.alarm_B is not None:
+            far_B = (torch.from_numpy(found["alarm"]) - expected.alarm_B.cpu())[same_B].abs()
+            if far_B.numel() and float(far_B.max()) > 1e-3:
+                raise ExportError(f"The export's alarms are {float(far_B.max()):.2g} away from the engine's.")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from host import EarlyExits
 answer = EarlyExits("folder")(images)    # arrays, rows first, as the network takes them
 answer["label"], answer["exit"], answer["probabilities"], answer["confidence"], answer["confusion"]
+answer["alarm"], where it was exported with one: how probably the answer is wrong
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class EarlyExits:
         batch = len(inputs[0])
         rows |= {name: np.repeat(np.array(row["row"], row["dtype"]), batch, 0) for name, row in about["fresh"].items()}
         where, answer = np.arange(batch), {"probabilities": np.zeros((batch, about["num_classes"]))}
-        answer |= {name: np.zeros(batch) for name in ("confidence", "confusion", "cost")}
+        names = ("confidence", "confusion", "cost", *["alarm"] * (about["alarm"] is not None))
+        answer |= {name: np.zeros(batch) for name in names}
         answer |= {name: np.zeros(batch, np.int64) for name in ("label", "exit")} | {"valid": np.zeros(batch, bool)}
         for place, (step, session) in enumerate(zip(about["steps"], self.sessions, strict=True)):
             if not len(where):
@@ -70,6 +72,9 @@ class EarlyExits:
             apart = [np.abs(rows[f"softmax.{k}"][stop] - said).sum(1) for k in range(place + 1)]
             answer["confusion"][out] = (np.sum(np.nan_to_num(apart, nan=2.0), 0) - step["mean"]) * step["scale"]
             answer["cost"][out] = step["cost"]
+            if step["alarm"] is not None:
+                passed = [rows[f"softmax.{k}"][stop] for k in range(place + 1)]
+                answer["alarm"][out] = _wrong(said, passed, **step["alarm"])
             where = where[~stop]
             rows = {name: x if name in about["rowless"] else x[~stop] for name, x in rows.items()}
         return answer
@@ -84,3 +89,12 @@ class EarlyExits:
                 found = f"{dtype} {list(shape) if shape is not None else ''}"
                 raise ValueError(f"{one['name']} is {one['dtype']} [rows, *{one['shape']}], found {found}.")
         return {f"input.{one['name']}": x for x, one in zip(inputs, wanted, strict=True)}
+
+
+def _wrong(said: Any, passed: Any, bias: float, weights: Any, least: float) -> Any:
+    """How probably answers with the softmax ``said`` are wrong, given those of the exits passed."""
+    row, label = np.arange(len(said)), said.argmax(1)
+    own = np.nan_to_num([softmax[row, label] for softmax in passed])
+    odds = np.log(np.maximum(own, least)) - np.log(np.maximum(1 - own, least))
+    alarm = (1 + np.tanh((bias + np.array(weights) @ odds) / 2)) / 2
+    return np.where(np.isnan(said).any(1), 1.0, alarm)

@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-OUTPUTS = ("label", "probabilities", "exit", "confidence", "confusion")
 _TYPES = {"label": TensorProto.INT64, "exit": TensorProto.INT64}
 
 
@@ -27,13 +26,14 @@ class Question:
     gives: Sequence[str]
     mean: float
     scale: float
+    alarm: Mapping[str, Any] | None
 
 
 def nested_model(
     questions: Sequence[Question], *, full_exit: int, fresh: Mapping[str, Any], rowless: frozenset[str]
 ) -> onnx.ModelProto:
     """The model: inputs are those of the steps (``input.NAME``), outputs [batch] each: ``label``, ``probabilities``
-    [batch, C], ``exit``, ``confidence``, ``confusion``.
+    [batch, C], ``exit``, ``confidence``, ``confusion``, and ``alarm`` where the questions have one.
 
     Rows leave inside the graph: those that go on are gathered, and their answers put back in place. ``fresh`` holds a
     row of what the policy remembers before its first question, as NumPy arrays.
@@ -117,17 +117,20 @@ def _ask(
     """Names of the answers of the rows that step ``place`` and those behind it are asked about."""
     question, last = questions[place], place + 1 == len(questions)
     rows = rows | graph.inline(question, rows)
-    own, said = rows[f"logits.{place}"], rows.get(f"answer.softmax.{place}", rows[f"softmax.{place}"])
+    own, answer = rows[f"logits.{place}"], rows.get(f"answer.softmax.{place}", rows[f"softmax.{place}"])
+    said = [rows[f"softmax.{k}"] for k in range(place + 1)]
+    label = graph.add("ArgMax", rows.get(f"answer.logits.{place}", own), axis=1, keepdims=0)
     here = {
-        "label": graph.add("ArgMax", rows.get(f"answer.logits.{place}", own), axis=1, keepdims=0),
-        "probabilities": said,
-        "confidence": graph.add("ReduceMax", said, graph.ints([1]), keepdims=0),
-        "confusion": _confusion(graph, [rows[f"softmax.{k}"] for k in range(place + 1)], said, question),
+        "label": label,
+        "probabilities": answer,
+        "exit": graph.add("Add", graph.add("Mul", label, graph.ints([0])), graph.ints([question.exit])),
+        "confidence": graph.add("ReduceMax", answer, graph.ints([1]), keepdims=0),
+        "confusion": _confusion(graph, said, answer, question),
     }
-    zeros = graph.add("Mul", here["label"], graph.ints([0]))
-    here["exit"] = graph.add("Add", zeros, graph.ints([question.exit]))
+    if question.alarm is not None:
+        here["alarm"] = _alarm(graph, said, answer, **question.alarm)
     if last:
-        return {name: here[name] for name in OUTPUTS}
+        return here
     total = graph.add("ReduceSum", graph.add("Cast", own, to=TensorProto.DOUBLE), graph.ints([1]), keepdims=0)
     finite = graph.add("Less", graph.add("Abs", total), graph.constant(np.array(np.inf)))
     if question.exit == full_exit:
@@ -148,17 +151,18 @@ def _ask(
     }
     found = _ask(deeper, questions, place + 1, picked, full_exit, rowless)
     column = deeper.add("Unsqueeze", index, deeper.ints([1]))
-    put = {name: deeper.add("ScatterND", here[name], column, found[name]) for name in OUTPUTS}
-    kept = {name: shallow.add("Identity", here[name]) for name in OUTPUTS}
-    names = [f"{graph.prefix}.{place}if.{name}" for name in OUTPUTS]
+    put = {name: deeper.add("ScatterND", here[name], column, found[name]) for name in here}
+    kept = {name: shallow.add("Identity", here[name]) for name in here}
+    names = [f"{graph.prefix}.{place}if.{name}" for name in here]
     branches = {"then_branch": _branch(deeper, put), "else_branch": _branch(shallow, kept)}
     graph.nodes.append(helper.make_node("If", [some], names, **branches))
-    return dict(zip(OUTPUTS, names, strict=True))
+    return dict(zip(here, names, strict=True))
 
 
 def _branch(graph: _Nodes, answers: Mapping[str, str]) -> onnx.GraphProto:
     values = [
-        helper.make_tensor_value_info(answers[name], _TYPES.get(name, TensorProto.DOUBLE), None) for name in OUTPUTS
+        helper.make_tensor_value_info(value, _TYPES.get(name, TensorProto.DOUBLE), None)
+        for name, value in answers.items()
     ]
     return helper.make_graph(graph.nodes, graph.prefix, [], values, graph.weights)
 
@@ -171,3 +175,23 @@ def _confusion(graph: _Nodes, said: Sequence[str], answer: str, question: Questi
         total = graph.add("Add", total, apart) if total else apart
     centred = graph.add("Sub", total, graph.constant(np.array(question.mean)))
     return graph.add("Mul", centred, graph.constant(np.array(question.scale)))
+
+
+def _alarm(
+    graph: _Nodes, said: Sequence[str], answer: str, *, bias: float, weights: Sequence[float], least: float
+) -> str:
+    """How probably the answer is wrong: see ``Alarm``."""
+
+    def log_odds(probability: str) -> str:
+        probability = graph.add("Where", graph.add("IsNaN", probability), graph.constant(np.array(0.0)), probability)
+        rest, least_ = graph.add("Sub", graph.constant(np.array(1.0)), probability), graph.constant(np.array(least))
+        return graph.add("Sub", *(graph.add("Log", graph.add("Max", one, least_)) for one in (probability, rest)))
+
+    label = graph.add("ArgMax", answer, axis=1, keepdims=1)
+    total = graph.constant(np.array([[bias]]))
+    for weight, softmax in zip(weights, said, strict=True):
+        odds = log_odds(graph.add("GatherElements", softmax, label, axis=1))
+        total = graph.add("Add", total, graph.add("Mul", odds, graph.constant(np.array(weight))))
+    lost = graph.add("IsNaN", graph.add("ReduceSum", answer, graph.ints([1]), keepdims=1))
+    alarm = graph.add("Where", lost, graph.constant(np.array(1.0)), graph.add("Sigmoid", total))
+    return graph.add("Squeeze", alarm, graph.ints([1]))

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from shallowdeep.abstention import calibrate_alarm
+from shallowdeep.alarming import alarms, fit_alarm
 from shallowdeep.attack_study import StudyChoices, attack_study, write_study
 from shallowdeep.attacks import Attack, Pixels
 from shallowdeep.audits import Audit
@@ -225,3 +227,36 @@ def prove_verb(trace: Path, out: Path, *, draws: int, processes: int, minutes: f
     broken = sum(not cell["holds"] for one in found["populations"].values() for cell in one["cells"])
     last = found["verdict"].rpartition("\n")[2]
     return dict(plain({"verb": "prove-guarantee", "out": out, "broken": broken, "verdict": last}))
+
+
+TRACE = "trace.safetensors"
+
+
+def alarms_verb(
+    trace_dir: Path,
+    policy_dir: Path | None,
+    out: Path,
+    *,
+    against: Path | None = None,
+    max_error: float | None = None,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """How well scores find wrong answers, or the rows of another trace: writes ``alarms.json``; and the alarm itself,
+    with a threshold where ``max_error`` is given: ``alarm.json``.
+    """
+    trace = Trace.load(trace_dir / TRACE)
+    policy = None if policy_dir is None else from_json(read_json(policy_dir / "policy.json"))
+    found = alarms(trace, policy, against=None if against is None else Trace.load(against / TRACE))
+    print(found)
+    if max_error is None:
+        alarm = fit_alarm(trace, policy)
+    else:
+        alarm = calibrate_alarm(trace, policy, max_error=max_error, confidence=confidence)
+        print(alarm.fitted_on.info["note"] if alarm.fitted_on else "")
+    facts = dataclasses.asdict(found)
+    write_text(out / "alarms.json", json.dumps(plain(facts), indent=1))
+    write_text(out / "alarm.json", json.dumps(alarm.to_json()))
+    choices = {"trace": trace_dir, "policy": policy_dir, "against": against, "max_error": max_error}
+    write_run(out, "alarms", choices | {"confidence": confidence}, facts)
+    result = {"verb": "alarms", "out": out, **facts, "threshold": alarm.threshold}
+    return dict(plain(result))

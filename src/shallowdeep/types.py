@@ -360,7 +360,8 @@ class Outcome:
 
     ``exit_N`` is where computing stopped, ``labels_N`` and ``logits_NC`` the answer (under the fallback
     ``most_confident`` possibly an earlier exit's), ``confidence_N`` the answer's max-softmax, ``confusion_N`` how
-    far the exits asked disagree with it (standardised when the trace carries a reference, else raw).
+    far the exits asked disagree with it (standardised when the trace carries a reference, else raw), ``alarm_N`` how
+    probably it is wrong (None without an alarm).
     """
 
     exit_N: Tensor
@@ -369,12 +370,13 @@ class Outcome:
     cost_N: Tensor
     confidence_N: Tensor
     confusion_N: Tensor
+    alarm_N: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Answer:
     """What an engine returns for a batch; fields as in ``Outcome``, ``valid_B`` False where an answer is not finite,
-    ``capped_B`` True where a limit of the call ended the walk before the policy did.
+    ``capped_B`` True where a limit of the call ended the walk before the policy did, ``alarm_B`` None without an alarm.
     """
 
     labels_B: Tensor
@@ -385,6 +387,7 @@ class Answer:
     cost_B: Tensor
     valid_B: Tensor
     capped_B: Tensor
+    alarm_B: Tensor | None = None
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

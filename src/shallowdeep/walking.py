@@ -9,16 +9,15 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shallowdeep.policies import Policy, State, asked_exits, finite_rows
+from shallowdeep.trajectory import Alarm, Array
 from shallowdeep.types import ConfusionReference, Outcome, Trace
 
-Array: TypeAlias = Any
-"""A torch tensor or a NumPy array."""
 CHUNK_ELEMENTS = 1 << 21  # logits held at once in float64 while walking a trace: 16 MB
 
 
@@ -51,14 +50,22 @@ class Memory(NamedTuple):
 class Rule:
     """What a policy means on one network's exits, as functions of tensors alone: loops ask them, graphs hold them.
 
-    ``reference``, where there is one, standardises the confusion.
+    ``reference``, where there is one, standardises the confusion; ``alarm`` says how probably answers are wrong.
     """
 
     def __init__(
-        self, policy: Policy, *, num_exits: int, full_exit: int, reference: ConfusionReference | None = None
+        self,
+        policy: Policy,
+        *,
+        num_exits: int,
+        full_exit: int,
+        reference: ConfusionReference | None = None,
+        alarm: Alarm | None = None,
     ) -> None:
-        self.policy, self.full_exit = policy, full_exit
+        self.policy, self.full_exit, self.alarm = policy, full_exit, alarm
         self.asked = policy.asks(num_exits, full_exit)
+        if alarm is not None:
+            alarm.check(self.asked)
         if reference is not None and len(reference.mean_EE) != num_exits:
             raise ValueError(f"The confusion reference speaks of {len(reference.mean_EE)} exits, not of {num_exits}.")
         self.last = max(e for e in range(num_exits) if self.asked[e])
@@ -122,15 +129,27 @@ class Rule:
         """
         return standardised(sum(l1(said_SC, answer_SC) for said_SC in said), *self.moments[exit])
 
+    def suspicion(self, exit: int, said: Sequence[Array], answer_SC: Array) -> Array | None:
+        """How probably the same rows' answers are wrong; None without an alarm."""
+        return None if self.alarm is None else self.alarm.score(exit, said, answer_SC)
+
 
 @lru_cache(maxsize=256)
-def rule_of(policy: Policy, num_exits: int, full_exit: int, reference: ConfusionReference | None) -> Rule:
+def rule_of(
+    policy: Policy,
+    num_exits: int,
+    full_exit: int,
+    reference: ConfusionReference | None,
+    alarm: Alarm | None = None,
+) -> Rule:
     """The ``Rule``, worked out once and not for every batch."""
-    return Rule(policy, num_exits=num_exits, full_exit=full_exit, reference=reference)
+    return Rule(policy, num_exits=num_exits, full_exit=full_exit, reference=reference, alarm=alarm)
 
 
 class Left(NamedTuple):
-    """Rows that stopped together: their places in the batch, exits, answers, and which of them a limit stopped."""
+    """Rows that stopped together: their places in the batch, exits, answers, which of them a limit stopped, and how
+    probably each is wrong (None: nobody asked).
+    """
 
     row_S: Array
     exit_S: Array
@@ -138,15 +157,17 @@ class Left(NamedTuple):
     confidence_S: Array
     confusion_S: Array
     capped_S: Array
+    alarm_S: Array | None
+
+    def rows(self, index: Array) -> Left:
+        """The rows ``index``."""
+        return Left(*(None if array is None else array[index] for array in self))
 
 
 def in_batch_order(left: Sequence[Left], joined: Callable[..., Array] = torch.cat) -> Left:
     """All that left, in the order of the batch; ``joined`` puts arrays one after another."""
-    found = Left(*(joined(parts) for parts in zip(*left, strict=True)))
-    if len(left) == 1:
-        return found
-    order_B = found.row_S.argsort()
-    return Left(*(array[order_B] for array in found))
+    found = Left(*(None if parts[0] is None else joined(parts) for parts in zip(*left, strict=True)))
+    return found if len(left) == 1 else found.rows(found.row_S.argsort())
 
 
 class Walk:
@@ -193,7 +214,7 @@ class Walk:
         (``costs_when_asking``).
         """
         assert self.alive == 0, f"{self.alive} rows still walk; the last exit asked is {self._rule.last}"
-        _, exit_B, logits_BC, confidence_B, confusion_B, _ = in_batch_order(self.left)
+        _, exit_B, logits_BC, confidence_B, confusion_B, _, alarm_B = in_batch_order(self.left)
         return Outcome(
             exit_N=exit_B,
             labels_N=logits_BC.argmax(1),
@@ -201,14 +222,16 @@ class Walk:
             cost_N=cost_E[exit_B],
             confidence_N=confidence_B,
             confusion_N=confusion_B,
+            alarm_N=alarm_B,
         )
 
     def _record(self, exit: int, row_S: Tensor | None, memory: Memory, capped_S: Tensor) -> None:
         logits_SC, softmax_SC = self._rule.answer(exit, memory)
         row_S = torch.arange(len(logits_SC), device=self._device) if row_S is None else row_S
         confusion_S = self._rule.confusion(exit, memory.softmax, softmax_SC)
-        left = Left(row_S, torch.full_like(row_S, exit), logits_SC, softmax_SC.amax(1), confusion_S, capped_S)
-        self.left.append(left)
+        alarm_S = self._rule.suspicion(exit, memory.softmax, softmax_SC)
+        exit_S, confidence_S = torch.full_like(row_S, exit), softmax_SC.amax(1)
+        self.left.append(Left(row_S, exit_S, logits_SC, confidence_S, confusion_S, capped_S, alarm_S))
 
 
 def costs_when_asking(
@@ -240,11 +263,12 @@ def policy_costs(trace: Trace, enabled_E: Sequence[bool] | None = None) -> Tenso
     return costs_when_asking(asked_E, cost_E=trace.cost_E, own_cost_E=trace.own_cost_E, feeds_EE=trace.feeds_EE)
 
 
-def simulate(policy: Policy, trace: Trace) -> Outcome:
-    """What ``policy`` does with every sample of ``trace``: exit, answer, cost, confidence and confusion ([N] each).
+def simulate(policy: Policy, trace: Trace, alarm: Alarm | None = None) -> Outcome:
+    """What ``policy`` does with every sample of ``trace``: exit, answer, cost, confidence and confusion ([N] each), and
+    how probably the answer is wrong where an ``alarm`` is given.
 
     The same walk as the engine's, in chunks of bounded memory: a few seconds per million samples with 7 exits of 10
-    classes. Raises ``ValueError`` when the policy does not fit the trace's exits.
+    classes. Raises ``ValueError`` when the policy does not fit the trace's exits, or the alarm the policy.
     >>> from shallowdeep.policies import Confidence
     >>> trace = Trace(logits_ENC=torch.tensor([[[4.0, 0.0], [0.1, 0.0]], [[4.0, 0.0], [0.0, 4.0]]]),
     ...               labels_N=torch.tensor([0, 1]), cost_E=torch.tensor([0.5, 1.0]))
@@ -253,7 +277,7 @@ def simulate(policy: Policy, trace: Trace) -> Outcome:
     ([0, 1], [0, 1], [0.5, 1.0])
     """
     exits, full = trace.num_exits, trace.full_exit
-    rule = rule_of(policy, exits, full, trace.confusion_reference)
+    rule = rule_of(policy, exits, full, trace.confusion_reference, alarm)
     cost_E = policy_costs(trace, rule.asked)
     rows = max(1, CHUNK_ELEMENTS // (exits * trace.num_classes))
     parts = []
@@ -265,7 +289,8 @@ def simulate(policy: Policy, trace: Trace) -> Outcome:
             if rule.asked[exit] and walk.alive:
                 walk.ask(exit, logits_EBC[exit] if walk.row_S is None else logits_EBC[exit][walk.row_S])
         parts.append(walk.finish(cost_E))
-    return Outcome(**{name: torch.cat([getattr(part, name) for part in parts]) for name in _OUTCOME})
+    names = [name for name in _OUTCOME if name != "alarm_N" or alarm is not None]
+    return Outcome(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 _OUTCOME = tuple(field.name for field in dataclasses.fields(Outcome))

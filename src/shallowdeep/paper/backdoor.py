@@ -17,9 +17,10 @@ from torch import Tensor
 
 from shallowdeep.calibration import tradeoff
 from shallowdeep.collection import collect
-from shallowdeep.disagreement import confusion, error_scores, fit_confusion
+from shallowdeep.disagreement import confusion, fit_confusion
 from shallowdeep.effects import answers, share
 from shallowdeep.files import read_json, write_text
+from shallowdeep.finding import error_scores
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.paper.datasets import read_rows, split_rows, study_set
 from shallowdeep.paper.recipes import fresh_network, make_recipe, train

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from shallowdeep.calibration import tradeoff
-from shallowdeep.disagreement import error_scores
 from shallowdeep.effects import overthinking, share
+from shallowdeep.finding import error_scores
 from shallowdeep.paper.records import ReducedTrace, figures
 
 BINS = 25

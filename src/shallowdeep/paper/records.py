@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from shallowdeep.calibration import Evaluation, evaluate, tradeoff
-from shallowdeep.disagreement import confusion, error_auroc, fit_confusion
+from shallowdeep.disagreement import confusion, fit_confusion
 from shallowdeep.effects import answers, overthinking, share
 from shallowdeep.files import FormatError, read_tensors, write_tensors
+from shallowdeep.finding import error_auroc
 from shallowdeep.policies import Confidence
 from shallowdeep.types import Trace
 from shallowdeep.walking import standardised

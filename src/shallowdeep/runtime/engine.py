@@ -38,6 +38,7 @@ from shallowdeep.runtime.programs import make_backend, make_program, measure
 from shallowdeep.runtime.streams import Stream
 from shallowdeep.runtime.times import StepTimes
 from shallowdeep.steps import chain, named, needed_ics
+from shallowdeep.trajectory import Alarm
 from shallowdeep.types import (
     Answer,
     BackboneMismatch,
@@ -70,7 +71,9 @@ class Engine:
     policy's certificate speaks of; ``certificate`` is None without one and, with a warning, where it is void. Weights
     are snapshotted: a call soon after the SDN has changed raises ``BackboneMismatch``. A backbone that cannot be
     exported runs through its own modules, in PyTorch alone. Several threads may call one engine. Rows whose logits are
-    not finite are answered by the backbone's own exit with ``valid_B`` False. Source: arXiv 1810.07052, section 5.1.
+    not finite are answered by the backbone's own exit with ``valid_B`` False. An ``alarm``
+    (of ``fit_alarm`` or ``calibrate_alarm``, for policies that ask the same exits) adds ``alarm_B``, how probably each
+    answer is wrong. Source: arXiv 1810.07052, section 5.1.
 
     With ``second_look`` (as in ``collect``) rows that the policy does not stop at the backbone's own exit are looked at
     again. Raises ``ValueError`` for a policy that was calibrated with another view, or without one.
@@ -82,15 +85,16 @@ class Engine:
         policy: Policy,
         *,
         second_look: Look = None,
+        alarm: Alarm | None = None,
         backend: BackendName = "auto",
         threads: int | None = None,
     ) -> None:
-        self.sdn, self.policy, self.second_look = sdn, policy, second_look_of(second_look)
+        self.sdn, self.policy, self.second_look, self.alarm = sdn, policy, second_look_of(second_look), alarm
         check_view(policy, self.second_look)
         self.times: StepTimes | None = None
         self._device, self._exported = next(sdn.parameters()).device, sdn.plan.via == "export"
         exits = exits_of(sdn, self.second_look)
-        self._rule = exits.rule(policy)
+        self._rule = exits.rule(policy, alarm)
         policy.init(1, None, self._device)  # a rule that needs labels says so now
         self._cost_E = exits.costs(self._rule)
         self._names = exits.exit_names[: max(self._rule.last, exits.full_exit) + 1]
@@ -239,7 +243,9 @@ class Engine:
         found: list[tuple[float, Backend, Program]] = []
         for backend in backends:
             try:
-                program = make_program(self.sdn, self.policy, self.sdn.plan.inputs, backend, self.second_look)
+                program = make_program(
+                    self.sdn, self.policy, self.sdn.plan.inputs, backend, look=self.second_look, alarm=self.alarm
+                )
             except (MissingExtra, BackendError):
                 continue
             entered = {name: backend.enter(x) for name, x in named(self.sdn.plan.inputs.names, rows).items()}
@@ -285,8 +291,15 @@ class Engine:
         with self._lock:
             key = signature, every_exit or all(self._rule.asked)
             if key not in self._programs:
-                policy = Confidence(threshold=math.inf) if key[1] and not all(self._rule.asked) else self.policy
-                program = make_program(self.sdn, policy, signature, self._backend, self.second_look)
+                plain = key[1] and not all(self._rule.asked)
+                program = make_program(
+                    self.sdn,
+                    Confidence(threshold=math.inf) if plain else self.policy,
+                    signature,
+                    self._backend,
+                    look=self.second_look,
+                    alarm=None if plain else self.alarm,
+                )
                 if len(self._programs) >= PROGRAMS_KEPT:
                     self._programs.pop(next(iter(self._programs)))
                 self._programs[key] = program
@@ -319,10 +332,11 @@ class Engine:
 
     def _answer(self, left: Sequence[Left]) -> Answer:
         """What the rows of a batch are answered, in its order."""
-        _, exit_B, logits_BC, confidence_B, confusion_B, capped_B = in_batch_order(left, self._backend.joined)
+        _, exit_B, logits_BC, confidence_B, confusion_B, capped_B, alarm_B = in_batch_order(left, self._backend.joined)
         found = {"labels_B": logits_BC.argmax(1), "logits_BC": logits_BC, "exit_B": exit_B}
         found |= {"confidence_B": confidence_B, "confusion_B": confusion_B, "capped_B": capped_B}
         found |= {"cost_B": self._cost[exit_B], "valid_B": self._backend.finite(logits_BC)}
+        found |= {} if alarm_B is None else {"alarm_B": alarm_B}
         return Answer(**{name: self._backend.leave(array) for name, array in found.items()})
 
     def _state(self) -> list[tuple[int, int]]:
@@ -340,4 +354,5 @@ class Engine:
             cost_B=none.double(),
             valid_B=none.bool(),
             capped_B=none.bool(),
+            alarm_B=None if self.alarm is None else none.double(),
         )

@@ -134,9 +134,11 @@ def _leave(program: Program, place: int, rows: Mapping[str, Array], row_S: Array
     exit = program.steps[place].exit
     own = rows[f"logits.{place}"], rows[f"softmax.{place}"]
     logits_SC, answer_SC = rows.get(f"answer.logits.{place}", own[0]), rows.get(f"answer.softmax.{place}", own[1])
-    confusion_S = program.rule.confusion(exit, [rows[f"softmax.{k}"] for k in range(place + 1)], answer_SC)
+    said, confidence_S = [rows[f"softmax.{k}"] for k in range(place + 1)], program.backend.largest(answer_SC)
+    confusion_S = program.rule.confusion(exit, said, answer_SC)
+    alarm_S = program.rule.suspicion(exit, said, answer_SC)
     capped_S = row_S < 0 if stop_S is None else ~stop_S
-    return Left(row_S, row_S * 0 + exit, logits_SC, program.backend.largest(answer_SC), confusion_S, capped_S)
+    return Left(row_S, row_S * 0 + exit, logits_SC, confidence_S, confusion_S, capped_S, alarm_S)
 
 
 def _must_end(limit: Limit, times: StepTimes | None, place: int, rows: int) -> bool:

@@ -23,6 +23,7 @@ from shallowdeep.runtime.on_openvino import OnOpenVino
 from shallowdeep.runtime.on_torch import OnTorch
 from shallowdeep.runtime.times import StepTimes
 from shallowdeep.steps import chain, make_steps, named, remembered
+from shallowdeep.trajectory import Alarm
 from shallowdeep.types import BackendError, DataError, InputSignature
 from shallowdeep.views import SecondLook
 
@@ -52,6 +53,7 @@ def make_program(
     signature: InputSignature,
     backend: Backend,
     look: SecondLook | None = None,
+    alarm: Alarm | None = None,
 ) -> Program:
     """The program for rows like ``signature``; every step is run once on noise and compared with PyTorch.
 
@@ -77,9 +79,8 @@ def make_program(
     said = [{f"softmax.{k}" for k in range(place + 1)} for place in range(len(ready))]
     later = [said[place].union(*(step.takes for step in ready[place + 1 :])) for place in range(len(ready))]
     entered = {name: backend.enter(tensor) for name, tensor in remembered(policy, 1, device).items()}
-    return Program(
-        backend, exits_of(sdn, look).rule(policy), tuple(ready), entered, tuple(map(frozenset, later)), steps[0].rowless
-    )
+    rule = exits_of(sdn, look).rule(policy, alarm)
+    return Program(backend, rule, tuple(ready), entered, tuple(map(frozenset, later)), steps[0].rowless)
 
 
 def _check(

@@ -253,7 +253,7 @@ class Stream(Iterator[Answer | Exception]):
             last = first + len(waiting.row_S)
             for left in gone:
                 mine = (left.row_S >= first) & (left.row_S < last)
-                own = Left(*(array[mine] for array in left))
+                own = left.rows(mine)
                 self._left(waiting.request, own._replace(row_S=waiting.row_S[own.row_S - first]))
             if waiting.request.result is None:
                 mine = (stay_S >= first) & (stay_S < last)
