@@ -270,8 +270,8 @@ def test_law_3_the_engines_alarm_is_the_simulated_one(name: str, backend: Any) -
 def test_law_4_exports_sound_the_same_alarm(tmp_path: Path) -> None:
     policy = policies()["most confident"]
     alarm = some_alarm(policy.asks(3, 2))
-    export_folder(tiny(), policy, tmp_path / "folder", rows(60), alarm)
-    export_file(tiny(), policy, tmp_path / "file", rows(60), alarm)
+    export_folder(tiny(), policy, tmp_path / "folder", rows(60), alarm=alarm)
+    export_file(tiny(), policy, tmp_path / "file", rows(60), alarm=alarm)
     exported, single = EarlyExits(tmp_path / "folder"), _runner(tmp_path / "file/model.onnx", ("0",))
     engine, broken = Engine(tiny(), policy, alarm=alarm, backend="torch"), rows(7)
     broken[[1, 4]] = torch.nan

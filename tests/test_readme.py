@@ -17,7 +17,7 @@ STABLE = (
 )
 RIVER = (
     "files types policies trajectory walking effects finding disagreement thresholds calibration alarming abstention",
-    "inputs taps classifiers graph cuts",
+    "inputs views taps classifiers graph cuts",
     "network costs progress collection rates checkpoints segments augment features convolutions training joint timing",
     "steps onnx runs",
     "runtime runtime.backends runtime.times runtime.loop runtime.on_torch runtime.on_onnxruntime runtime.on_openvino",

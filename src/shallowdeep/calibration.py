@@ -88,6 +88,7 @@ def calibrate(
     targets = {"max_accuracy_drop": max_accuracy_drop, "max_mean_cost": max_mean_cost, "confidence": confidence}
     if isinstance(policy, Fixed) and max_mean_cost is None:
         warnings.warn(str(facts["note"]), stacklevel=2)
+    facts |= {name: trace.info[name] for name in ("second_look",) if name in trace.info}
     info = {name: value for name, value in targets.items() if value is not None} | {"rows": trace.num_samples} | facts
     hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
     return dataclasses.replace(policy, calibrated_on=CalibrationRecord(hash_N=hash_N, info=info))

@@ -132,6 +132,7 @@ def collect(
     *,
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
     out: Path = RUNS / "collect",
+    second_look: Literal["mirror"] | None = None,
     batch_size: int = 256,
     reference: bool = False,
 ) -> dict[str, Any]:
@@ -143,6 +144,8 @@ def collect(
         Folder of `sdn train`.
     out
         Folder to write.
+    second_look
+        Ask the network once more on this view of every row, as an exit behind its own answer.
     batch_size
         Rows run at once.
     reference
@@ -150,7 +153,9 @@ def collect(
     """
     from shallowdeep import verbs
 
-    return verbs.collect_verb(sdn_dir, rows.choice(), out, batch_size=batch_size, reference=reference)
+    return verbs.collect_verb(
+        sdn_dir, rows.choice(), out, second_look=second_look, batch_size=batch_size, reference=reference
+    )
 
 
 @app.command

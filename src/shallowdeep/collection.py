@@ -12,12 +12,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shallowdeep.costs import feeds, own_costs
+from shallowdeep.costs import exits_of
 from shallowdeep.graph import evaluating
-from shallowdeep.inputs import Batches, Inputs, as_pair, batches, check_labels, each, num_rows, row_hashes
+from shallowdeep.inputs import (
+    Batches,
+    Inputs,
+    as_pair,
+    batches,
+    call,
+    check_labels,
+    each,
+    logits_of,
+    num_rows,
+    row_hashes,
+    take,
+)
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.progress import steps
 from shallowdeep.types import DataError, Trace
+from shallowdeep.views import CHECKED_ROWS, Look, SecondLook, second_look_of
 
 MEMORY_LIMIT_BYTES = 1 << 30
 
@@ -26,6 +39,7 @@ def collect(
     sdn: ShallowDeepNetwork,
     data: Batches | tuple[Inputs, Tensor],
     *,
+    second_look: Look = None,
     batch_size: int = 256,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> Trace:
@@ -33,14 +47,28 @@ def collect(
 
     ``data`` is a DataLoader, an iterable of ``(inputs, labels)`` or one such pair (cut into batches of ``batch_size``).
     Runs in eval mode. Above ``memory_limit_bytes`` the logits spill to a memory map that vanishes with the trace.
-    Raises ``DataError`` for empty data, labels outside the classes, or logits that are not finite.
+
+    ``second_look`` appends an exit behind the backbone's own: the network asked again on a view of the inputs (a name
+    of ``views.VIEWS`` such as "mirror", or a function of a batch), both answers' log-probabilities averaged; it costs
+    one pass more. Raises ``DataError`` for empty data, labels outside the classes, logits that are not finite, or a
+    view that is not deterministic and row by row.
     """
-    device = next(sdn.parameters()).device
+    device, look = next(sdn.parameters()).device, second_look_of(second_look)
+
+    def answers(inputs: Inputs) -> Tensor:
+        inputs = each(inputs, lambda tensor: tensor.to(device))
+        said_EBC: Tensor = sdn(inputs)
+        if look is None:
+            return said_EBC
+        again_BC = logits_of(call(sdn.backbone, look.view(inputs)))
+        return torch.cat([said_EBC, look.joined(said_EBC[-1], again_BC)[None]])
+
     with evaluating(sdn):
         return collect_answers(
             sdn,
             data,
-            lambda inputs: sdn(each(inputs, lambda tensor: tensor.to(device))),
+            answers,
+            look,
             backend="torch",
             batch_size=batch_size,
             memory_limit_bytes=memory_limit_bytes,
@@ -51,15 +79,17 @@ def collect_answers(
     sdn: ShallowDeepNetwork,
     data: Batches | tuple[Inputs, Tensor],
     answers: Callable[[Inputs], Tensor],
+    look: SecondLook | None,
     *,
     backend: str,
     batch_size: int = 256,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> Trace:
-    """As ``collect``, with ``answers(inputs)`` saying the logits [E, B, C] of ``sdn``'s exits, as ``backend`` computes
-    them.
+    """As ``collect``, with ``answers(inputs)`` saying the logits [E, B, C] of ``sdn``'s exits and that of ``look``, as
+    ``backend`` computes them.
     """
-    labels, hashes = [], []
+    labels: list[Tensor] = []
+    hashes: list[Tensor] = []
     pair = as_pair(data)
     total = -(-num_rows(pair[0]) // batch_size) if pair is not None else None
     with _Rows(memory_limit_bytes) as logits:
@@ -67,6 +97,8 @@ def collect_answers(
             rows = num_rows(inputs)
             if rows == 0:
                 continue
+            if look is not None and not labels:
+                look.check(take(inputs, slice(0, CHECKED_ROWS)))
             labels.append(check_labels(batch_labels, rows, sdn.plan.num_classes).cpu())
             answers_EBC = answers(inputs)
             _check_finite(answers_EBC, logits.count)
@@ -76,22 +108,14 @@ def collect_answers(
             raise DataError("The data is empty: no rows to collect.")
         logits_NEC = logits.tensor()
     hash_N = torch.cat(hashes)
+    info = {"model": sdn.plan.model, "backend": backend, "precision": str(answers_EBC.dtype)}
     return Trace(
         logits_ENC=logits_NEC.transpose(0, 1),
         labels_N=torch.cat(labels),
-        cost_E=torch.tensor(sdn.plan.cost_E, dtype=torch.float64),
-        own_cost_E=own_costs(sdn),
-        feeds_EE=feeds(sdn),
         hash_N=hash_N,
         trained_N=torch.isin(hash_N, sdn.trained_hashes),
-        confusion_reference=sdn.confusion_reference,
-        exit_names=sdn.plan.exit_names,
-        info={
-            "model": sdn.plan.model,
-            "backend": backend,
-            "precision": str(answers_EBC.dtype),
-            "torch": torch.__version__,
-        },
+        info=info | {"torch": torch.__version__} | ({"second_look": look.name} if look is not None else {}),
+        **vars(exits_of(sdn, look)),
     )
 
 

@@ -5,11 +5,18 @@ It refuses to know seconds; those are measured where engines run.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shallowdeep.network import ShallowDeepNetwork
-from shallowdeep.types import Costs, table
+from shallowdeep.policies import Policy
+from shallowdeep.trajectory import Alarm
+from shallowdeep.types import ConfusionReference, Costs, table
+from shallowdeep.views import SecondLook
+from shallowdeep.walking import Rule, costs_when_asking, rule_of
 
 
 def costs_of(sdn: ShallowDeepNetwork) -> Costs:
@@ -40,6 +47,41 @@ def feeds(sdn: ShallowDeepNetwork) -> Tensor:
         if spec.fed:
             feeds_EE[position - 1, position] = True
     return feeds_EE
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Exits:
+    """What is known of an SDN's exits before anybody asks them: what a ``Trace`` of them calls by the same names."""
+
+    exit_names: tuple[str, ...]
+    full_exit: int
+    cost_E: Tensor
+    own_cost_E: Tensor
+    feeds_EE: Tensor
+    confusion_reference: ConfusionReference | None
+
+    def rule(self, policy: Policy, alarm: Alarm | None = None) -> Rule:
+        """What ``policy`` means on them. Raises ``ValueError`` where it, or the ``alarm``, speaks of other exits."""
+        return rule_of(policy, len(self.exit_names), self.full_exit, self.confusion_reference, alarm)
+
+    def costs(self, rule: Rule) -> Tensor:
+        """Cost of stopping at each exit under ``rule``, float64 [E]."""
+        return costs_when_asking(rule.asked, cost_E=self.cost_E, own_cost_E=self.own_cost_E, feeds_EE=self.feeds_EE)
+
+
+def exits_of(sdn: ShallowDeepNetwork, look: SecondLook | None = None) -> Exits:
+    """The exits of ``sdn``, and behind them that of a second look, which costs one pass more than the full exit."""
+    again = int(look is not None)
+    cost_E = torch.tensor([*sdn.plan.cost_E, *[sdn.plan.cost_E[-1] + 1] * again], dtype=torch.float64)
+    reference = sdn.confusion_reference
+    return Exits(
+        exit_names=(*sdn.plan.exit_names, *([f"full+{look.name}"] if look is not None else [])),
+        full_exit=sdn.num_exits - 1,
+        cost_E=cost_E,
+        own_cost_E=F.pad(own_costs(sdn), (0, again)),
+        feeds_EE=F.pad(feeds(sdn), (0, again, 0, again)),
+        confusion_reference=None if reference is None else reference.first(len(cost_E)),
+    )
 
 
 def table_of(costs: Costs) -> str:

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from shallowdeep.costs import feeds, own_costs
+from shallowdeep.costs import Exits, exits_of
 from shallowdeep.graph import silence
 from shallowdeep.inputs import Inputs, example_of, in_order, num_rows, take, tensors
 from shallowdeep.network import ShallowDeepNetwork, fingerprint, plan_to_json
@@ -29,7 +29,8 @@ from shallowdeep.runtime.engine import Engine
 from shallowdeep.steps import Step, chain, export_step, make_steps, named, remembered
 from shallowdeep.trajectory import LEAST, Alarm
 from shallowdeep.types import ExportError, MissingExtra
-from shallowdeep.walking import costs_when_asking, rule_of
+from shallowdeep.views import Look, SecondLook, check_view, second_look_of
+from shallowdeep.walking import Rule
 
 try:
     import onnxruntime
@@ -51,6 +52,8 @@ def export_folder(
     policy: Policy,
     folder: str | os.PathLike[str],
     inputs: Inputs,
+    *,
+    second_look: Look = None,
     alarm: Alarm | None = None,
 ) -> None:
     """Write ``folder``: an ONNX file a step, ``manifest.json``, and ``host.py``, which runs them with NumPy and ONNX
@@ -58,18 +61,20 @@ def export_folder(
 
     ``inputs`` are real rows on which the artefact is compared with the engine before it is put in place; an earlier
     export there is replaced whole. Raises ``ExportError`` where answers differ, where ``folder`` holds something else,
-    and for networks that cannot be exported.
+    and for networks that cannot be exported, ``BackendError`` for a ``second_look`` (as in ``collect``) whose view
+    cannot be part of a graph.
     """
     with _put_in_place(Path(folder)) as fresh:
-        steps, examples, state = _steps(sdn, policy)
+        what = _what(sdn, policy, second_look, alarm)
+        steps, examples, state = _steps(what)
         inputs = in_order(inputs, sdn.plan.inputs.names)
         files = []
         for step, given in zip(steps, examples, strict=True):
             files.append(fresh / f"step{step.place}.onnx")
             files[-1].write_bytes(onnx_program(step, given).SerializeToString())
-        _write(fresh, _about(sdn, policy, alarm) | _loop_facts(sdn, policy, steps, files, state, alarm))
+        _write(fresh, _about(what) | _loop_facts(what, steps, files, state))
         shutil.copyfile(Path(__file__).with_name("host.py"), fresh / "host.py")
-        _compare(sdn, policy, alarm, EarlyExits(fresh), inputs)
+        _compare(what, EarlyExits(fresh), inputs)
 
 
 def export_programs(
@@ -77,6 +82,8 @@ def export_programs(
     policy: Policy,
     folder: str | os.PathLike[str],
     inputs: Inputs,
+    *,
+    second_look: Look = None,
     alarm: Alarm | None = None,
 ) -> None:
     """Write ``folder``: a ``torch.export`` program (``.pt2``) a step and ``manifest.json``, for runtimes of others.
@@ -84,7 +91,8 @@ def export_programs(
     Every program is compared with its step on ``inputs``, at full depth. Errors as in ``export_folder``.
     """
     with _put_in_place(Path(folder)) as fresh, torch.no_grad():
-        steps, examples, state = _steps(sdn, policy)
+        what = _what(sdn, policy, second_look, alarm)
+        steps, examples, state = _steps(what)
         inputs = in_order(inputs, sdn.plan.inputs.names)
         rows = named(sdn.plan.inputs.names, inputs) | remembered(policy, num_rows(inputs), torch.device("cpu"))
         files = []
@@ -96,7 +104,7 @@ def export_programs(
             files.append(fresh / f"step{step.place}.pt2")
             with silence():
                 torch.export.save(program, files[-1])
-        _write(fresh, _about(sdn, policy, alarm) | _loop_facts(sdn, policy, steps, files, state, alarm))
+        _write(fresh, _about(what) | _loop_facts(what, steps, files, state))
 
 
 def export_file(
@@ -104,6 +112,8 @@ def export_file(
     policy: Policy,
     folder: str | os.PathLike[str],
     inputs: Inputs,
+    *,
+    second_look: Look = None,
     alarm: Alarm | None = None,
 ) -> None:
     """Write ``folder``: ``model.onnx``, one graph with nested ``If`` that skips by itself, and ``manifest.json``.
@@ -113,52 +123,65 @@ def export_file(
     ``export_folder``.
     """
     with _put_in_place(Path(folder)) as fresh:
-        steps, examples, state = _steps(sdn, policy)
+        what = _what(sdn, policy, second_look, alarm)
+        steps, examples, state = _steps(what)
         inputs = in_order(inputs, sdn.plan.inputs.names)
         questions = []
         for step, given in zip(steps, examples, strict=True):
-            facts = _step(sdn, policy, step, alarm)
+            facts = _step(what, step)
             wanted = {name: facts[name] for name in ("exit", "takes", "gives", "mean", "scale", "alarm")}
             questions.append(Question(model=onnx_program(step, given), **wanted))
         rows = {name: x.numpy() for name, x in state.items()}
-        full = sdn.num_exits - 1
-        model = nested_model(questions, full_exit=full, fresh=rows, rowless=steps[0].rowless)
+        model = nested_model(questions, full_exit=what.exits.full_exit, fresh=rows, rowless=steps[0].rowless)
         (fresh / "model.onnx").write_bytes(model.SerializeToString())
         manifest: dict[str, Any] = {"file": "model.onnx", "sha256": _sha256(fresh / "model.onnx")}
         manifest["outputs"] = [given.name for given in model.graph.output]
-        exits = [_step(sdn, policy, step, alarm) for step in steps]
+        exits = [_step(what, step) for step in steps]
         manifest["exits"] = [{name: one[name] for name in ("exit", "name", "cost")} for one in exits]
-        _write(fresh, _about(sdn, policy, alarm) | manifest)
-        _compare(sdn, policy, alarm, _runner(fresh / "model.onnx", sdn.plan.inputs.names), inputs)
+        _write(fresh, _about(what) | manifest)
+        _compare(what, _runner(fresh / "model.onnx", sdn.plan.inputs.names), inputs)
 
 
-def _steps(sdn: ShallowDeepNetwork, policy: Policy) -> tuple[list[Step], list[list[Tensor]], dict[str, Tensor]]:
-    """The steps, what each is exported with, and a row of what the policy remembers at first."""
+class _What(NamedTuple):
+    """What is exported."""
+
+    sdn: ShallowDeepNetwork
+    policy: Policy
+    look: SecondLook | None
+    exits: Exits
+    rule: Rule
+
+
+def _what(sdn: ShallowDeepNetwork, policy: Policy, second_look: Look, alarm: Alarm | None) -> _What:
+    """All of it, if it can be exported."""
     if sdn.plan.via != "export":
         raise ExportError(f"{sdn.plan.model} cannot be exported: only its own modules run it.")
     if next(sdn.parameters()).device.type != "cpu":
         raise ExportError("Exports are made on the CPU: call sdn.cpu() first.")
-    cpu = torch.device("cpu")
-    example = example_of(sdn.plan.inputs, 2, cpu)
-    rows = named(sdn.plan.inputs.names, example) | remembered(policy, 2, cpu)
+    look = second_look_of(second_look)
+    check_view(policy, look)
+    exits = exits_of(sdn, look)
+    return _What(sdn, policy, look, exits, exits.rule(policy, alarm))
+
+
+def _steps(what: _What) -> tuple[list[Step], list[list[Tensor]], dict[str, Tensor]]:
+    """The steps, what each is exported with, and a row of what the policy remembers at first."""
+    cpu, signature = torch.device("cpu"), what.sdn.plan.inputs
+    example = example_of(signature, 2, cpu)
+    rows = named(signature.names, example) | remembered(what.policy, 2, cpu)
     with torch.no_grad():
-        steps = make_steps(sdn, policy, example)
+        steps = make_steps(what.sdn, what.policy, example, what.look)
         examples = [given for _, given, _ in chain(steps, rows)]
-    return steps, examples, remembered(policy, 1, cpu)
+    return steps, examples, remembered(what.policy, 1, cpu)
 
 
 def _loop_facts(
-    sdn: ShallowDeepNetwork,
-    policy: Policy,
-    steps: Sequence[Step],
-    files: Sequence[Path],
-    state: Mapping[str, Tensor],
-    alarm: Alarm | None,
+    what: _What, steps: Sequence[Step], files: Sequence[Path], state: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """What a loop over the steps' files must know."""
     fresh = {name: {"row": x.tolist(), "dtype": str(x.dtype).removeprefix("torch.")} for name, x in state.items()}
     about = [
-        {"file": file.name, "sha256": _sha256(file), **_step(sdn, policy, step, alarm)}
+        {"file": file.name, "sha256": _sha256(file), **_step(what, step)}
         for file, step in zip(files, steps, strict=True)
     ]
     return {"fresh": fresh, "rowless": sorted(steps[0].rowless), "steps": about}
@@ -184,14 +207,14 @@ def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def _about(sdn: ShallowDeepNetwork, policy: Policy, alarm: Alarm | None) -> dict[str, Any]:
+def _about(what: _What) -> dict[str, Any]:
     """What is true of every kind of artefact."""
-    facts = to_json(policy)
+    sdn, facts = what.sdn, to_json(what.policy)
     if "calibrated_on" in facts:
         del facts["calibrated_on"]["hash_N"]
-    watched = None if alarm is None else alarm.to_json()
-    if watched is not None and "fitted_on" in watched:
-        del watched["fitted_on"]["hash_N"]
+    alarm = None if what.rule.alarm is None else what.rule.alarm.to_json()
+    if alarm is not None and "fitted_on" in alarm:
+        del alarm["fitted_on"]["hash_N"]
     signature = sdn.plan.inputs
     leaves = zip(signature.names, signature.shapes, signature.dtypes, strict=True)
     return {
@@ -202,24 +225,22 @@ def _about(sdn: ShallowDeepNetwork, policy: Policy, alarm: Alarm | None) -> dict
         "num_classes": sdn.plan.num_classes,
         "class_names": sdn.class_names,
         "preprocessing": sdn.preprocessing,
-        "full_exit": sdn.num_exits - 1,
+        "full_exit": what.exits.full_exit,
+        "second_look": None if what.look is None else what.look.name,
         "policy": facts,
-        "alarm": watched,
+        "alarm": alarm,
         "plan": plan_to_json(sdn.plan),
         "versions": {name: version(name) for name in ("shallowdeep", "torch", "onnx", "onnxruntime")},
     }
 
 
-def _step(sdn: ShallowDeepNetwork, policy: Policy, step: Step, alarm: Alarm | None) -> dict[str, Any]:
+def _step(what: _What, step: Step) -> dict[str, Any]:
     """What the loop must know of one step."""
-    rule = rule_of(policy, sdn.num_exits, sdn.num_exits - 1, sdn.confusion_reference, alarm)
-    cost_E = torch.tensor(sdn.plan.cost_E, dtype=torch.float64)
-    cost_E = costs_when_asking(rule.asked, cost_E=cost_E, own_cost_E=own_costs(sdn), feeds_EE=feeds(sdn))
-    mean, std = rule.moments[step.exit]
+    (mean, std), alarm = what.rule.moments[step.exit], what.rule.alarm
     return {
         "exit": step.exit,
-        "name": sdn.plan.exit_names[step.exit],
-        "cost": float(cost_E[step.exit]),
+        "name": what.exits.exit_names[step.exit],
+        "cost": float(what.exits.costs(what.rule)[step.exit]),
         "mean": mean,
         "scale": 1 / std if std > 1e-12 else 0.0,
         "alarm": alarm and {"bias": alarm.bias_E[step.exit], "weights": alarm.weights(step.exit), "least": LEAST},
@@ -228,15 +249,9 @@ def _step(sdn: ShallowDeepNetwork, policy: Policy, step: Step, alarm: Alarm | No
     }
 
 
-def _compare(
-    sdn: ShallowDeepNetwork,
-    policy: Policy,
-    alarm: Alarm | None,
-    exported: Callable[..., Mapping[str, Any]],
-    inputs: Inputs,
-) -> None:
+def _compare(what: _What, exported: Callable[..., Mapping[str, Any]], inputs: Inputs) -> None:
     """Raise ``ExportError`` unless the artefact answers ``inputs`` as the engine does."""
-    engine = Engine(sdn, policy, alarm=alarm, backend="torch")
+    engine = Engine(what.sdn, what.policy, second_look=what.look, alarm=what.rule.alarm, backend="torch")
     rows = num_rows(inputs)
     if rows < max(CHECKED):
         raise ExportError(f"To compare an export give at least {max(CHECKED)} real rows, found {rows}.")

@@ -155,8 +155,9 @@ class ShallowDeepNetwork(nn.Module):
 
     def set_confusion_reference(self, reference: ConfusionReference) -> None:
         """Store the moments that standardise confusion; collect and engines use them from now on."""
-        self.confusion_mean_EE.copy_(reference.mean_EE)
-        self.confusion_covariance_EEE.copy_(reference.covariance_EEE)
+        # In place, so that engines notice; a trace with a second look brings moments of one exit more.
+        self.confusion_mean_EE.resize_as_(reference.mean_EE).copy_(reference.mean_EE)
+        self.confusion_covariance_EEE.resize_as_(reference.covariance_EEE).copy_(reference.covariance_EEE)
 
     def __str__(self) -> str:
         params = sum(p.numel() for p in self.backbone.parameters())
@@ -296,8 +297,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module, *, classifier: Factor
         sdn.classifiers.load_state_dict(weights)
     except RuntimeError:
         raise FormatError(f"{path / 'sdn.safetensors'} does not hold the classifiers that sdn.json plans.") from None
-    sdn.confusion_mean_EE.copy_(tensors["confusion_mean_EE"])
-    sdn.confusion_covariance_EEE.copy_(tensors["confusion_covariance_EEE"])
+    mean_EE, covariance_EEE = tensors["confusion_mean_EE"], tensors["confusion_covariance_EEE"]
+    sdn.set_confusion_reference(ConfusionReference(mean_EE=mean_EE, covariance_EEE=covariance_EEE))
     sdn.trained_hashes = tensors["trained_hashes"]
     sdn.class_names, sdn.preprocessing = tuple(about["class_names"]), dict(about["preprocessing"])
     return sdn

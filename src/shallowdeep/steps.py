@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from shallowdeep.classifiers import InternalClassifier, Said
-from shallowdeep.costs import feeds
+from shallowdeep.costs import exits_of
 from shallowdeep.graph import silence
-from shallowdeep.inputs import Inputs, signature_of, tensors
+from shallowdeep.inputs import Inputs, inputs_from, signature_of, tensors
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Policy
 from shallowdeep.segments import Segment, cut_segments
-from shallowdeep.walking import Memory, Rule, rule_of
+from shallowdeep.types import BackendError, InputSignature
+from shallowdeep.views import SecondLook
+from shallowdeep.walking import Memory, Rule
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +58,12 @@ class Step(nn.Module):
         takes: Sequence[str],
         gives: Sequence[str],
         rowless: frozenset[str],
+        look: SecondLook | None,
+        inputs: InputSignature,
     ) -> None:
         super().__init__()
         self.exit, self.place, self.rowless = parts[-1].exit, place, rowless
+        self.look, self._inputs = look, inputs
         self.takes, self.gives = tuple(takes), tuple(gives)
         self._parts, self._rule, self._carried = parts, rule, carried
         self.pieces = nn.ModuleList(part.segment.run for part in parts)
@@ -68,12 +73,17 @@ class Step(nn.Module):
         rows = dict(zip(self.takes, tensors, strict=True))
         carried = tuple(rows[name] for name in self._carried)
         said = Said(rows["said.log_probs"], rows.get("said.hidden")) if "said.log_probs" in rows else None
+        if self.look is not None:
+            own = inputs_from(self._inputs, [rows[f"input.{name}"] for name in self._inputs.names])
+            rows |= named(self._inputs.names, self.look.view(own))
         for part in self._parts:
             carried = part.segment.run(*carried, *(rows.get(name) for name in part.reads))
-            logits, hidden = carried[0], None
+            logits = carried[0]
             if part.classifier is not None:
-                logits, hidden = part.classifier(carried[0], said, rows.get(part.mask))
-            said = Said.of(logits, hidden)
+                logits, hidden = part.classifier(logits, said, rows.get(part.mask))
+                said = Said.of(logits, hidden)
+        if self.look is not None:
+            logits = self.look.joined(rows[f"logits.{self.place - 1}"], logits)
         before = Memory(*(_listed(rows, kind) for kind in Memory._fields))
         memory, stop_B = self._rule.ask(self.exit, logits, before)
         found = {f"logits.{self.place}": logits, f"softmax.{self.place}": memory.softmax[-1]}
@@ -96,17 +106,17 @@ class Step(nn.Module):
         return found
 
 
-def make_steps(sdn: ShallowDeepNetwork, policy: Policy, example: Inputs) -> list[Step]:
+def make_steps(sdn: ShallowDeepNetwork, policy: Policy, example: Inputs, look: SecondLook | None = None) -> list[Step]:
     """The steps of ``sdn`` under ``policy`` for inputs like ``example``, in their order, weights copied.
 
-    ICs that nobody asks run only where they feed one that is asked. Raises ``CutError`` for a network that cannot be
-    exported.
+    ICs that nobody asks run only where they feed one that is asked. A second look, where it is asked, is the last step:
+    all segments once more, without ICs. Raises ``CutError`` for a network that cannot be exported.
     """
-    full = sdn.num_exits - 1
-    rule = rule_of(policy, sdn.num_exits, full, sdn.confusion_reference)
-    runs = (*needed_ics(rule.asked, feeds(sdn)), full)
+    full, exits, signature = sdn.num_exits - 1, exits_of(sdn, look), signature_of(example)
+    rule = exits.rule(policy)
+    runs = (*needed_ics(rule.asked[: full + 1], exits.feeds_EE), full)
     segments = cut_segments(sdn.backbone, sdn.plan, runs[:-1], example)
-    names = tuple(f"input.{name}" for name in signature_of(example).names)
+    names = tuple(f"input.{name}" for name in signature.names)
     groups: list[list[_Part]] = [[]]
     for exit, segment in zip(runs, segments, strict=True):
         reads = tuple(name if read else "" for name, read in zip(names, segment.reads, strict=True))
@@ -115,16 +125,21 @@ def make_steps(sdn: ShallowDeepNetwork, policy: Policy, example: Inputs) -> list
         groups[-1].append(_Part(exit, segment, reads, classifier, mask))
         if rule.asked[exit] and exit < full:
             groups.append([])
+    carried: list[tuple[str, ...]] = [(), *(_names_of(group[-1].segment) for group in groups[:-1])]
+    if rule.last > full:
+        groups.append([replace(part, exit=rule.last, classifier=None, mask="") for group in groups for part in group])
+        carried.append(())
     states = [*remembered(policy, 1, torch.device("cpu"))]
     takes: list[list[str]] = []
-    carried: list[tuple[str, ...]] = [(), *(_names_of(group[-1].segment) for group in groups[:-1])]
     for place, (group, crossing) in enumerate(zip(groups, carried, strict=True)):
-        inputs = [name for name in names if any(name in (*part.reads, part.mask) for part in group)]
+        again = group[-1].exit > full
+        inputs = [name for name in names if again or any(name in (*part.reads, part.mask) for part in group)]
         fed = group[0].classifier.spec if group[0].classifier is not None and place else None
         said = ["said.log_probs", *["said.hidden"] * bool(fed.fed_hidden)] if fed is not None and fed.fed else []
         memory = states if group[-1].exit != rule.last else []
         if rule.falls_back(group[-1].exit):
             memory = [*memory, *(f"{kind}.{k}" for kind in ("softmax", "logits") for k in range(place))]
+        memory = [*memory, *[f"logits.{place - 1}"] * (again and f"logits.{place - 1}" not in memory)]
         takes.append([*inputs, *crossing, *said, *memory])
     sides = [side for group in groups for part in group for side in part.segment.sides.items()]
     rowless = frozenset(f"side.{name}" for name, rows in sides if not rows)
@@ -136,7 +151,17 @@ def make_steps(sdn: ShallowDeepNetwork, policy: Policy, example: Inputs) -> list
         made = ("said.log_probs", "said.hidden", *states, *_names_of(group[-1].segment))
         at_once = set(takes[place + 1]) if not last else set()  # said.* is replaced by every step
         gives += [name for name in made if name in (at_once if name.startswith("said.") else later)]
-        step = Step(group, rule, place=place, carried=carried[place], takes=takes[place], gives=gives, rowless=rowless)
+        step = Step(
+            group,
+            rule,
+            place=place,
+            carried=carried[place],
+            takes=takes[place],
+            gives=gives,
+            rowless=rowless,
+            look=look if group[-1].exit > full else None,
+            inputs=signature,
+        )
         steps.append(step)
     return steps
 
@@ -185,6 +210,7 @@ class Joined(nn.Module):
         self._steps, self.steps, self.rowless = tuple(steps), nn.ModuleList(steps), frozenset[str]()
         self.takes = tuple(dict.fromkeys(name for step in steps for name in step.takes if name.startswith("input.")))
         self.gives = tuple(f"logits.{step.place}" for step in steps)
+        self.look = steps[-1].look
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         rows = dict(zip(self.takes, tensors, strict=True))
@@ -194,11 +220,21 @@ class Joined(nn.Module):
 
 
 def export_step(step: Step | Joined, example: Sequence[Tensor]) -> torch.export.ExportedProgram:
-    """The graph of ``step`` for any batch size; ``example`` are tensors in the order of ``step.takes``, two rows."""
+    """The graph of ``step`` for any batch size; ``example`` are tensors in the order of ``step.takes``, two rows.
+
+    Raises ``BackendError`` for a second look whose view cannot be part of a graph.
+    """
     batch = torch.export.Dim("batch")
     shapes = tuple({} if name in step.rowless else {0: batch} for name in step.takes)
-    with silence(), torch.no_grad():
-        return torch.export.export(step, tuple(example), dynamic_shapes=(shapes,))
+    try:
+        with silence(), torch.no_grad():
+            return torch.export.export(step, tuple(example), dynamic_shapes=(shapes,))
+    except Exception as error:
+        if step.look is None:
+            raise
+        raise BackendError(
+            f"The view {step.look.name!r} cannot be part of a graph: only the backend 'torch' runs it, eagerly."
+        ) from error
 
 
 def needed_ics(asked: tuple[bool, ...], feeds_EE: Tensor) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from shallowdeep.policies import Confidence, Fixed, Policy
 from shallowdeep.runtime.backends import BackendName
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.types import Plan, Trace
+from shallowdeep.views import Look
 
 PAYS = 0.01
 """Least share of the time by which a smaller plan must be better to be worth training anew."""
@@ -52,6 +53,7 @@ class MachineCosts:
 def machine_costs(
     sdn: ShallowDeepNetwork,
     *,
+    second_look: Look = None,
     backend: BackendName = "auto",
     threads: int | None = None,
     batch_size: int = 1,
@@ -62,19 +64,20 @@ def machine_costs(
 
     The network with all exits and the network in one piece are measured in turn, ``rounds`` times; medians. What asking
     adds (the IC, the rule, one call more) is taken to be the same at every exit: the difference of the two, shared out.
+    With a ``second_look`` its exit is the last one.
     """
     full = sdn.num_exits - 1
-    every = Engine(sdn, Confidence(threshold=torch.inf), backend=backend, threads=threads)
+    every = Engine(sdn, Confidence(threshold=torch.inf), second_look=second_look, backend=backend, threads=threads)
     whole = Engine(sdn, Fixed(exit=full), backend=every.backend, threads=threads)
     reached, alone = [], []
     for _ in range(rounds):
         times = every.measure(inputs, sizes=(batch_size,), rounds=5)
-        reached.append([times.up_to(place, batch_size) / batch_size for place in range(full + 1)])
+        reached.append([times.up_to(place, batch_size) / batch_size for place in range(len(times.ms_PS))])
         alone.append(whole.measure(inputs, sizes=(batch_size,), rounds=5).up_to(0, batch_size) / batch_size)
     reach_E = torch.tensor([statistics.median(ms) for ms in zip(*reached, strict=True)], dtype=torch.float64)
     full_ms = statistics.median(alone)
-    own_E = torch.full_like(reach_E, max(0.0, float(reach_E[-1]) - full_ms) / max(full, 1))
-    own_E[-1] = 0.0
+    own_E = torch.full_like(reach_E, max(0.0, float(reach_E[full]) - full_ms) / max(full, 1))
+    own_E[full:] = 0.0
     return MachineCosts(
         backend=every.backend,
         batch_size=batch_size,
@@ -121,19 +124,21 @@ def _least(timed: Trace, max_accuracy_drop: float) -> tuple[Policy, float]:
     """The best policy over sets of exits, leaving out one after the other, and its expected time."""
     full = timed.full_exit
 
-    def tried(asked: Iterable[int]) -> tuple[float, Policy]:
+    def tried(asked: Iterable[int]) -> tuple[bool, float, Policy]:
+        """Whether it misses the aim, its time, and the policy."""
         enabled_E = tuple(exit in asked for exit in range(timed.num_exits))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that no exit pays is one of the answers
             policy = calibrate(timed, max_accuracy_drop=max_accuracy_drop, enabled_E=enabled_E)
         assert policy.calibrated_on is not None
-        return float(policy.calibrated_on.info["expected_mean_cost"]), policy
+        misses = max_accuracy_drop < 0 and isinstance(policy, Fixed)  # the full network gains nothing on itself
+        return misses, float(policy.calibrated_on.info["expected_mean_cost"]), policy
 
-    asked = frozenset(range(full))
+    asked = frozenset(range(timed.num_exits)) - {full}
     best = tried(asked)
     while asked:
-        found = min(((*tried(asked - {exit}), asked - {exit}) for exit in asked), key=lambda one: one[0])
-        if found[0] >= best[0] and not isinstance(best[1], Fixed):
+        found = min(((*tried(asked - {exit}), asked - {exit}) for exit in asked), key=lambda one: one[:2])
+        if found[:2] >= best[:2] and not isinstance(best[2], Fixed):
             break
-        best, asked = found[:2], found[2]
-    return best[1], best[0]
+        best, asked = found[:3], found[3]
+    return best[2], best[1]

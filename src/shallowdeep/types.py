@@ -191,6 +191,13 @@ class ConfusionReference:
         variance = self.covariance_EEE[stop][chosen][:, chosen].sum()
         return float(mean), float(variance.clamp_min(0).sqrt())
 
+    def first(self, exits: int) -> ConfusionReference | None:
+        """The moments of the first ``exits`` exits; None where fewer are known, as before a second look was fitted."""
+        if exits > len(self.mean_EE):
+            return None
+        covariance_EEE = self.covariance_EEE[:exits, :exits, :exits]
+        return ConfusionReference(mean_EE=self.mean_EE[:exits, :exits], covariance_EEE=covariance_EEE)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trace:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from shallowdeep.augment import FlipCrop
 from shallowdeep.calibration import calibrate, evaluate, tradeoff
 from shallowdeep.collection import collect
-from shallowdeep.costs import costs_of, table_of
+from shallowdeep.costs import costs_of, exits_of, table_of
 from shallowdeep.cuts import FRACTIONS, plan
 from shallowdeep.data import Dataset, Preprocessing, read_data
 from shallowdeep.disagreement import error_finding, fit_confusion
@@ -41,6 +41,7 @@ from shallowdeep.training import train_exits
 from shallowdeep.trajectory import Alarm
 from shallowdeep.tuning import machine_costs, tune
 from shallowdeep.types import DataError, Trace, table
+from shallowdeep.views import view_of
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Half = Literal["all", "a", "b"]
@@ -159,14 +160,20 @@ def train_verb(
 
 
 def collect_verb(
-    sdn_dir: Path, data: DataChoice, out: Path, *, batch_size: int = 256, reference: bool = False
+    sdn_dir: Path,
+    data: DataChoice,
+    out: Path,
+    *,
+    second_look: str | None = None,
+    batch_size: int = 256,
+    reference: bool = False,
 ) -> Result:
     """What every exit says about every row: writes ``trace.safetensors``. ``reference`` stores the confusion's
     moments.
     """
     sdn, preprocessing = load_sdn(sdn_dir)
     rows = data.read()
-    trace = collect(sdn, (ready(rows, preprocessing), rows.labels_N), batch_size=batch_size)
+    trace = collect(sdn, (ready(rows, preprocessing), rows.labels_N), second_look=second_look, batch_size=batch_size)
     if reference:
         fit_confusion(sdn, trace)
         save(sdn, sdn_dir)
@@ -176,6 +183,7 @@ def collect_verb(
     lines += [(n, f"{c:.3f}", f"{a:.2%}") for n, c, a in zip(trace.exit_names, trace.cost_E, accuracy_E, strict=True)]
     print(table(lines))
     about = {"sdn": sdn_dir, "data": data.__dict__, "data_fingerprint": rows.fingerprint, "reference": reference}
+    about |= {"second_look": second_look}
     return _finish(out, "collect", about, {"rows": len(rows), "exits": trace.exit_names, "accuracy": accuracy_E})
 
 
@@ -236,7 +244,8 @@ def tune_verb(
     """
     sdn, _ = load_sdn(sdn_dir)
     trace = Trace.load(trace_dir / "trace.safetensors")
-    costs = machine_costs(sdn, backend=backend, threads=threads, batch_size=batch_size)
+    look = trace.info.get("second_look")
+    costs = machine_costs(sdn, second_look=look, backend=backend, threads=threads, batch_size=batch_size)
     tuned = tune(sdn, trace, costs, max_accuracy_drop=max_accuracy_drop)
     asked = tuned.policy.asks(trace.num_exits, trace.full_exit)
     lines = [("exit", "ms", "of the network", "asked")]
@@ -275,15 +284,17 @@ def bench_verb(
     rivals = {}
     if rival is not None:
         rivals[rival.rpartition(":")[2]] = load_model(rival, weights=rival_weights, num_classes=sdn.plan.num_classes)
+    policy = from_json(read_json(policy_dir / "policy.json"))
     found = bench(
         sdn,
-        from_json(read_json(policy_dir / "policy.json")),
+        policy,
         (ready(rows, preprocessing), rows.labels_N),
         backends=backends,
         batch_sizes=batch_sizes,
         threads=threads,
         blocks=blocks,
         rivals=rivals,
+        second_look=view_of(policy),
     )
     lines = [("backend", "threads", "batch", "network ms", "early ms", "speedup", "ideal", "efficiency")]
     for one in found["measured"]:
@@ -324,7 +335,8 @@ def export_verb(
     ways = {"folder": export.export_folder, "file": export.export_file, "programs": export.export_programs}
     policy = from_json(read_json(policy_dir / "policy.json"))
     alarm = None if alarm_dir is None else Alarm.from_json(read_json(alarm_dir / "alarm.json"))
-    ways[kind](sdn, policy, out, take(rows, slice(0, EXPORT_ROWS)), alarm)
+    some, look = take(rows, slice(0, EXPORT_ROWS)), view_of(policy)
+    ways[kind](sdn, policy, out, some, second_look=look, alarm=alarm)
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
     print(table([("file", "kB"), *((name, f"{size / 1000:,.0f}") for name, size in files.items())]))
     choices = {"sdn": sdn_dir, "policy": policy_dir, "data": data.__dict__, "kind": kind, "alarm": alarm_dir}
@@ -345,13 +357,14 @@ def predict_verb(
     rows.
     """
     sdn, preprocessing = load_sdn(sdn_dir)
-    engine = Engine(sdn, from_json(read_json(policy_dir / "policy.json")), backend=backend, threads=threads)
+    policy = from_json(read_json(policy_dir / "policy.json"))
+    engine = Engine(sdn, policy, second_look=view_of(policy), backend=backend, threads=threads)
     rows = data.read()
     inputs = ready(rows, preprocessing)
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["row", "label", "class", "exit", "confidence", "confusion", "cost", "valid"])
-    names, exits = sdn.class_names or rows.class_names, sdn.plan.exit_names
+    names, exits = sdn.class_names or rows.class_names, exits_of(sdn, engine.second_look).exit_names
     right, cost = 0, 0.0
     for start in steps(range(0, len(rows), batch_size), "predict", -(-len(rows) // batch_size)):
         answer = engine(take(inputs, slice(start, start + batch_size)))

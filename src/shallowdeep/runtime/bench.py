@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from shallowdeep.costs import exits_of
 from shallowdeep.cuts import plan
 from shallowdeep.inputs import Inputs, num_rows, signature_of, take, tensors
 from shallowdeep.network import ShallowDeepNetwork, attach
@@ -26,7 +27,10 @@ from shallowdeep.runtime.backends import Backend, BackendName
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.runtime.programs import make_backend
 from shallowdeep.steps import Joined, make_steps, named
+from shallowdeep.views import Look, SecondLook, second_look_of
 
+PARTS = ("full", "every", "twice")
+"""The whole network alone, with all ICs asked, and with a second look behind them."""
 LEAST_EARLY = 0.2
 """Under this share of early answers there is no efficiency to speak of."""
 NEAR = 0.01
@@ -39,7 +43,7 @@ Facts = dict[str, Any]
 
 
 class Way(NamedTuple):
-    """One way of answering rows: ``what`` is "full", "early", "cut EXIT", "every" or the name of a rival."""
+    """One way of answering rows: ``what`` is "early", one of ``PARTS``, "cut EXIT" or the name of a rival."""
 
     backend: BackendName
     what: str
@@ -63,6 +67,7 @@ def bench(
     threads: Sequence[int] = (1, 2),
     blocks: int = 12,
     rivals: Mapping[str, nn.Module] | None = None,
+    second_look: Look = None,
     seed: int = 0,
 ) -> Facts:
     """Milliseconds of the whole network, of early exits, of the network cut at each exit asked and of ``rivals`` (other
@@ -70,55 +75,58 @@ def bench(
 
     ``rows`` are real inputs with labels [N]; noise leaves where nothing real does. Every block gives the same rows to
     all in shuffled order; ratios are of blocks: their median and quartiles. The whole network and the cuts, with the
-    ICs passed on the way, are compiled in one piece and do nothing else. Raises ``ValueError`` for too few rows.
+    ICs passed on the way, are compiled in one piece and do nothing else. With a ``second_look`` a row that looks twice
+    is measured against the whole way and one pass more, and looking at every row twice, without ICs, is a rival. Raises
+    ``ValueError`` for too few rows.
     """
     inputs, labels_N = rows
     if num_rows(inputs) < max(batch_sizes):
         raise ValueError(f"Batches of {max(batch_sizes)} need as many rows, found {num_rows(inputs)}.")
-    pieces = _pieces(sdn, policy, take(inputs, slice(0, 2)), rivals or {})
-    answer_N = _answers(Engine(sdn, policy, backend=backends[0]), inputs)
+    look = second_look_of(second_look)
+    pieces = _pieces(sdn, policy, take(inputs, slice(0, 2)), rivals or {}, look)
+    answer_N = _answers(Engine(sdn, policy, second_look=look, backend=backends[0]), inputs)
     found: list[Facts] = []
     for count in threads:
         with _threads(count):
-            ways = _ways(sdn, policy, inputs, pieces, backends, max(batch_sizes), count)
+            ways = _ways(sdn, policy, inputs, pieces, backends, max(batch_sizes), count, look)
             for size in batch_sizes:
                 order = random.Random(f"{seed} {count} {size}")
                 used_N, times = _in_turn(ways, inputs, size, blocks, order)
                 exit_N = answer_N["exit"][used_N]
                 found += [_facts(name, count, size, times, exit_N, sdn.num_exits - 1) for name in backends]
     accuracy = {what: _accuracy(piece, inputs, labels_N) for what, piece in pieces.items()}
-    exit_N = answer_N["exit"]
+    exits, exit_N = exits_of(sdn, look), answer_N["exit"]
     return {
         "device": describe_device(),
         "rows": num_rows(inputs),
         "blocks": blocks,
-        "exits_asked": [name for name, on in zip(sdn.plan.exit_names, _asked(sdn, policy), strict=True) if on],
+        "exits_asked": [name for name, on in zip(exits.exit_names, exits.rule(policy).asked, strict=True) if on],
         "accuracy_full": accuracy["full"],
         "accuracy_early_exit": float((answer_N["label"] == labels_N).double().mean()),
-        "accuracy_others": {what: share for what, share in accuracy.items() if what not in ("full", "every")},
+        "accuracy_others": {what: share for what, share in accuracy.items() if what not in PARTS},
         "mean_cost": float(answer_N["cost"].mean()),
-        "share_early": float((exit_N < sdn.num_exits - 1).double().mean()),
+        "share_early": float((exit_N < exits.full_exit).double().mean()),
+        "share_twice": float((exit_N > exits.full_exit).double().mean()),
         "measured": found,
     }
 
 
-def _asked(sdn: ShallowDeepNetwork, policy: Policy) -> tuple[bool, ...]:
-    return policy.asks(sdn.num_exits, sdn.num_exits - 1)
-
-
 def _pieces(
-    sdn: ShallowDeepNetwork, policy: Policy, example: Inputs, rivals: Mapping[str, nn.Module]
+    sdn: ShallowDeepNetwork, policy: Policy, example: Inputs, rivals: Mapping[str, nn.Module], look: SecondLook | None
 ) -> dict[str, Joined]:
     """What is compiled in one piece, by its name."""
-    full = Fixed(exit=sdn.num_exits - 1)
-    pieces = {"full": Joined(make_steps(sdn, full, example))}
+    full, asked = sdn.num_exits - 1, exits_of(sdn, look).rule(policy).asked
+    pieces = {"full": Joined(make_steps(sdn, Fixed(exit=full), example))}
     for name, model in rivals.items():
         other = attach(model, plan(model, example, at=(0.5,))).eval()
         pieces[name] = Joined(make_steps(other, Fixed(exit=other.num_exits - 1), example))
-    steps = make_steps(sdn, Confidence(threshold=math.inf, enabled_E=_asked(sdn, policy)), example)
-    for place, step in enumerate(steps[:-1]):
-        pieces[f"cut {step.exit}"] = Joined(steps[: place + 1])
-    return pieces | {"every": Joined(steps)}
+    if look is not None:
+        pieces[f"{look.name} every row"] = Joined(make_steps(sdn, Fixed(exit=full + 1), example, look))
+    steps = make_steps(sdn, Confidence(threshold=math.inf, enabled_E=asked), example, look)
+    for place, step in enumerate(steps):
+        what = f"cut {step.exit}" if step.exit < full else PARTS[step.exit - full + 1]
+        pieces[what] = Joined(steps[: place + 1])
+    return pieces
 
 
 def _ways(
@@ -129,14 +137,15 @@ def _ways(
     backends: Sequence[BackendName],
     largest: int,
     threads: int,
+    look: SecondLook | None,
 ) -> dict[Way, Call]:
     ways: dict[Way, Call] = {}
     for name in shown(backends, f"make, {threads} threads", len(backends)):
         backend = make_backend(name, next(sdn.parameters()).device, threads)
         for what, piece in pieces.items():
             ways[Way(name, what)] = _bare(backend, piece, inputs)
-        early = Engine(sdn, policy, backend=name, threads=threads)
-        if sum(_asked(sdn, policy)) > 1:
+        early = Engine(sdn, policy, second_look=look, backend=name, threads=threads)
+        if sum(exits_of(sdn, look).rule(policy).asked) > 1:
             sizes = [2**power for power in range(largest.bit_length()) if 2**power <= largest]
             early.measure(take(inputs, slice(0, largest)), sizes=sizes, rounds=3)
         ways[Way(name, "early")] = early
@@ -193,7 +202,8 @@ def _facts(name: BackendName, threads: int, size: int, times: Mapping[Way, Times
     ratios = [a / b for a, b in zip(whole.blocks, early.blocks, strict=True)]
     others = {way.what: statistics.median(found.blocks) for way, found in times.items() if way.backend == name}
     early_ms, best_ms = others.pop("early"), statistics.median(whole.blocks)
-    cut_ms = {full: others["every"], **{int(what[4:]): ms for what, ms in others.items() if what.startswith("cut ")}}
+    cut_ms = {int(what[4:]): ms for what, ms in others.items() if what.startswith("cut ")}
+    cut_ms |= {full + again: others[what] for again, what in enumerate(PARTS[1:]) if what in others}
     exits, counts = torch.unique(exit_N, return_counts=True)
     ideal_ms = sum(cut_ms[exit] * n for exit, n in zip(exits.tolist(), counts.tolist(), strict=True)) / len(exit_N)
     share_early = float((exit_N < full).double().mean())

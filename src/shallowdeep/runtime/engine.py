@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shallowdeep.collection import collect, collect_answers
-from shallowdeep.costs import feeds, own_costs
+from shallowdeep.costs import exits_of
 from shallowdeep.inputs import (
     Batches,
     Inputs,
@@ -47,7 +47,8 @@ from shallowdeep.types import (
     MissingExtra,
     Trace,
 )
-from shallowdeep.walking import Left, costs_when_asking, in_batch_order, rule_of
+from shallowdeep.views import CHECKED_ROWS, Look, check_view, second_look_of
+from shallowdeep.walking import Left, in_batch_order
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Batch sizes that ``measure`` looks at by default."""
@@ -67,9 +68,12 @@ class Engine:
     (None: as many as PyTorch has), or "auto": the quickest that is installed, by measurement. Weights are snapshotted:
     a call soon after the SDN has changed raises ``BackboneMismatch``. A backbone that cannot be exported runs through
     its own modules, in PyTorch alone. Several threads may call one engine. Rows whose logits are not finite are
-    answered by the backbone's own exit with ``valid_B`` False. An ``alarm`` (of ``fit_alarm`` or ``calibrate_alarm``,
-    for policies that ask the same exits) adds ``alarm_B``, how probably each answer is wrong. Source: arXiv 1810.07052,
-    section 5.1.
+    answered by the backbone's own exit with ``valid_B`` False. Source: arXiv 1810.07052, section 5.1.
+
+    With ``second_look`` (as in ``collect``) rows that the policy does not stop at the backbone's own exit are looked at
+    again. An ``alarm`` (of ``fit_alarm`` or ``calibrate_alarm``, for policies that ask the same exits) adds
+    ``alarm_B``, how probably each answer is wrong. Raises ``ValueError`` for a policy that was calibrated with another
+    view, or without one, and for an alarm of other exits.
     """
 
     def __init__(
@@ -77,19 +81,22 @@ class Engine:
         sdn: ShallowDeepNetwork,
         policy: Policy,
         *,
+        second_look: Look = None,
         alarm: Alarm | None = None,
         backend: BackendName = "auto",
         threads: int | None = None,
     ) -> None:
-        self.sdn, self.policy, self.alarm = sdn, policy, alarm
+        self.sdn, self.policy, self.second_look, self.alarm = sdn, policy, second_look_of(second_look), alarm
+        check_view(policy, self.second_look)
         self.times: StepTimes | None = None
         self._device, self._exported = next(sdn.parameters()).device, sdn.plan.via == "export"
-        self._rule = rule_of(policy, sdn.num_exits, sdn.num_exits - 1, sdn.confusion_reference, alarm)
+        exits = exits_of(sdn, self.second_look)
+        self._rule = exits.rule(policy, alarm)
         policy.init(1, None, self._device)  # a rule that needs labels says so now
-        cost_E = torch.tensor(sdn.plan.cost_E, dtype=torch.float64)
-        self._cost_E = costs_when_asking(
-            self._rule.asked, cost_E=cost_E, own_cost_E=own_costs(sdn), feeds_EE=feeds(sdn)
-        )
+        self._cost_E = exits.costs(self._rule)
+        self._runs = needed_ics(self._rule.asked[: sdn.num_exits], exits.feeds_EE)
+        if self.second_look is not None:
+            self.second_look.check(example_of(sdn.plan.inputs, CHECKED_ROWS, self._device))
         self._dtype: torch.dtype = getattr(torch, sdn.plan.inputs.dtypes[0])
         self._watched = [*sdn.parameters(), *sdn.buffers()]
         self._seen, self._looked = self._state(), 0.0
@@ -118,9 +125,8 @@ class Engine:
         limit = self._limit(max_cost, max_ms, rows)
         if program is None:
             batch = each(batch, lambda tensor: tensor.to(self._device))
-            runs = needed_ics(self._rule.asked, feeds(self.sdn))
             with torch.inference_mode():
-                return self._answer(walk_modules(self.sdn, self._rule, runs, batch, limit))
+                return self._answer(walk_modules(self.sdn, self._rule, self._runs, batch, limit, self.second_look))
         chunk = ROWS_AT_ONCE if self.times is None else self.times.chunk(rows)
         if rows <= chunk:
             return self._answer(walk(program, self._named(batch), rows, self.times, limit))
@@ -167,13 +173,16 @@ class Engine:
         return self._answer(left) if left else self._nothing()
 
     def collect(self, data: Batches | tuple[Inputs, Tensor], *, batch_size: int = 256) -> Trace:
-        """What every exit says about every row of ``data``, as this backend computes it: a trace at full depth.
+        """What every exit says about every row of ``data``, the second look's where the engine has one, as this backend
+        computes it: a trace at full depth.
 
         In reduced precision only such a trace tells what the engine will do. Raises as ``shallowdeep.collect``.
         """
         if not self._exported:
-            return collect(self.sdn, data, batch_size=batch_size)
-        return collect_answers(self.sdn, data, self._said, backend=self.backend, batch_size=batch_size)
+            return collect(self.sdn, data, second_look=self.second_look, batch_size=batch_size)
+        return collect_answers(
+            self.sdn, data, self._said, self.second_look, backend=self.backend, batch_size=batch_size
+        )
 
     def measure(self, inputs: object = None, *, sizes: Sequence[int] = SIZES, rounds: int = 5) -> StepTimes:
         """Milliseconds of every step at the batch ``sizes``, kept as ``times``: from now on they decide which rows are
@@ -209,7 +218,8 @@ class Engine:
         found: list[tuple[float, Backend, Program]] = []
         for backend in backends:
             try:
-                program = make_program(self.sdn, self.policy, self.sdn.plan.inputs, backend, self.alarm)
+                given = self.sdn.plan.inputs, backend, self.second_look, self.alarm
+                program = make_program(self.sdn, self.policy, *given)
             except (MissingExtra, BackendError):
                 continue
             entered = {name: backend.enter(x) for name, x in named(self.sdn.plan.inputs.names, rows).items()}
@@ -255,10 +265,10 @@ class Engine:
         with self._lock:
             key = signature, every_exit or all(self._rule.asked)
             if key not in self._programs:
+                look, policy, alarm = self.second_look, self.policy, self.alarm
                 if key[1] and not all(self._rule.asked):
-                    program = make_program(self.sdn, Confidence(threshold=math.inf), signature, self._backend)
-                else:
-                    program = make_program(self.sdn, self.policy, signature, self._backend, self.alarm)
+                    policy, alarm = Confidence(threshold=math.inf), None
+                program = make_program(self.sdn, policy, signature, self._backend, look, alarm)
                 if len(self._programs) >= PROGRAMS_KEPT:
                     self._programs.pop(next(iter(self._programs)))
                 self._programs[key] = program

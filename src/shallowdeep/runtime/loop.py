@@ -95,13 +95,14 @@ def _take(
     backend, rule, step = program.backend, program.rule, program.steps[place]
     rows.update(zip(step.gives, step.run([rows[name] for name in step.takes]), strict=True))
     present, last = len(row_S), place + 1 == len(program.steps)
-    live_S = row_S >= 0 if alive < present else None  # places below 0: answered already, or there to fill up
     ends = last or (limit is not None and _must_end(limit, times, place, present))
-    stop_S, stops = None, alive
-    if not last:
-        stop_S = rows.pop("stop")
-        if ends or stop_S.any() or step.exit == rule.full_exit:
-            stop_S = rule.heed(step.exit, stop_S, backend.finite(rows[f"logits.{place}"]))
+    stops = alive
+    stop_S: Array = None if last else rows.pop("stop")
+    if not ends and step.exit != rule.full_exit and not stop_S.any():
+        return (), rows, row_S, alive
+    live_S = row_S >= 0 if alive < present else None  # places below 0: answered already, or there to fill up
+    if stop_S is not None:
+        stop_S = rule.heed(step.exit, stop_S, backend.finite(rows[f"logits.{place}"]))
         stop_S = stop_S if live_S is None else stop_S & live_S
         stops = alive if ends else int(stop_S.sum())
     if not stops:

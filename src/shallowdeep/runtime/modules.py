@@ -17,6 +17,7 @@ from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.runtime.loop import Limit
 from shallowdeep.taps import tapped
 from shallowdeep.types import BackboneMismatch
+from shallowdeep.views import SecondLook
 from shallowdeep.walking import Left, Rule, Walk
 
 
@@ -25,21 +26,33 @@ class _AllLeft(Exception):
 
 
 def walk_modules(
-    sdn: ShallowDeepNetwork, rule: Rule, runs: tuple[int, ...], inputs: Inputs, limit: Limit | None
+    sdn: ShallowDeepNetwork,
+    rule: Rule,
+    runs: tuple[int, ...],
+    inputs: Inputs,
+    limit: Limit | None,
+    look: SecondLook | None,
 ) -> list[Left]:
     """The exits and answers of a batch, in the order of stopping; ``runs`` are the ICs that run."""
     if any(module.training for module in sdn.backbone.modules()):
         raise BackboneMismatch("The backbone is in training mode and runs through its own modules; call sdn.eval().")
-    return _Pass(sdn, rule, runs, inputs, limit)()
+    return _Pass(sdn, rule, runs, inputs, limit, look)()
 
 
 class _Pass:
     """One batch's pass."""
 
     def __init__(
-        self, sdn: ShallowDeepNetwork, rule: Rule, runs: tuple[int, ...], inputs: Inputs, limit: Limit | None
+        self,
+        sdn: ShallowDeepNetwork,
+        rule: Rule,
+        runs: tuple[int, ...],
+        inputs: Inputs,
+        limit: Limit | None,
+        look: SecondLook | None,
     ) -> None:
-        self.sdn, self.rule, self.runs, self.limit = sdn, rule, runs, limit or Limit(sdn.num_exits)
+        self.sdn, self.rule, self.runs, self.limit = sdn, rule, runs, limit or Limit(rule.last)
+        self.look = look
         self.inputs = self.alive = inputs
         self.walk = Walk(rule, batch=num_rows(inputs), device=next(sdn.parameters()).device)
         self.said: Said | None = None
@@ -50,7 +63,11 @@ class _Pass:
         with suppress(_AllLeft):
             with tapped(self.sdn.backbone, cuts, self._visit):
                 logits = logits_of(call(self.sdn.backbone, self.inputs))
-            self._ask(self.rule.full_exit, logits)
+            stay = self._ask(self.rule.full_exit, logits)
+            assert self.look is not None, "rows walk past the full exit only to a second look"
+            alive, logits = (self.alive, logits) if stay is None else (take(self.alive, stay), logits[stay])
+            again = logits_of(call(self.sdn.backbone, self.look.view(alive)))
+            self._ask(self.rule.last, self.look.joined(logits, again))
         return self.walk.left
 
     def _visit(self, position: int, x: Tensor) -> Tensor | None:

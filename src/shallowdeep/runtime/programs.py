@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from shallowdeep.costs import exits_of
 from shallowdeep.inputs import example_of
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Policy
@@ -24,7 +25,7 @@ from shallowdeep.runtime.times import StepTimes
 from shallowdeep.steps import chain, make_steps, named, remembered
 from shallowdeep.trajectory import Alarm
 from shallowdeep.types import BackendError, DataError, InputSignature
-from shallowdeep.walking import rule_of
+from shallowdeep.views import SecondLook
 
 TOLERANCE = {"openvino-bf16": 0.1}
 """How far a backend's numbers may lie from PyTorch's, relative to their own size; 0.001 for float32."""
@@ -51,6 +52,7 @@ def make_program(
     policy: Policy,
     signature: InputSignature,
     backend: Backend,
+    look: SecondLook | None = None,
     alarm: Alarm | None = None,
 ) -> Program:
     """The program for rows like ``signature``; every step is run once on noise and compared with PyTorch.
@@ -61,7 +63,7 @@ def make_program(
     example = example_of(signature, 2, device)
     with torch.inference_mode(False), torch.no_grad():
         try:
-            steps = make_steps(sdn, policy, example)
+            steps = make_steps(sdn, policy, example, look)
         except RuntimeError as error:
             raise DataError(
                 f"{sdn.plan.model} is planned for rows of shape {sdn.plan.inputs.shapes} and fails for "
@@ -77,7 +79,7 @@ def make_program(
     said = [{f"softmax.{k}" for k in range(place + 1)} for place in range(len(ready))]
     later = [said[place].union(*(step.takes for step in ready[place + 1 :])) for place in range(len(ready))]
     entered = {name: backend.enter(tensor) for name, tensor in remembered(policy, 1, device).items()}
-    rule = rule_of(policy, sdn.num_exits, sdn.num_exits - 1, sdn.confusion_reference, alarm)
+    rule = exits_of(sdn, look).rule(policy, alarm)
     return Program(backend, rule, tuple(ready), entered, tuple(map(frozenset, later)), steps[0].rowless)
 
 
