@@ -55,7 +55,7 @@ def test_a_bound_above_all_errors_keeps_everything_that_is_a_number() -> None:
 
 def test_parts_are_disjoint(monkeypatch: pytest.MonkeyPatch) -> None:
     trace, parts = oracle.bed(1000), list[set[int]]()
-    real_fit, real_judged = abstention.fit_alarm, abstention._judged
+    real_fit, real_judged = abstention.fit_alarm, abstention.judged
 
     def seen(some: Trace) -> None:
         assert some.hash_N is not None
@@ -63,7 +63,7 @@ def test_parts_are_disjoint(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(abstention, "fit_alarm", lambda some, policy: (seen(some), real_fit(some, policy))[1])
     monkeypatch.setattr(
-        abstention, "_judged", lambda some, policy, alarm: (seen(some), real_judged(some, policy, alarm))[1]
+        abstention, "judged", lambda some, policy, alarm: (seen(some), real_judged(some, policy, alarm))[1]
     )
     calibrate_alarm(trace, POLICY, max_error=0.1)
     assert [len(part) for part in parts] == [300, 200, 500]
@@ -80,7 +80,7 @@ def test_it_is_violated_as_rarely_as_it_says(max_error: float) -> None:
     """Rows drawn with replacement from 5,000, which are the population: the share of errors kept is known."""
     population = oracle.bed(5000, seed=3, exits=3)
     alarm = fit_alarm(oracle.bed(1000, seed=4, exits=3), POLICY)
-    judged = abstention._judged(population, POLICY, alarm)
+    judged = abstention.judged(population, POLICY, alarm)
     rng, violated, given, draws = np.random.default_rng(0), 0, 0, 1000
     for _ in range(draws):
         choose, test = (Judged(*(x[np.sort(rng.integers(5000, size=n))] for x in judged)) for n in (300, 700))

@@ -270,8 +270,8 @@ def test_law_3_the_engines_alarm_is_the_simulated_one(name: str, backend: Any) -
 def test_law_4_exports_sound_the_same_alarm(tmp_path: Path) -> None:
     policy = policies()["most confident"]
     alarm = some_alarm(policy.asks(3, 2))
-    export_folder(tiny(), policy, tmp_path / "folder", rows(60), alarm)
-    export_file(tiny(), policy, tmp_path / "file", rows(60), alarm)
+    export_folder(tiny(), policy, tmp_path / "folder", rows(60), alarm=alarm)
+    export_file(tiny(), policy, tmp_path / "file", rows(60), alarm=alarm)
     exported, single = EarlyExits(tmp_path / "folder"), _runner(tmp_path / "file/model.onnx", ("0",))
     engine, broken = Engine(tiny(), policy, alarm=alarm, backend="torch"), rows(7)
     broken[[1, 4]] = torch.nan
@@ -287,3 +287,20 @@ def test_law_4_exports_sound_the_same_alarm(tmp_path: Path) -> None:
 def test_the_examples_run() -> None:
     oracle.run_examples(alarming, "alarms")
     oracle.run_examples(trajectory, "alarms")
+
+
+def turned(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(1)
+
+
+def test_law_3_with_a_second_look() -> None:
+    sdn = tiny()
+    top = policies()["confidence"].threshold  # type: ignore[attr-defined]
+    policy = Confidence(threshold=(*top, 0.9))
+    alarm = some_alarm((True,) * 4)
+    engine = Engine(sdn, policy, second_look=turned, alarm=alarm, backend="torch")
+    trace = engine.collect((rows(60), torch.zeros(60, dtype=torch.int64)))
+    found, outcome = engine(rows(60)), simulate(policy, trace, alarm)
+    assert outcome.alarm_N is not None
+    assert 3 in found.exit_B.tolist()
+    torch.testing.assert_close(found.alarm_B, outcome.alarm_N, rtol=1e-4, atol=1e-6)

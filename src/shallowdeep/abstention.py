@@ -78,7 +78,7 @@ def calibrate_alarm(
         alarm = fit_alarm(trace.rows(fitting), policy)
     else:
         choosing, testing = order.tensor_split([round(trace.num_samples * UPTO[0])])
-    choose, test = (_judged(trace.rows(part), policy, alarm) for part in (choosing, testing))
+    choose, test = (judged(trace.rows(part), policy, alarm) for part in (choosing, testing))
     found = last_passing(choose, test, max_error, confidence)
     facts: dict[str, Any] = {
         "max_error": max_error,
@@ -146,7 +146,8 @@ def last_passing(choose: Judged, test: Judged, max_error: float, confidence: flo
     return Found(float(path_P[at]), step is not None, round(kept_P[at]), round(wrong_P[at]))
 
 
-def _judged(trace: Trace, policy: Policy, alarm: Alarm) -> Judged:
+def judged(trace: Trace, policy: Policy, alarm: Alarm) -> Judged:
+    """The answers of ``policy`` on ``trace``, from the least suspicious."""
     outcome = simulate(policy, trace, alarm)
     assert outcome.alarm_N is not None
     order_N = outcome.alarm_N.argsort()

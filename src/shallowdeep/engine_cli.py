@@ -117,6 +117,7 @@ def export(
     policy: Path = RUNS / "calibrate",
     out: Path = RUNS / "export",
     kind: Literal["folder", "file", "programs"] = "folder",
+    alarm: Path | None = None,
 ) -> dict[str, Any]:
     """Write the network with its exits and its policy as files that run without this library.
 
@@ -131,10 +132,12 @@ def export(
     kind
         folder: an ONNX file a step, and a loop that needs NumPy and ONNX Runtime alone; file: one ONNX file that skips
         by itself; programs: torch.export programs.
+    alarm
+        Folder of `sdn alarms`: answers also say how probably they are wrong.
     """
     from shallowdeep import verbs
 
-    return verbs.export_verb(sdn_dir, policy, rows.choice(), out, kind=kind)
+    return verbs.export_verb(sdn_dir, policy, rows.choice(), out, kind=kind, alarm_dir=alarm)
 
 
 def predict(

@@ -41,6 +41,7 @@ from shallowdeep.runtime.engine import Engine
 from shallowdeep.spelling import from_json, to_json
 from shallowdeep.timing import compare
 from shallowdeep.training import train_exits
+from shallowdeep.trajectory import Alarm
 from shallowdeep.tuning import machine_costs, tune
 from shallowdeep.types import DataError, Trace, table
 from shallowdeep.views import view_of
@@ -325,7 +326,13 @@ def evaluate_verb(policy_dir: Path, trace_dir: Path, out: Path) -> Result:
 
 
 def export_verb(
-    sdn_dir: Path, policy_dir: Path, data: DataChoice, out: Path, *, kind: Literal["folder", "file", "programs"]
+    sdn_dir: Path,
+    policy_dir: Path,
+    data: DataChoice,
+    out: Path,
+    *,
+    kind: Literal["folder", "file", "programs"],
+    alarm_dir: Path | None = None,
 ) -> Result:
     """Artefacts that run without this library, compared with the engine on real rows before they are left behind."""
     from shallowdeep import export  # its libraries are an extra
@@ -334,10 +341,12 @@ def export_verb(
     rows = ready(data.read(), preprocessing)
     ways = {"folder": export.export_folder, "file": export.export_file, "programs": export.export_programs}
     policy = from_json(read_json(policy_dir / "policy.json"))
-    ways[kind](sdn, policy, out, take(rows, slice(0, EXPORT_ROWS)), second_look=view_of(policy))
+    alarm = None if alarm_dir is None else Alarm.from_json(read_json(alarm_dir / "alarm.json"))
+    some, look = take(rows, slice(0, EXPORT_ROWS)), view_of(policy)
+    ways[kind](sdn, policy, out, some, second_look=look, alarm=alarm)
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
     print(table([("file", "kB"), *((name, f"{size / 1000:,.0f}") for name, size in files.items())]))
-    choices = {"sdn": sdn_dir, "policy": policy_dir, "data": data.__dict__, "kind": kind}
+    choices = {"sdn": sdn_dir, "policy": policy_dir, "data": data.__dict__, "kind": kind, "alarm": alarm_dir}
     return _finish(out, "export", choices, {"kind": kind, "bytes": sum(files.values())})
 
 
