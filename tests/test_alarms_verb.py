@@ -10,7 +10,8 @@ import pytest
 
 import oracle
 from shallowdeep.cli import main
-from shallowdeep.policies import Confidence, to_json
+from shallowdeep.policies import Confidence
+from shallowdeep.spelling import to_json
 from shallowdeep.trajectory import Alarm
 from shallowdeep.types import Trace
 from shallowdeep.walking import simulate

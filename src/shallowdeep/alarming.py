@@ -18,7 +18,8 @@ from torch import Tensor
 
 from shallowdeep.effects import share
 from shallowdeep.finding import AurocDifference, ErrorScores, auroc_differences, error_scores
-from shallowdeep.policies import CalibrationRecord, Confidence, Policy, finite_rows, to_json
+from shallowdeep.policies import CalibrationRecord, Confidence, Policy, finite_rows
+from shallowdeep.spelling import to_json
 from shallowdeep.trajectory import Alarm, log_odds
 from shallowdeep.types import DataError, Outcome, Trace, table
 from shallowdeep.walking import CHUNK_ELEMENTS, simulate

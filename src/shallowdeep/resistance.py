@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from shallowdeep.calibration import evaluate
-from shallowdeep.disagreement import confusion, error_auroc
+from shallowdeep.disagreement import confusion
+from shallowdeep.finding import error_auroc
 from shallowdeep.inputs import num_rows, take
 from shallowdeep.limits import Answers, CostWindow
 from shallowdeep.policies import Policy
