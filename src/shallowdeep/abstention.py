@@ -15,7 +15,7 @@ import torch
 from scipy.stats import beta
 
 from shallowdeep.alarming import fit_alarm, full_network, wrong_answers
-from shallowdeep.bounds import Bools, Floats, binomial_upper, last_proved
+from shallowdeep.bounds import Bools, Counts, Floats, binomial_upper, last_proved
 from shallowdeep.calibration import OVERLAP
 from shallowdeep.effects import share
 from shallowdeep.policies import CalibrationRecord, Policy
@@ -143,7 +143,7 @@ def last_passing(choose: Judged, test: Judged, max_error: float, confidence: flo
     kept_P, wrong_P = _counts(path_P, test)
     step = last_proved(binomial_upper(wrong_P, kept_P, 1 - confidence) <= max_error)
     at = step or 0
-    return Found(float(path_P[at]), step is not None, round(kept_P[at]), round(wrong_P[at]))
+    return Found(float(path_P[at]), step is not None, int(kept_P[at]), int(wrong_P[at]))
 
 
 def judged(trace: Trace, policy: Policy, alarm: Alarm) -> Judged:
@@ -168,7 +168,7 @@ def _path(choose: Judged, testing: int, confidence: float) -> Floats:
     return hopeful_P
 
 
-def _counts(path_P: Floats, judged: Judged) -> tuple[Floats, Floats]:
+def _counts(path_P: Floats, judged: Judged) -> tuple[Counts, Counts]:
     """How many answers each threshold keeps, and how many of those are wrong."""
     kept_P = np.searchsorted(judged.alarm_N, path_P, side="right")
-    return kept_P.astype(np.float64), np.append(0.0, judged.wrong_N.cumsum())[kept_P]
+    return kept_P, np.append(0, judged.wrong_N.cumsum())[kept_P]

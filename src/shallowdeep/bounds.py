@@ -38,7 +38,7 @@ def binomial_pvalues(hits_P: Counts, rows: int, bound: float) -> Floats:
     return tail_P if bound < 1 else np.zeros_like(tail_P)
 
 
-def binomial_upper(hits_P: Counts | Floats, rows: int | Counts | Floats, delta: float) -> Floats:
+def binomial_upper(hits_P: Counts, rows: int | Counts, delta: float) -> Floats:
     """Upper limits [P] of shares of ``rows`` rows, each right with probability 1 - ``delta`` (Clopper, Pearson 1934).
 
     >>> binomial_upper(np.array([0]), 598, 0.05).round(5).tolist()
