@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import json
 import math
 from pathlib import Path
@@ -286,7 +287,7 @@ def test_law_4_exports_sound_the_same_alarm(tmp_path: Path) -> None:
 
 def test_the_examples_run() -> None:
     oracle.run_examples(alarming, "alarms")
-    oracle.run_examples(trajectory, "alarms")
+    assert doctest.testmod(trajectory).failed == 0
 
 
 def turned(x: torch.Tensor) -> torch.Tensor:
