@@ -13,21 +13,22 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path as File
 from typing import Any
 
 import numpy as np
 import torch
 
-from shallowdeep.families import FAMILIES, SECOND_LOOK, Family, _steps, families_for, fit_ensemble, without_second_look
+from shallowdeep.families import FAMILIES, SECOND_LOOK, Family, _steps, fit_ensemble, without_second_look
 from shallowdeep.files import write_text
 from shallowdeep.paths import Floats, Path, Rows, answering, brings_of, read_rows
 from shallowdeep.policies import Accumulated, Confidence, Score
-from shallowdeep.thresholds import choose, within_drop
+from shallowdeep.thresholds import choose, fits, within_drop
 from shallowdeep.types import Trace
 
 SPLITS = 20
-AIMS = (-0.005, -0.0035, 0.0, 0.0025, 0.005, 0.0055, 0.006, 0.01)
+AIMS, AIMS_WITH_A_SECOND_LOOK = (0.005, 0.0055, 0.006, 0.01), (-0.005, -0.0035, 0.0, 0.005)
 READ_AT = (-0.005, 0.0, 0.0025, 0.005, 0.01)
 
 
@@ -92,7 +93,7 @@ def candidates(rows: Rows) -> dict[str, tuple[Family, bool]]:
         Family("levels of classes", per_class),
     ]
     if rows.full < len(rows.exits) - 1:
-        tried = [SECOND_LOOK, *(without_second_look(family, 0.0) for family in tried)]
+        tried = [SECOND_LOOK, without_second_look(FAMILIES[0], 0.0)]
     found = {f"{family.name}{', ensemble at the ends' * on}": (family, on) for on in (False, True) for family in tried}
     if rows.full == len(rows.exits) - 1:
         found["ensembles at every exit (ZTW)"] = Family("ensembles", everywhere), False
@@ -130,24 +131,23 @@ def main(file: File, out: File) -> None:
         drop_P, cost_P = np.maximum.accumulate(np.mean(drops, 0)), np.mean(costs, 0)
         curves[name] = {str(x): round(float(np.interp(x, drop_P, cost_P)), 4) for x in READ_AT if x >= drop_P[0]}
         print(name, curves[name], flush=True)
+    aims = AIMS if rows.full == len(rows.exits) - 1 else AIMS_WITH_A_SECOND_LOOK
     choices: dict[str, Any] = {}
-    for aim in AIMS:
-        for label, only in (("calibrate", None), ("levels alone, as before", FAMILIES[:1])):
-            pairs, names = [], Counter[str]()
-            for chosen, others in halves:
-                full = float(chosen.full_N.mean())
-                given = chosen.until_full() if only else chosen
-                choice = choose(
-                    given,
-                    lambda brings, full=full: within_drop(brings, full, aim),
-                    families=only or families_for(given),
-                    ensembles=only is None,
-                )
+    for label, only in (("calibrate", None), ("levels alone, as before", FAMILIES[:1])):
+        taken: dict[float, list[tuple[float, float, str]]] = {aim: [] for aim in aims}
+        for chosen, others in halves:
+            given, judged = (chosen.until_full(), others.until_full()) if only else (chosen, others)
+            fitted, full = fits(given, families=only, ensembles=only is None), float(chosen.full_N.mean())
+            for aim in aims:
+                choice = choose(given, partial(within_drop, accuracy_full=full, max_accuracy_drop=aim), fitted)
                 if choice is not None:
-                    pairs.append(reported(choice.path, choice.step, others.until_full() if only else others))
-                    names[choice.family + " + ensemble" * (choice.path.ensemble is not None)] += 1
-            if len(pairs) == SPLITS:
-                choices.setdefault(str(aim), {})[label] = summary(pairs) | {"families": dict(names)}
+                    name = choice.family + " + ensemble" * (choice.path.ensemble is not None)
+                    taken[aim].append((*reported(choice.path, choice.step, judged), name))
+        for aim, found in taken.items():
+            if len(found) == SPLITS:
+                names = Counter(name for *_, name in found)
+                means = summary([(drop, cost) for drop, cost, _ in found])
+                choices.setdefault(str(aim), {})[label] = means | {"families": dict(names)}
                 print(aim, label, choices[str(aim)][label], flush=True)
     write_text(
         out, json.dumps({"trace": file.stem, "splits": SPLITS, "cost_at_drop": curves, "aims": choices}, indent=1)

@@ -7,12 +7,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 
 import oracle
 from shallowdeep import families, thresholds
-from shallowdeep.families import FAMILIES, Family
-from shallowdeep.paths import Brings, Path, Rows, _midway, brings_of, read_rows
+from shallowdeep.families import FAMILIES, SECOND_LOOK, Family, without_second_look
+from shallowdeep.paths import Brings, Path, Rows, _midway, answering, brings_of, read_rows
 from shallowdeep.policies import Confidence, Fixed
 from shallowdeep.thresholds import choose, within_cost, within_drop
 
@@ -108,7 +109,7 @@ def test_folds_are_judged_by_what_others_fitted() -> None:
         return dataclasses.replace(path, unit=unit)
 
     grid_P = ONE.fit(rows, None).grid_P
-    leaving_KN = thresholds._crossfit(Family("spy", fit), rows, grid_P)
+    leaving_KN = thresholds._crossfit(Family("spy", fit), thresholds._folds(rows, ensembles=False), grid_P)
     assert all(a | b == set(range(100)) and not a & b for a, b in zip(fitted, judged, strict=True))
     assert set.union(*judged) == set(range(100))
     assert sum(map(len, judged)) == 100
@@ -131,9 +132,9 @@ def test_another_family_takes_over_only_beyond_chance(monkeypatch: pytest.Monkey
         path = FREE.fit(given, grid_P)
         return dataclasses.replace(path, bar_PK=path.bar_PK ** np.array([1, 0.1, 5, 1]))
 
-    monkeypatch.setattr(thresholds, "FAMILIES", (Family("blind", blind), ONE))
+    monkeypatch.setattr(families, "FAMILIES", (Family("blind", blind), ONE))
     assert name_of_choice() == ONE.name
-    monkeypatch.setattr(thresholds, "FAMILIES", (ONE, LEVELS))
+    monkeypatch.setattr(families, "FAMILIES", (ONE, LEVELS))
     rows = rows.take(slice(0, 200))
     assert name_of_choice() == ONE.name
 
@@ -159,3 +160,83 @@ def test_scores_that_even_float64_cannot_tell_apart_move_to_the_next_gap() -> No
 
 def test_the_examples_run() -> None:
     oracle.run_examples(thresholds, "thresholds")
+
+
+LOOKED = (SECOND_LOOK, *(without_second_look(family, 0.0) for family in FAMILIES))
+
+
+@pytest.mark.parametrize("full_exit", [3, 4])
+@pytest.mark.parametrize("family", [*FAMILIES, *LOOKED], ids=lambda family: family.name)
+def test_a_path_with_an_ensemble_brings_what_a_walk_brings(family: Family, full_exit: int) -> None:
+    if (family in LOOKED) and full_exit == 4:
+        return
+    trace = oracle.bed(150, exits=5, full_exit=full_exit)
+    broken = trace.logits_ENC.clone()
+    broken[0, 7], broken[3, 9], broken[4, 11] = math.nan, math.nan, math.nan
+    rows = read_rows(dataclasses.replace(trace, logits_ENC=broken), EVERYTHING)
+    trace = dataclasses.replace(trace, logits_ENC=broken)
+    ensemble = families.fit_ensemble(rows)
+    path = dataclasses.replace(family.fit(answering(rows, ensemble), None), ensemble=ensemble)
+    brings = brings_of(path.leaving(rows), path.seen(rows), path.steps)
+    for step in (0, 40, 200, 330, path.steps - 1):
+        policy = path.policy(step, EVERYTHING, 5)
+        assert policy.ensemble == ensemble
+        said = oracle.walk(policy, trace)
+        right = np.array(said["label"]) == trace.labels_N.numpy()
+        right &= np.array([all(map(math.isfinite, logits)) for logits in said["logits"]])
+        assert brings.accuracy_P[step] == pytest.approx(right.mean())
+        if family in LOOKED[1:]:
+            assert policy.asks(5, 3) == (True, True, True, True, False)
+        assert brings.cost_P[step] == pytest.approx(np.mean(said["cost"]))
+
+
+def test_an_ensembles_weights_are_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other weights have a better penalised likelihood, written out row by row; without a prior they help."""
+    trace = oracle.bed(120, exits=3, classes=4)
+    rows = read_rows(trace, (True,) * 3)
+    logs = trace.logits_ENC.double().log_softmax(2).clamp_min(math.log(1e-12)).numpy()
+
+    def loss(weight_E: np.ndarray) -> float:
+        total = families.DOUBT / 2 * ((weight_E[:2] / weight_E[2]) ** 2).sum()
+        for n, label in enumerate(trace.labels_N.tolist()):
+            said = sum(weight * logs[e, n] for e, weight in enumerate(weight_E))
+            total += math.log(np.exp(said).sum()) - said[label]
+        return float(total)
+
+    for doubt in (100.0, 1e-6):
+        monkeypatch.setattr(families, "DOUBT", doubt)
+        weight_E = np.array(families.fit_ensemble(rows).weight_EE[2])
+        least = loss(weight_E)
+        for e in range(3):
+            for by in (-0.02, 0.02):
+                assert loss(weight_E + by * np.eye(3)[e]) > least - 1e-6
+        assert least < loss(np.eye(3)[2])
+
+
+def test_the_learned_score_is_scikit_learns() -> None:
+    rows = read_rows(oracle.bed(1500, exits=3), (True,) * 3)
+    policy = families._learned(rows, None).policy(200, (True,) * 3, 3)
+    said_FKN = families._features(rows)
+    harm_KN = rows.right_LN[-1] & ~rows.right_LN[:-1]
+    flat = np.concatenate([said_FKN.reshape(4, -1).T, np.repeat(np.eye(2), 1500, 0)], 1)
+    fit = LogisticRegression(fit_intercept=False, C=1e6, max_iter=5000, tol=1e-8).fit(flat, ~harm_KN.ravel())
+    score_S = said_FKN.reshape(4, -1).T @ [policy.confidence, policy.margin, policy.entropy, policy.agreement]
+    score_S -= np.repeat(policy.threshold, 1500)
+    assert np.corrcoef(score_S, fit.decision_function(flat))[0, 1] > 0.99
+
+
+def test_a_second_look_that_changes_nothing_is_left_out() -> None:
+    trace = oracle.bed(1500, exits=5)
+    more = torch.cat([trace.logits_ENC, trace.logits_ENC[-1:]])
+    dear = torch.cat([trace.cost_E, trace.cost_E[-1:] + 1])
+    rows = read_rows(dataclasses.replace(trace, logits_ENC=more, cost_E=dear, full_exit=4), (True,) * 6)
+    choice = choose(rows, lambda brings: within_drop(brings, float(rows.full_N.mean()), 0.005))
+    assert choice is not None
+    assert choice.path.policy(choice.step, (True,) * 6, 6).asks(6, 4) == (True,) * 5 + (False,)
+
+
+def test_a_second_look_that_gains_is_taken() -> None:
+    rows = read_rows(oracle.bed(2000, exits=5, full_exit=2), (*EVERYTHING[:4], False))
+    choice = choose(rows, lambda brings: within_drop(brings, float(rows.full_N.mean()), -0.03))
+    assert choice is not None
+    assert choice.family == SECOND_LOOK.name
