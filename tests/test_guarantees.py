@@ -17,7 +17,7 @@ from shallowdeep.families import FAMILIES, Family, fit_ensemble
 from shallowdeep.guarantees import losses, parts_of, worst_so_far
 from shallowdeep.paths import Rows, along, answering, read_rows
 from shallowdeep.policies import Fixed, Policy
-from shallowdeep.thresholds import Search, search
+from shallowdeep.thresholds import Fit, fits
 from shallowdeep.types import DataError, Trace
 from shallowdeep.walking import simulate
 
@@ -34,10 +34,10 @@ def population() -> Trace:
 def few_families(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only those that are fitted quickly, where many draws are made."""
 
-    def quick(rows: Rows, *, ensembles: bool) -> Search:
-        return search(rows, families=(FAMILIES[0], FAMILIES[-1]), ensembles=False)
+    def quick(rows: Rows, *, ensembles: bool) -> tuple[Fit, ...]:
+        return fits(rows, families=(FAMILIES[0], FAMILIES[-1]), ensembles=False)
 
-    monkeypatch.setattr(guarantees, "search", quick)
+    monkeypatch.setattr(guarantees, "fits", quick)
 
 
 def draw(trace: Trace, rows: int, seed: int) -> Trace:
@@ -136,17 +136,17 @@ def test_a_certificate_holds_in_as_many_draws_as_it_says(
 
 def test_tested_rows_have_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen_on, tested_on = [], []
-    true_search, true_proved = guarantees.search, guarantees._proved
+    true_fits, true_proved = guarantees.fits, guarantees._proved
 
-    def search_and_tell(rows: Rows, *, ensembles: bool) -> Search:
+    def fits_and_tell(rows: Rows, *, ensembles: bool) -> tuple[Fit, ...]:
         chosen_on.extend(rows.index_N)
-        return true_search(rows, ensembles=ensembles)
+        return true_fits(rows, ensembles=ensembles)
 
     def prove_and_tell(leaving_KN: np.ndarray, loss_LN: np.ndarray, *rest: object) -> int | None:
         tested_on.append(loss_LN.shape[1])
         return true_proved(leaving_KN, loss_LN, *rest)
 
-    monkeypatch.setattr(guarantees, "search", search_and_tell)
+    monkeypatch.setattr(guarantees, "fits", fits_and_tell)
     monkeypatch.setattr(guarantees, "_proved", prove_and_tell)
     trace = oracle.bed(801)
     policy = quietly(trace, max_accuracy_drop=0.03, confidence=0.9)
@@ -164,7 +164,7 @@ def test_tested_rows_move_nothing_but_the_step(population: Trace, few_families: 
     spoiled[parts.testing] = (spoiled[parts.testing] + 1) % 10
     honest = quietly(trace, max_accuracy_drop=0.05, confidence=0.9)
     policy = quietly(dataclasses.replace(trace, labels_N=spoiled), max_accuracy_drop=0.05, confidence=0.9)
-    fit = next(fit for fit in parts.search.fits if fit.family.name == honest.calibrated_on.info["family"])
+    fit = next(fit for fit in parts.fits if fit.family == honest.calibrated_on.info["family"])
     on_path = [fit.path.policy(step, EVERYTHING, 5) for step in range(fit.path.steps)]
     assert honest in on_path
     assert policy in [*on_path, Fixed(exit=4)]
@@ -271,7 +271,7 @@ def test_testing_starts_where_the_choosing_rows_are_surest(
     quietly(draw(population, 2000, 0), max_accuracy_drop=0.02, confidence=0.95)
     policy = quietly(looks, max_accuracy_drop=-0.01, confidence=0.95)
     parts = parts_of(looks, (True,) * 6)
-    brings = next(fit for fit in parts.search.fits if fit.family.name == policy.calibrated_on.info["family"]).brings
+    brings = next(fit for fit in parts.fits if fit.family == policy.calibrated_on.info["family"]).brings
     gain_P = brings.accuracy_P - parts.choose_on.full_N.mean()
     differ_P = 2 * brings.harm_P + gain_P
     sure_P = (gain_P - 0.01) / np.sqrt(differ_P - gain_P**2 + 1 / (len(parts.choosing) + 1))

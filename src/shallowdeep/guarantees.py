@@ -32,7 +32,7 @@ from shallowdeep.bounds import (
 from shallowdeep.certificates import Certificate, Method, Risk, claim_of
 from shallowdeep.paths import Brings, Path, Rows, Steps, along, read_rows
 from shallowdeep.policies import Ensemble, Policy, finite_rows
-from shallowdeep.thresholds import Choice, prefer, search
+from shallowdeep.thresholds import Choice, choose, fits
 from shallowdeep.types import Trace
 from shallowdeep.walking import policy_costs
 
@@ -84,7 +84,7 @@ class Parts:
         order = np.random.default_rng(0).permutation(np.ravel(fresh))
         self.choosing, self.testing = np.split(order, [round(CHOOSING * len(order))])
         self.choose_on, self.test_on = rows.take(self.choosing), rows.take(self.testing)
-        self.search = search(self.choose_on, ensembles=ensembles)
+        self.fits = fits(self.choose_on, ensembles=ensembles)
         self._tested: dict[str, Tested] = {}
 
     def tested(self, choice: Choice, risk: Risk) -> Tested:
@@ -113,13 +113,13 @@ def parts_of(trace: Trace, asked: Sequence[bool], risk: Risk = "drop") -> Parts:
 def certify(trace: Trace, asked: Sequence[bool], aim: Aim) -> Proof:
     """The cheapest policy that the rows prove, if there is one that saves cost or gains what ``aim`` demands.
 
-    The path comes from the family that ``prefer`` prefers on the choosing part. Its steps are tested in their order,
+    The path comes from the family that ``choose`` prefers on the choosing part. Its steps are tested in their order,
     each at the full level, until one fails (arXiv 2110.01052). Testing starts at the first step, if it gives the full
     network's answers to all rows that choose and the rows suffice for the bound; else where these are surest.
     """
     parts = parts_of(trace, asked, aim.risk)
     tested, full_cost, accuracy = len(parts.testing), full_cost_of(trace), _accuracy(parts)
-    choice = prefer(parts.search, lambda brings: _hoped(brings, accuracy, aim, tested))
+    choice = choose(parts.choose_on, lambda brings: _hoped(brings, accuracy, aim, tested), parts.fits)
     if choice is None or not tested:
         return _refusal(parts, aim, full_cost)
     leaving_KN, right_LN, loss_LN = parts.tested(choice, aim.risk)
@@ -314,7 +314,7 @@ def _in_all(tested: int) -> int:
 def _rows_hoped(parts: Parts, aim: Aim, full_cost: float) -> int | None:
     """With how many tested rows some policy of use would pass in five draws of six; None if no number would do."""
     most = 0.0
-    for fit in parts.search.fits:
+    for fit in parts.fits:
         hopes_P = _hopes(fit.brings, _accuracy(parts), aim, 1)
         useful_P = (fit.brings.cost_P < full_cost) | (aim.bound < 0) | (aim.risk == "error")
         most = max(most, float(hopes_P[useful_P].max(initial=0.0)))

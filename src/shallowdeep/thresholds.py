@@ -70,73 +70,65 @@ class Choice(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """A family's path fitted on all rows, and what its steps brought to rows that did not fit them."""
+    """A family's path fitted on all rows, and what its steps brought to rows that did not fit them.
 
-    family: Family
+    ``judged`` are the rows with the answers they were given then; ``evidence``: see ``Family``.
+    """
+
+    family: str
     path: Path
     brings: Brings
-
-
-class Search(NamedTuple):
-    """What families found, the rule first; ``judged`` are the rows with the answers that others' fits give them."""
-
     judged: Rows
-    fits: tuple[Fit, ...]
+    evidence: float
 
 
-def search(rows: Rows, *, families: Sequence[Family] | None = None, ensembles: bool = True) -> Search:
-    """Every family's path. Where held-out answers at the ends are more often right by an ensemble with earlier exits,
-    all families have it. ``families`` (None: ``families_for(rows)``) and ``ensembles`` restrict the search.
+def fits(rows: Rows, *, families: Sequence[Family] | None = None, ensembles: bool = True) -> tuple[Fit, ...]:
+    """What every family worth trying finds on ``rows``, the rule first.
+
+    Where held-out answers at the ends are more often right by an ensemble with earlier exits, all families have it.
+    ``families`` (None: ``families_for(rows)``) and ``ensembles`` restrict the search.
     """
     if len(rows.right_LN) == 1 or not len(rows.full_N):
-        return Search(rows, ())
+        return ()
     folds, judged, ensemble = _folds(rows, ensembles=False), rows, None
     if ensembles and len(rows.full_N) >= FEW_ROWS:
         mixed = _folds(rows, ensembles=True)
         mixed_judged = _judged(mixed, rows)
         if mixed_judged.right_LN[rows.full :].sum() > rows.right_LN[rows.full :].sum():
             folds, judged, ensemble = mixed, mixed_judged, fit_ensemble(rows)
-    seen, found = answering(rows, ensemble), list[Fit]()
+    seen, found = answering(rows, ensemble), []
     for family in families_for(rows) if families is None else families:
         path = family.fit(seen, None)
         brings = brings_of(_crossfit(family, folds, path.grid_P), judged, path.steps)
-        found.append(Fit(family, dataclasses.replace(path, ensemble=ensemble), brings))
-    return Search(judged, tuple(found))
+        path = dataclasses.replace(path, ensemble=ensemble)
+        found.append(Fit(family.name, path, brings, judged, family.evidence))
+    return tuple(found)
 
 
-def prefer(found: Search, reach: Callable[[Brings], int | None]) -> Choice | None:
+def choose(rows: Rows, reach: Callable[[Brings], int | None], fitted: Sequence[Fit] | None = None) -> Choice | None:
     """The step that reaches the target, of the family that cross-validation prefers; None when no family has one.
 
-    The first family is the rule. Another takes over when it is more accurate on held-out folds, at the same mean cost,
-    by over two standard errors of the paired difference: less is chance, and to follow chance costs more than it brings
-    (measured: docs/calibration.md).
+    ``fitted`` are the ``fits`` of these rows, where they are known already. The first family is the rule. Another takes
+    over when it is more accurate on held-out folds, at the same mean cost, by over two standard errors of the paired
+    difference: less is chance, and to follow chance costs more than it brings (measured: docs/calibration.md).
     """
-    best, rule, best_lead = None, None, 0.0
-    for family, path, brings in found.fits:
+    rule: Choice | None = None
+    best: Choice | None = None
+    best_lead = 0.0
+    for family, path, brings, judged, evidence in fits(rows) if fitted is None else fitted:
         step = reach(brings)
         if step is None:
             continue
-        choice = Choice(family.name, path, step, brings)
+        choice = Choice(family, path, step, brings)
         if rule is None:
             rule = best = choice
             continue
         as_dear = int(np.argmax(brings.cost_P <= rule.brings.cost_P[rule.step] + 1e-12))
-        gain_N = choice.right(as_dear, found.judged) - rule.right(rule.step, found.judged)
+        gain_N = choice.right(as_dear, judged) - rule.right(rule.step, judged)
         lead = gain_N.mean() * math.sqrt(len(gain_N)) / max(float(gain_N.std()), 1e-12)
-        if lead > max(best_lead, family.evidence):
+        if lead > max(best_lead, evidence):
             best, best_lead = choice, lead
     return best
-
-
-def choose(
-    rows: Rows,
-    reach: Callable[[Brings], int | None],
-    *,
-    families: Sequence[Family] | None = None,
-    ensembles: bool = True,
-) -> Choice | None:
-    """What ``prefer`` prefers of a ``search``."""
-    return prefer(search(rows, families=families, ensembles=ensembles), reach)
 
 
 def within_drop(brings: Brings, accuracy_full: float, max_accuracy_drop: float) -> int | None:
