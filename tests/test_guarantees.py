@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import oracle
-from shallowdeep import guarantees, thresholds
+from shallowdeep import families, guarantees
 from shallowdeep.calibration import calibrate, evaluate
 from shallowdeep.families import FAMILIES
 from shallowdeep.guarantees import losses, parts_of, worst_so_far
@@ -33,7 +33,7 @@ def population() -> Trace:
 @pytest.fixture
 def few_families(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only those that are fitted quickly, where many draws are made."""
-    monkeypatch.setattr(thresholds, "FAMILIES", (FAMILIES[0], FAMILIES[-1]))
+    monkeypatch.setattr(families, "FAMILIES", (FAMILIES[0], FAMILIES[-1]))
 
 
 def draw(trace: Trace, rows: int, seed: int) -> Trace:
