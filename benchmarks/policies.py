@@ -24,7 +24,7 @@ from shallowdeep.families import FAMILIES, SECOND_LOOK, Family, _steps, fit_ense
 from shallowdeep.files import write_text
 from shallowdeep.paths import Floats, Path, Rows, answering, brings_of, read_rows
 from shallowdeep.policies import Accumulated, Confidence, Score
-from shallowdeep.thresholds import prefer, search, within_drop
+from shallowdeep.thresholds import choose, fits, within_drop
 from shallowdeep.types import Trace
 
 SPLITS = 20
@@ -137,9 +137,9 @@ def main(file: File, out: File) -> None:
         taken: dict[float, list[tuple[float, float, str]]] = {aim: [] for aim in aims}
         for chosen, others in halves:
             given, judged = (chosen.until_full(), others.until_full()) if only else (chosen, others)
-            fitted, full = search(given, families=only, ensembles=only is None), float(chosen.full_N.mean())
+            fitted, full = fits(given, families=only, ensembles=only is None), float(chosen.full_N.mean())
             for aim in aims:
-                choice = prefer(fitted, partial(within_drop, accuracy_full=full, max_accuracy_drop=aim))
+                choice = choose(given, partial(within_drop, accuracy_full=full, max_accuracy_drop=aim), fitted)
                 if choice is not None:
                     name = choice.family + " + ensemble" * (choice.path.ensemble is not None)
                     taken[aim].append((*reported(choice.path, choice.step, judged), name))

@@ -21,7 +21,7 @@ from shallowdeep.paths import Floats, Rows, read_rows
 from shallowdeep.paths import Path as Steps
 from shallowdeep.policies import Confidence, Entropy, Fixed, Oracle, Policy, Tempered
 from shallowdeep.reliability import fit_temperatures, scaled
-from shallowdeep.thresholds import choose, within_drop
+from shallowdeep.thresholds import choose, fits, within_drop
 from shallowdeep.types import Trace
 from shallowdeep.walking import simulate
 
@@ -42,7 +42,9 @@ def of(found: Comparison, name: str, what: str, drop: float = 0.01) -> Differenc
 def chosen(family: Family, rows: Rows, trace: Trace, aim: float) -> Policy:
     """A family's policy for an aim, as ``calibrate`` would take it."""
     full = float(rows.full_N.mean())
-    choice = choose(rows, lambda brings: within_drop(brings, full, aim), families=(family,), ensembles=False)
+    choice = choose(
+        rows, lambda brings: within_drop(brings, full, aim), fits(rows, families=(family,), ensembles=False)
+    )
     if choice is None or choice.brings.cost_P[choice.step] >= 1:
         return Fixed(exit=trace.full_exit)
     return choice.path.policy(choice.step, (True,) * trace.num_exits, trace.num_exits)

@@ -229,7 +229,7 @@ def test_a_second_look_that_changes_nothing_is_left_out() -> None:
     trace = oracle.bed(1500, exits=5)
     more = torch.cat([trace.logits_ENC, trace.logits_ENC[-1:]])
     dear = torch.cat([trace.cost_E, trace.cost_E[-1:] + 1])
-    rows = read_rows(dataclasses.replace(trace, logits_ENC=more, cost_E=dear, full_exit=4), (True,) * 6)
+    rows = read_rows(dataclasses.replace(trace, logits_ENC=more, cost_E=dear, full_exit=4, exit_names=()), (True,) * 6)
     choice = choose(rows, lambda brings: within_drop(brings, float(rows.full_N.mean()), 0.005))
     assert choice is not None
     assert choice.path.policy(choice.step, (True,) * 6, 6).asks(6, 4) == (True,) * 5 + (False,)

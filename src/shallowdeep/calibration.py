@@ -166,7 +166,7 @@ def _budget(trace: Trace, asked: Sequence[bool], rows: Rows, max_mean_cost: floa
         note = "The budget pays for the full network, and nothing cheaper is more accurate."
         return full, {"family": "full network", "expected_drop": 0.0, "expected_mean_cost": full_cost, "note": note}
     if choice is None:
-        first_N = np.isfinite(np.pad(rows.scores[Confidence].score_KN, ((0, 1), (0, 0)))).argmax(0)
+        first_N = (~np.isnan(np.pad(rows.scores[Confidence].score_KN, ((0, 1), (0, 0))))).argmax(0)
         least = min(float(rows.cost_L[first_N].mean()), full_cost)
         raise ValueError(f"No policy costs {max_mean_cost:g}: the least possible here is {least:.4g}.")
     note = "The budget is an aim, not a bound: what a policy costs depends on the inputs it meets."

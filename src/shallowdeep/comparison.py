@@ -20,7 +20,7 @@ from shallowdeep.families import FEW_ROWS, Family, families_for
 from shallowdeep.paths import Bools, Brings, Floats, Rows, Steps, read_rows
 from shallowdeep.policies import Entropy, Fixed, Oracle, Patience, Policy, asked_exits, finite_rows
 from shallowdeep.reliability import fit_temperatures, scaled
-from shallowdeep.thresholds import choose, within_drop
+from shallowdeep.thresholds import choose, fits, within_drop
 from shallowdeep.types import Trace, table
 from shallowdeep.walking import CHUNK_ELEMENTS, policy_costs, simulate
 
@@ -269,7 +269,8 @@ def _fitted(family: Family, rows: Rows, paid_XL: Floats, *, ensembles: bool = Fa
     """The family as ``calibrate`` fits it; with ``ensembles``, where held-out answers are better by them."""
 
     def split(choosing: Steps, reporting: Steps) -> tuple[Brings, Callable[[int], tuple[Floats, Floats]]]:
-        choice = choose(rows.take(choosing), lambda _: 0, families=(family,), ensembles=ensembles)
+        mine = rows.take(choosing)
+        choice = choose(mine, lambda _: 0, fits(mine, families=(family,), ensembles=ensembles))
         assert choice is not None, "any step would do"
         others = choice.path.seen(rows.take(reporting))
         leaving_KM = choice.path.leaving(rows.take(reporting))

@@ -136,9 +136,12 @@ def _features(rows: Rows) -> Floats:
     found_FKN = np.empty((4, len(rows.exits) - 1, len(rows.index_N)))
     for chunk, logits, labels_B in rows.chunks(len(rows.exits) - 1):
         state = Score(threshold=0.0).init(len(labels_B), None, labels_B.device)
+        softmax = [torch.softmax(logits_BC, 1, dtype=torch.float64) for logits_BC in logits]
         for place, logits_BC in enumerate(logits):
-            softmax_BC = torch.softmax(logits_BC, 1, dtype=torch.float64)
-            state, features = Score.features(state, logits_BC, softmax_BC)
+            said, exit = (logits_BC, softmax[place]), rows.exits[place]
+            if rows.ensemble is not None and rows.ensemble.weight_EE[exit]:
+                said = rows.ensemble.answer(exit, rows.exits[: place + 1], softmax[: place + 1], logits_BC)
+            state, features = Score.features(state, *said)
             lost = math.inf if place == rows.full else math.nan
             found_FKN[:, place, chunk] = torch.stack(features).masked_fill(~finite_rows(logits_BC), lost).numpy()
     return found_FKN

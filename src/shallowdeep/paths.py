@@ -41,6 +41,7 @@ class Rows(NamedTuple):
 
     ``right_LN`` ends with the exit where everything stops, ``full_N`` says who is right at the full exit, which is at
     ``full`` among ``exits``; with a second look it decides, too. ``index_N`` are the rows' places in ``logits_ENC``.
+    ``scores`` and ``right_LN`` are what policies with ``ensemble`` see and answer.
     """
 
     scores: Mapping[Kind, Scores]
@@ -52,6 +53,7 @@ class Rows(NamedTuple):
     logits_ENC: Tensor
     labels_N: Tensor
     index_N: Steps
+    ensemble: Ensemble | None = None
 
     def take(self, index: Any) -> Rows:
         """The rows ``index``: positions, a slice or a mask."""
@@ -125,6 +127,7 @@ def answering(rows: Rows, ensemble: Ensemble | None) -> Rows:
     rows = rows._replace(
         scores={kind: Scores(*(part.copy() for part in mine)) for kind, mine in rows.scores.items()},
         right_LN=rows.right_LN.copy(),
+        ensemble=ensemble,
     )
     places = [place for place, exit in enumerate(rows.exits) if ensemble.weight_EE[exit]]
     for chunk, logits, labels_B in rows.chunks(max(places, default=0) + 1):

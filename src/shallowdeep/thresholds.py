@@ -114,7 +114,7 @@ def choose(rows: Rows, reach: Callable[[Brings], int | None], fitted: Sequence[F
     """
     rule: Choice | None = None
     best: Choice | None = None
-    best_lead = 0.0
+    best_lead = -math.inf
     for family, path, brings, judged, evidence in fits(rows) if fitted is None else fitted:
         step = reach(brings)
         if step is None:
@@ -126,7 +126,7 @@ def choose(rows: Rows, reach: Callable[[Brings], int | None], fitted: Sequence[F
         as_dear = int(np.argmax(brings.cost_P <= rule.brings.cost_P[rule.step] + 1e-12))
         gain_N = choice.right(as_dear, judged) - rule.right(rule.step, judged)
         lead = gain_N.mean() * math.sqrt(len(gain_N)) / max(float(gain_N.std()), 1e-12)
-        if lead > max(best_lead, evidence):
+        if lead >= evidence and lead > best_lead:
             best, best_lead = choice, lead
     return best
 
