@@ -135,6 +135,13 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     audited = watch(capsys, "--live", "runs/live", "--after", "runs/watch")
     assert (audited["action"], audited["rows"]) == ("keep", 800)
     assert audited["disagreement"]["rows"] == audited["drop"]["rows"] == 400  # type: ignore[index]
+    live = oracle.bed(400, exits=3, seed=2)
+    right = [
+        float((said == live.labels_N).double().mean())
+        for said in (live.logits_ENC[-1].argmax(1), simulate(POLICY, live).labels_N)
+    ]
+    assert audited["drop"]["mean"] == pytest.approx(right[0] - right[1])  # type: ignore[index]
+    assert right[0] != right[1]
     oracle.bed(2000, exits=3, seed=3, sharp=0.7).save(tmp_path / "runs/new/trace.safetensors")
     drifted = watch(capsys, "--live", "runs/new", "--after", "runs/watch")
     assert drifted["action"] == "recalibrate"
