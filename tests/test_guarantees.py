@@ -14,7 +14,7 @@ import oracle
 from shallowdeep import guarantees
 from shallowdeep.calibration import calibrate, evaluate
 from shallowdeep.families import FAMILIES, Family, fit_ensemble
-from shallowdeep.guarantees import losses, parts_of, worst_so_far
+from shallowdeep.guarantees import Aim, losses, parts_of, worst_so_far
 from shallowdeep.paths import Rows, along, answering, read_rows
 from shallowdeep.policies import Fixed, Policy
 from shallowdeep.thresholds import Fit, fits
@@ -236,7 +236,11 @@ def test_what_a_certificate_records(population: Trace) -> None:
     enabled = (True, False, True, True, True)
     policy = calibrate(trace, max_accuracy_drop=0.03, confidence=0.9, enabled_E=enabled)
     proved = policy.calibrated_on.certificate
-    assert (proved.backend, proved.precision, proved.view) == ("openvino", "torch.float32", "mirror")
+    assert (proved.backend, proved.precision, proved.view) == ("openvino", "torch.float32", "")
+    twice, aim = dataclasses.replace(trace, full_exit=3), Aim("drop", 0.0, 0.1, "ltt")
+    assert guarantees._certificate(twice, (True,) * 5, aim, 0.0, 9).view == "mirror"
+    once = guarantees._certificate(twice, (*(True,) * 4, False), aim, 0.0, 9)
+    assert (once.view, once.exit_names) == ("", trace.exit_names[:4])
     assert (proved.rows, proved.tested_rows, proved.asked_E) == (2000, 1600, enabled)
     assert proved.exit_names == trace.exit_names
     assert proved.delta == 0.1

@@ -230,9 +230,10 @@ def test_rows_of_broken_logits_are_not_looked_at_again(name: str) -> None:
 def test_a_policy_runs_with_its_own_view_only() -> None:
     sdn, inputs, labels = made("residual")
     trace = sd.collect(sdn, (inputs, labels), second_look="mirror")
-    policy = sd.calibrate(dataclasses.replace(trace, trained_N=None), max_mean_cost=1.5)
-    assert policy.calibrated_on is not None
-    assert policy.calibrated_on.info["second_look"] == "mirror"
+    asked = tuple(exit <= trace.full_exit for exit in range(trace.num_exits))
+    frugal = Confidence(threshold=0.5, enabled_E=asked, calibrated_on=CalibrationRecord())
+    Engine(sdn, frugal, backend="torch")  # it does not ask for the view, which need not be there
+    policy = Confidence(threshold=0.5, calibrated_on=CalibrationRecord(info={"second_look": "mirror"}))
     Engine(sdn, policy, second_look=mirror, backend="torch")
     with pytest.raises(ValueError, match=r"'mirror' and shall run without one: give second_look='mirror'\."):
         Engine(sdn, policy, backend="torch")

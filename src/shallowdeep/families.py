@@ -332,5 +332,7 @@ def families_for(rows: Rows) -> tuple[Family, ...]:
         return FAMILIES[-1:]
     if rows.full == len(rows.exits) - 1:
         return FAMILIES
+    if rows.full == 0:
+        return (SECOND_LOOK,)  # nobody can stop earlier
     alone = [without_second_look(family, 2.0 * bool(place)) for place, family in enumerate(FAMILIES)]
     return (SECOND_LOOK, *alone)
