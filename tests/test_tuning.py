@@ -24,7 +24,8 @@ def a_trace(feeds: bool) -> Trace:
     sure_N1 = torch.where(torch.rand(2000, 1, generator=generator) < 0.5, 9.0, 0.1)
     noise_NC = 0.1 * torch.randn(2000, 5, generator=generator)
     half_NC = sure_N1 * right_NC + noise_NC
-    logits_ENC = torch.stack([noise_NC, half_NC, half_NC, half_NC + noise_NC, 9 * right_NC])
+    own_noise_NC = 0.1 * torch.randn(2000, 5, generator=generator)  # to agree with it must say nothing
+    logits_ENC = torch.stack([own_noise_NC, half_NC, half_NC, half_NC + noise_NC, 9 * right_NC])
     feeds_EE = torch.zeros(5, 5, dtype=torch.bool)
     for exit in range(3):
         feeds_EE[exit, exit + 1] = feeds
