@@ -62,15 +62,7 @@ def calibrate_alarm(
     >>> bool(kept_N.double().mean() > 0.8), bool(flaw_N[kept_N].double().mean() < 0.01)
     (True, True)
     """
-    if not 0 < max_error < 1 or not 0 < confidence < 1:
-        raise ValueError(
-            "max_error and confidence lie between 0 and 1, such as 0.01 and 0.95; "
-            f"found {max_error} and {confidence}. No number of rows shows that nothing is ever wrong."
-        )
-    _refuse_seen(trace, "policy", None if policy is None else policy.calibrated_on)
-    _refuse_seen(trace, "alarm", None if alarm is None else alarm.fitted_on)
-    if trace.trained_N is not None and (seen := share(trace.trained_N)) > OVERLAP:
-        warnings.warn(f"The ICs trained on {seen:.1%} of these rows: errors look rarer than they are.", stacklevel=2)
+    _check(trace, policy, alarm, max_error, confidence)
     policy = policy or full_network(trace)
     order = torch.from_numpy(np.random.default_rng(0).permutation(trace.num_samples))
     fitting, choosing, testing = order.tensor_split([round(trace.num_samples * upto) for upto in UPTO])
@@ -99,6 +91,18 @@ def calibrate_alarm(
     hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
     record = CalibrationRecord(hash_N=hash_N, info=info)
     return dataclasses.replace(alarm, threshold=found.threshold if found.passed else NOTHING, fitted_on=record)
+
+
+def _check(trace: Trace, policy: Policy | None, alarm: Alarm | None, max_error: float, confidence: float) -> None:
+    if not 0 < max_error < 1 or not 0 < confidence < 1:
+        raise ValueError(
+            "max_error and confidence lie between 0 and 1, such as 0.01 and 0.95; "
+            f"found {max_error} and {confidence}. No number of rows shows that nothing is ever wrong."
+        )
+    _refuse_seen(trace, "policy", None if policy is None else policy.calibrated_on)
+    _refuse_seen(trace, "alarm", None if alarm is None else alarm.fitted_on)
+    if trace.trained_N is not None and (seen := share(trace.trained_N)) > OVERLAP:
+        warnings.warn(f"The ICs trained on {seen:.1%} of these rows: errors look rarer than they are.", stacklevel=2)
 
 
 def _too_few(max_error: float, confidence: float, testing: int, found: Found) -> str:
