@@ -47,6 +47,11 @@ def expect(sdn: ShallowDeepNetwork, policy: Policy, inputs: Inputs, answer: Answ
     torch.testing.assert_close(answer.confidence_B, outcome.confidence_N, rtol=1e-4, atol=1e-5)
 
 
+def given_fields(answer: Answer) -> dict[str, Tensor]:
+    """All of them but the alarm, where there is none."""
+    return {field: tensor for field, tensor in vars(answer).items() if tensor is not None}
+
+
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Every step run from now on, as (place, rows that enter)."""
@@ -141,7 +146,7 @@ def test_batches_of_every_size(name: str) -> None:
     for rows in (1, 2, 3, 16, 33):
         answer = engine(ZOO[name].batch(rows))
         expect(sdn, policy, ZOO[name].batch(rows), answer)
-        for field, tensor in vars(answer).items():
+        for field, tensor in given_fields(answer).items():
             assert len(tensor) == rows
             nothing = getattr(empty, field)
             assert nothing.dtype == tensor.dtype, field
@@ -161,7 +166,7 @@ def test_rows_that_are_no_numbers_are_answered_by_the_full_exit(name: str, fallb
     bad = torch.tensor([i in (2, 7) for i in range(12)])
     assert torch.equal(answer.valid_B, ~bad)
     assert (answer.exit_B[bad] == sdn.num_exits - 1).all()
-    for field, tensor in vars(answer).items():
+    for field, tensor in given_fields(answer).items():
         torch.testing.assert_close(tensor[~bad], getattr(clean, field)[~bad], rtol=1e-4, atol=1e-5, msg=field)
     alone = engine(dirty[2:3])
     assert alone.valid_B.tolist() == [False]
