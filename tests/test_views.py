@@ -34,6 +34,7 @@ from test_export import openvino_of
 from test_export import same as same_export
 
 ROWS = 96
+SLOW = pytest.mark.slow
 
 
 def shifted(inputs: Inputs) -> Inputs:
@@ -73,7 +74,7 @@ def _taught(sdn: ShallowDeepNetwork, inputs: Inputs) -> Tensor:
     with torch.no_grad():
         labels = sdn(inputs)[-1].argmax(1)
     torch.manual_seed(0)
-    sd.train_exits(sdn, (inputs, labels), epochs=8)
+    sd.train_exits(sdn, (inputs, labels), epochs=2)
     labels[::4] = (labels[::4] + 1) % CLASSES
     return labels
 
@@ -150,7 +151,9 @@ def test_confusion_is_standardised_once_it_was_fitted_on_second_looks(tmp_path: 
 # ---------------------------------------------------------------- law 3
 
 
-@pytest.mark.parametrize("name", ["residual", "masked_tokens", "control_flow", "batch_length"])
+@pytest.mark.parametrize(
+    "name", ["residual", pytest.param("masked_tokens", marks=SLOW), "control_flow", "batch_length"]
+)
 def test_law_3_engine_answers_as_simulate(name: str) -> None:
     sdn, inputs, labels = made(name)
     view = VIEWS_OF.get(name, "mirror")
@@ -309,9 +312,6 @@ def test_a_view_that_cannot_be_traced_runs_eagerly_alone() -> None:
 
 
 # ---------------------------------------------------------------- exports, bench, tuning
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("which", [2, pytest.param(0, marks=SLOW), pytest.param(4, marks=SLOW)])
