@@ -80,25 +80,32 @@ def calibrate_alarm(
         choosing, testing = order.tensor_split([round(trace.num_samples * UPTO[0])])
     choose, test = (judged(trace.rows(part), policy, alarm) for part in (choosing, testing))
     found = last_passing(choose, test, max_error, confidence)
-    facts: dict[str, Any] = {
-        "max_error": max_error,
-        "confidence": confidence,
-        "method": "exact binomial, fixed sequence",
-    }
-    facts |= {"tested_rows": len(testing), "kept_rows": 0, "wrong_rows": 0, "coverage": 0.0}
-    if found.passed:
-        facts |= {"kept_rows": found.kept, "wrong_rows": found.wrong, "coverage": found.kept / len(testing)}
-        facts["note"] = (
-            f"With probability {confidence:g} over the draw of calibration rows, at most {max_error:.2%} of the "
-            f"answers whose alarm is at most {found.threshold:.4g} are wrong, on fresh rows like these."
-        )
-    else:
-        facts["note"] = _too_few(max_error, confidence, len(testing), found)
+    facts = _facts(found, len(testing), max_error, confidence)
+    if not found.passed:
         warnings.warn(facts["note"], stacklevel=2)
     info = {**(alarm.fitted_on.info if alarm.fitted_on else {}), **facts}
     hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
     record = CalibrationRecord(hash_N=hash_N, info=info)
     return dataclasses.replace(alarm, threshold=found.threshold if found.passed else NOTHING, fitted_on=record)
+
+
+def _facts(found: Found, testing: int, max_error: float, confidence: float) -> dict[str, Any]:
+    """What is recorded: the statement, or why there is none."""
+    kept, wrong = (found.kept, found.wrong) if found.passed else (0, 0)
+    note = (
+        f"With probability {confidence:g} over the draw of calibration rows, at most {max_error:.2%} of the answers "
+        f"whose alarm is at most {found.threshold:.4g} are wrong, on fresh rows like these."
+    )
+    return {
+        "max_error": max_error,
+        "confidence": confidence,
+        "method": "exact binomial, fixed sequence",
+        "tested_rows": testing,
+        "kept_rows": kept,
+        "wrong_rows": wrong,
+        "coverage": kept / testing,
+        "note": note if found.passed else _too_few(max_error, confidence, testing, found),
+    }
 
 
 def _too_few(max_error: float, confidence: float, testing: int, found: Found) -> str:
