@@ -22,6 +22,7 @@ import torch
 
 from shallowdeep.families import FAMILIES, SECOND_LOOK, Family, _steps, fit_ensemble, without_second_look
 from shallowdeep.files import write_text
+from shallowdeep.guarantees import full_cost_of
 from shallowdeep.paths import Floats, Path, Rows, answering, brings_of, read_rows
 from shallowdeep.policies import Accumulated, Confidence, Score
 from shallowdeep.thresholds import choose, fits, within_drop
@@ -140,7 +141,7 @@ def main(file: File, out: File) -> None:
             for aim in aims:
                 choice = choose(given, partial(within_drop, accuracy_full=full, max_accuracy_drop=aim), fitted)
                 if choice is None:
-                    taken[aim].append((0.0, float(judged.cost_L[judged.full]), "full network"))
+                    taken[aim].append((0.0, full_cost_of(trace), "full network"))
                     continue
                 name = choice.family + " + ensemble" * (choice.path.ensemble is not None)
                 taken[aim].append((*reported(choice.path, choice.step, judged), name))
