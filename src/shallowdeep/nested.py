@@ -17,8 +17,6 @@ from shallowdeep.steps import Step
 from shallowdeep.trajectory import LEAST, Alarm
 from shallowdeep.walking import inverse
 
-_TYPES = {"label": TensorProto.INT64, "exit": TensorProto.INT64}
-
 
 def nested_model(
     steps: Sequence[Step], models: Sequence[onnx.ModelProto], fresh: Mapping[str, Any], answers: Sequence[str]
@@ -38,14 +36,15 @@ def nested_model(
     for name, row in fresh.items():
         size = graph.add("Concat", batch, graph.ints(list(row.shape[1:])), axis=0) if row.ndim > 1 else batch
         rows[name] = graph.add("Expand", graph.constant(row), size)
-    found = _ask(graph, [*zip(steps, models, strict=True)], 0, rows, answers)
-    said = models[0].graph.output[1].type.tensor_type  # logits, of the type that the network computes in
-    types = _TYPES | {"logits": said.elem_type}
+    said = models[0].graph.output[steps[0].gives.index("logits.0")].type.tensor_type
+    whole, network = {"label": TensorProto.INT64, "exit": TensorProto.INT64}, {"logits": said.elem_type}
+    types = dict.fromkeys(answers, TensorProto.DOUBLE) | whole | network
+    found = _ask(graph, [*zip(steps, models, strict=True)], 0, rows, answers, types)
     outputs = []
     for name in answers:
         graph.nodes.append(helper.make_node("Identity", [found[name]], [name]))
         shape: list[Any] = ["batch", *[said.shape.dim[1].dim_value] * (name in ("logits", "probabilities"))]
-        outputs.append(helper.make_tensor_value_info(name, types.get(name, TensorProto.DOUBLE), shape))
+        outputs.append(helper.make_tensor_value_info(name, types[name], shape))
     made = helper.make_graph(graph.nodes, "early_exits", list(inputs.values()), outputs, graph.weights)
     return helper.make_model(made, opset_imports=models[0].opset_import, ir_version=models[0].ir_version)
 
@@ -96,6 +95,23 @@ class _Nodes:
             self.nodes.append(copied_node)
         return dict(zip(step.gives, (names[value.name] for value in graph.output), strict=True))
 
+    def branch(self, condition: str, yes: _Branch, no: _Branch, types: Mapping[str, int]) -> dict[str, str]:
+        """An ``If`` of two branches that answer the same; names of its answers."""
+        names = {name: f"{self.prefix}.{len(self.nodes)}.{name}" for name in yes[1]}
+        then_branch, else_branch = (_graph(nodes, answers, types) for nodes, answers in (yes, no))
+        made = helper.make_node("If", [condition], [*names.values()], then_branch=then_branch, else_branch=else_branch)
+        self.nodes.append(made)
+        return names
+
+
+_Branch = tuple[_Nodes, Mapping[str, str]]
+"""Nodes, and the names in them of what is answered."""
+
+
+def _graph(nodes: _Nodes, answers: Mapping[str, str], types: Mapping[str, int]) -> onnx.GraphProto:
+    values = [helper.make_tensor_value_info(value, types[name], None) for name, value in answers.items()]
+    return helper.make_graph(nodes.nodes, nodes.prefix, [], values, nodes.weights)
+
 
 def _ask(
     graph: _Nodes,
@@ -103,95 +119,81 @@ def _ask(
     place: int,
     rows: dict[str, str],
     answers: Sequence[str],
+    types: Mapping[str, int],
 ) -> dict[str, str]:
-    """Names of the ``answers`` of the rows that step ``place`` and those behind it are asked about."""
+    """Names of the ``answers`` of the rows that step ``place`` and those behind it are asked about.
+
+    What rows are answered is worked out for those that leave alone: for one row every node counts.
+    """
     step, model = steps[place]
     rows = rows | graph.inline(step, model, rows)
-    here = {name: value for name, value in _answered(graph, step, rows).items() if name in answers}
+    own = graph.add("Unsqueeze", rows[f"softmax.{place}"], graph.ints([1]))
+    rows["said"] = graph.add("Concat", rows["said"], own, axis=1) if place else own
     if place + 1 == len(steps):
-        return here
-    own = graph.add("Cast", rows[f"logits.{place}"], to=TensorProto.DOUBLE)
-    total = graph.add("ReduceSum", own, graph.ints([1]), keepdims=0)
-    finite = graph.add("Less", graph.add("Abs", total), graph.constant(np.array(np.inf)))
+        return _answered(graph, step, rows, answers)
+    size = graph.add("ReduceL1", rows[f"logits.{place}"], graph.ints([1]), keepdims=0)
+    finite = graph.add("Less", size, graph.constant(np.array(np.inf, helper.tensor_dtype_to_np_dtype(types["logits"]))))
     if step.exit == step.rule.full_exit:
         stop = graph.add("Or", rows["stop"], graph.add("Not", finite))
     else:
         stop = graph.add("And", rows["stop"], finite)
-    goes_on = graph.add("Not", stop)
-    number = graph.add("Cast", goes_on, to=TensorProto.INT64)
-    some = graph.add("Cast", graph.add("ReduceMax", number, keepdims=0), to=TensorProto.BOOL)
+    index = graph.add("Squeeze", graph.add("NonZero", graph.add("Not", stop)), graph.ints([0]))
+    number = graph.add("Size", index)
     deeper, shallow = _Nodes(f"{graph.prefix}.{place}on"), _Nodes(f"{graph.prefix}.{place}off")
-    index = deeper.add("Squeeze", deeper.add("NonZero", goes_on), deeper.ints([0]))
-    needed = {name for later, _ in steps[place + 1 :] for name in later.takes}
-    needed |= {f"softmax.{k}" for k in range(place + 1)}
+    needed = {name for later, _ in steps[place + 1 :] for name in later.takes} | {"said"}
     picked = {
         name: value if name in step.rowless else deeper.add("Gather", value, index, axis=0)
         for name, value in rows.items()
         if name in needed
     }
-    found = _ask(deeper, steps, place + 1, picked, answers)
-    column = deeper.add("Unsqueeze", index, deeper.ints([1]))
-    put = {name: deeper.add("ScatterND", here[name], column, found[name]) for name in here}
-    kept = {name: shallow.add("Identity", here[name]) for name in here}
-    names = [f"{graph.prefix}.{place}if.{name}" for name in here]
-    types = _TYPES | {"logits": model.graph.output[1].type.tensor_type.elem_type}
-    branches = {"then_branch": _branch(deeper, put, types), "else_branch": _branch(shallow, kept, types)}
-    graph.nodes.append(helper.make_node("If", [some], names, **branches))
-    return dict(zip(here, names, strict=True))
+    found = _ask(deeper, steps, place + 1, picked, answers, types)
+    all_go, some_go = _Nodes(f"{deeper.prefix}.all"), _Nodes(f"{deeper.prefix}.some")
+    kept = {name: all_go.add("Identity", found[name]) for name in answers}
+    here, column = _answered(some_go, step, rows, answers), some_go.add("Unsqueeze", index, some_go.ints([1]))
+    put = {name: some_go.add("ScatterND", here[name], column, found[name]) for name in answers}
+    all_on = deeper.add("Equal", number, deeper.add("Size", stop))
+    gone = deeper.branch(all_on, (all_go, kept), (some_go, put), types)
+    some_on = graph.add("Cast", number, to=TensorProto.BOOL)
+    return graph.branch(some_on, (deeper, gone), (shallow, _answered(shallow, step, rows, answers)), types)
 
 
-def _answered(graph: _Nodes, step: Step, rows: Mapping[str, str]) -> dict[str, str]:
-    """Names of all that rows are answered which end at ``step``."""
-    place = step.place
-    logits = rows.get(f"answer.logits.{place}", rows[f"logits.{place}"])
-    answer = rows.get(f"answer.softmax.{place}", rows[f"softmax.{place}"])
-    said = [rows[f"softmax.{k}"] for k in range(place + 1)]
+def _answered(graph: _Nodes, step: Step, rows: Mapping[str, str], answers: Sequence[str]) -> dict[str, str]:
+    """Names of the ``answers`` of rows that end at ``step``."""
+    logits = rows.get(f"answer.logits.{step.place}", rows[f"logits.{step.place}"])
+    softmax = rows.get(f"answer.softmax.{step.place}", rows[f"softmax.{step.place}"])
     label = graph.add("ArgMax", logits, axis=1, keepdims=0)
     found = {
         "label": label,
-        "logits": logits,
-        "probabilities": answer,
+        "logits": graph.add("Identity", logits),
+        "probabilities": graph.add("Identity", softmax),
         "exit": graph.add("Add", graph.add("Mul", label, graph.ints([0])), graph.ints([step.exit])),
-        "confidence": graph.add("ReduceMax", answer, graph.ints([1]), keepdims=0),
-        "confusion": _confusion(graph, said, answer, *step.rule.moments[step.exit]),
+        "confidence": graph.add("ReduceMax", softmax, graph.ints([1]), keepdims=0),
+        "confusion": _confusion(graph, rows["said"], softmax, *step.rule.moments[step.exit]),
     }
     if step.rule.alarm is not None:
-        found["alarm"] = _alarm(graph, said, answer, step.rule.alarm, step.exit)
-    return found
+        found["alarm"] = _alarm(graph, rows["said"], softmax, step.rule.alarm, step.exit)
+    return {name: found[name] for name in answers}
 
 
-def _branch(graph: _Nodes, answers: Mapping[str, str], types: Mapping[str, int]) -> onnx.GraphProto:
-    values = [
-        helper.make_tensor_value_info(value, types.get(name, TensorProto.DOUBLE), None)
-        for name, value in answers.items()
-    ]
-    return helper.make_graph(graph.nodes, graph.prefix, [], values, graph.weights)
-
-
-def _confusion(graph: _Nodes, said: Sequence[str], answer: str, mean: float, std: float) -> str:
-    """See ``Rule.confusion``."""
-    total = ""
-    for softmax in said:
-        apart = graph.add("ReduceSum", graph.add("Abs", graph.add("Sub", softmax, answer)), graph.ints([1]), keepdims=0)
-        apart = graph.add("Where", graph.add("IsNaN", apart), graph.constant(np.array(2.0)), apart)
-        total = graph.add("Add", total, apart) if total else apart
+def _confusion(graph: _Nodes, said: str, softmax: str, mean: float, std: float) -> str:
+    """See ``Rule.confusion``; ``said`` [B, exits asked, C]."""
+    apart = graph.add("Abs", graph.add("Sub", said, graph.add("Unsqueeze", softmax, graph.ints([1]))))
+    apart = graph.add("ReduceSum", apart, graph.ints([2]), keepdims=0)
+    apart = graph.add("Where", graph.add("IsNaN", apart), graph.constant(np.array(2.0)), apart)
+    total = graph.add("ReduceSum", apart, graph.ints([1]), keepdims=0)
     centred = graph.add("Sub", total, graph.constant(np.array(mean)))
     return graph.add("Mul", centred, graph.constant(np.array(inverse(std))))
 
 
-def _alarm(graph: _Nodes, said: Sequence[str], answer: str, alarm: Alarm, exit: int) -> str:
-    """How probably the answer is wrong: see ``Alarm``."""
-
-    def log_odds(probability: str) -> str:
-        probability = graph.add("Where", graph.add("IsNaN", probability), graph.constant(np.array(0.0)), probability)
-        rest, least_ = graph.add("Sub", graph.constant(np.array(1.0)), probability), graph.constant(np.array(LEAST))
-        return graph.add("Sub", *(graph.add("Log", graph.add("Max", one, least_)) for one in (probability, rest)))
-
-    label = graph.add("ArgMax", answer, axis=1, keepdims=1)
-    total = graph.constant(np.array([[alarm.bias_E[exit]]]))
-    for weight, softmax in zip(alarm.weights(exit), said, strict=True):
-        odds = log_odds(graph.add("GatherElements", softmax, label, axis=1))
-        total = graph.add("Add", total, graph.add("Mul", odds, graph.constant(np.array(weight))))
-    lost = graph.add("IsNaN", graph.add("ReduceSum", answer, graph.ints([1]), keepdims=1))
-    wrong = graph.add("Where", lost, graph.constant(np.array(1.0)), graph.add("Sigmoid", total))
-    return graph.add("Squeeze", wrong, graph.ints([1]))
+def _alarm(graph: _Nodes, said: str, softmax: str, alarm: Alarm, exit: int) -> str:
+    """See ``Alarm.score``; ``said`` [B, exits asked, C]."""
+    own, weights = graph.add("ArgMax", softmax, axis=1, keepdims=1), np.array(alarm.weights(exit))
+    label = graph.add("Concat", *[graph.add("Unsqueeze", own, graph.ints([2]))] * len(weights), axis=1)
+    chance = graph.add("Squeeze", graph.add("GatherElements", said, label, axis=2), graph.ints([2]))
+    chance = graph.add("Where", graph.add("IsNaN", chance), graph.constant(np.array(0.0)), chance)
+    rest, least = graph.add("Sub", graph.constant(np.array(1.0)), chance), graph.constant(np.array(LEAST))
+    odds = graph.add("Sub", *(graph.add("Log", graph.add("Max", part, least)) for part in (chance, rest)))
+    total = graph.add("ReduceSum", graph.add("Mul", odds, graph.constant(weights)), graph.ints([1]), keepdims=0)
+    wrong = graph.add("Sigmoid", graph.add("Add", total, graph.constant(np.array(alarm.bias_E[exit]))))
+    lost = graph.add("IsNaN", graph.add("ReduceSum", softmax, graph.ints([1]), keepdims=0))
+    return graph.add("Where", lost, graph.constant(np.array(1.0)), wrong)
