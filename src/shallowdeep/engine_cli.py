@@ -1,4 +1,4 @@
-"""The command line's doors to the engine: choosing exits for its seconds, timing it, exporting, answering.
+"""The command line's doors to the engine: choosing exits for its seconds, timing it, exporting, answering, checking it.
 
 It refuses to do any work itself, and imports torch only inside a verb, so that help does not wait for it.
 """
@@ -130,8 +130,7 @@ def export(
     out
         Folder to write; an earlier export there is replaced.
     kind
-        folder: an ONNX file a step, and a loop that needs NumPy and ONNX Runtime alone; file: one ONNX file that skips
-        by itself; programs: torch.export programs.
+        folder: an ONNX file a step and a loop without torch; file: one ONNX file; programs: torch.export programs.
     alarm
         Folder of `sdn alarms`: answers also say how probably they are wrong.
     """
@@ -174,4 +173,17 @@ def predict(
     )
 
 
-DOORS: tuple[Callable[..., dict[str, Any]], ...] = (tune, bench, export, predict)
+def doctor(*, compiling: Annotated[bool, Parameter(name="--compile", negative=())] = False) -> dict[str, Any]:
+    """Say what is installed and which backends work here, for a bug report; exit status 1 if a check fails.
+
+    Parameters
+    ----------
+    compiling
+        Try torch.compile, too, which may take half a minute.
+    """
+    from shallowdeep.doctor import doctor_verb
+
+    return doctor_verb(compiling=compiling)
+
+
+DOORS: tuple[Callable[..., dict[str, Any]], ...] = (tune, bench, export, predict, doctor)

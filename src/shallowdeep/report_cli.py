@@ -76,8 +76,7 @@ def report(
     out
         File to write.
     policy
-        Folder of `sdn calibrate` or `sdn tune`, or its file: one for all traces, or one each. Without it one is chosen
-        on half of the rows, and the page is about the other half.
+        Folder of `sdn calibrate` or `sdn tune`, or its file: one, or one each; default: chosen on half of the rows.
     bench
         Folder of `sdn bench`, or its file: one for all traces, or one each.
     names
@@ -91,7 +90,7 @@ def report(
     thumbnails
         Samples shown at most.
     heats
-        Samples with maps of where each exit looked; needs SDN_DIR and the extra explain.
+        Samples with maps of where each exit looked; needs --sdn and the extra explain.
     """
     from shallowdeep import report_verbs
 
