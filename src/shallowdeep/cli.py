@@ -12,10 +12,10 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
 from shallowdeep import engine_cli, report_cli, trust_cli
-from shallowdeep.choices import RUNS, Rows
+from shallowdeep.choices import RUNS, Count, Folder, Rows
 from shallowdeep.paper.cli import app as paper_app
 
 
@@ -46,7 +46,7 @@ def plan(
     model: str,
     rows: Rows,
     *,
-    out: Path = RUNS / "plan",
+    out: Folder = RUNS / "plan",
     weights: Path | None = None,
     num_classes: int | None = None,
     at: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
@@ -95,11 +95,11 @@ def train(
     rows: Rows,
     *,
     plan_dir: Annotated[Path, Parameter(name="--plan")] = RUNS / "plan",
-    out: Path = RUNS / "train",
-    epochs: int | None = None,
+    out: Folder = RUNS / "train",
+    epochs: Count | None = None,
     jointly: bool = False,
     augment: Literal["none", "crop", "flip-crop"] = "none",
-    views: int | None = None,
+    views: Count | None = None,
     lr: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -144,9 +144,9 @@ def collect(
     rows: Rows,
     *,
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
-    out: Path = RUNS / "collect",
+    out: Folder = RUNS / "collect",
     second_look: Literal["mirror"] | None = None,
-    batch_size: int = 256,
+    batch_size: Count = 256,
     reference: bool = False,
 ) -> dict[str, Any]:
     """Record what every exit says about every row: a trace.
@@ -172,7 +172,7 @@ def collect(
 
 
 @app.command
-def analyze(*, trace: Path = RUNS / "collect", out: Path = RUNS / "analyze") -> dict[str, Any]:
+def analyze(*, trace: Path = RUNS / "collect", out: Folder = RUNS / "analyze") -> dict[str, Any]:
     """Show how much the network overthinks, how well confusion finds its errors, and the accuracy-cost curve.
 
     Parameters
@@ -191,7 +191,7 @@ def analyze(*, trace: Path = RUNS / "collect", out: Path = RUNS / "analyze") -> 
 def calibrate(
     *,
     trace: Path = RUNS / "collect",
-    out: Path = RUNS / "calibrate",
+    out: Folder = RUNS / "calibrate",
     max_accuracy_drop: float | None = None,
     max_mean_cost: float | None = None,
     confidence: float | None = None,
@@ -220,6 +220,8 @@ def calibrate(
     exits_of
         Folder of `sdn tune`: ask only the exits that its policy asks.
     """
+    if (max_accuracy_drop is None) == (max_mean_cost is None):
+        raise ValueError("Give one target: sdn calibrate --max-accuracy-drop 0.005, say, or --max-mean-cost 0.5.")
     from shallowdeep import verbs
 
     return verbs.calibrate_verb(
@@ -236,7 +238,7 @@ def calibrate(
 
 @app.command
 def evaluate(
-    *, policy: Path = RUNS / "calibrate", trace: Path = RUNS / "collect", out: Path = RUNS / "evaluate"
+    *, policy: Path = RUNS / "calibrate", trace: Path = RUNS / "collect", out: Folder = RUNS / "evaluate"
 ) -> dict[str, Any]:
     """Report what a policy does on a trace that it was not chosen on.
 
@@ -260,7 +262,7 @@ def demo(
     data: Literal["digits", "cifar10"] = "digits",
     data_dir: Path | None = None,
     weights: Path | None = None,
-    out: Path = RUNS / "demo",
+    out: Folder = RUNS / "demo",
     at: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
     classifier: Literal["strong", "paper"] = "strong",
     seed: int = 0,
@@ -305,27 +307,49 @@ def _wishes(at: tuple[str, ...]) -> tuple[float | str, ...]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one verb; bad input is one sentence on stderr and exit status 2 (the traceback with SDN_DEBUG=1)."""
+    """Run one verb; what goes wrong is one sentence on stderr and what to type next (the traceback with SDN_DEBUG=1).
+
+    The exit status is 2 for what the caller can mend, 1 for a failed check and for errors that nobody foresaw.
+    """
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"sdn: warning: {message}", file=sys.stderr)
-            result = app(arguments, result_action="return_value")
-    except (ValueError, TypeError, ImportError, OSError) as error:
+            result = app(arguments, result_action="return_value", exit_on_error=False, print_error=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
         if os.environ.get("SDN_DEBUG"):
             raise
         sys.exit(_say(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
     if isinstance(result, dict):
         print(json.dumps(result))
         if result.get("failed"):
             sys.exit(1)
 
 
+MAKERS = {
+    "plan.json": "plan",
+    "sdn.json": "train",
+    "trace.safetensors": "collect",
+    "policy.json": "calibrate",
+    "alarm.json": "alarms",
+}
+"""Which verb writes what another one misses."""
+
+
 def _say(error: Exception) -> int:
-    sentence = " ".join(str(error).split()) or type(error).__name__
+    """Print ``error`` as one sentence; the exit status."""
+    sentence, status = " ".join(str(error).split()) or type(error).__name__, 2
+    if isinstance(error, CycloptsError):
+        verb = " ".join(("sdn", *(error.command_chain or ())))
+        sentence = sentence.rstrip("., ")
+        sentence += f"{'' if sentence.endswith('?') else '.'} See {verb} --help."
+    elif isinstance(error, FileNotFoundError) and (maker := MAKERS.get(Path(str(error.filename)).name)):
+        sentence = f"{sentence.rstrip('.')}: sdn {maker} writes one (sdn {maker} --help)."
+    elif not isinstance(error, (ValueError, TypeError, ImportError, OSError)):
+        sentence, status = f"{type(error).__name__}: {sentence} (unforeseen; SDN_DEBUG=1 sdn ... shows where)", 1
     print(f"sdn: {sentence}", file=sys.stderr)
-    return 2
+    return status
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from shallowdeep.choices import RUNS, Backend, Rows
+from shallowdeep.choices import RUNS, Backend, Count, Folder, Rows
 
 BENCHED: tuple[Backend, ...] = ("torch", "onnxruntime", "openvino")
 
@@ -20,11 +20,11 @@ def tune(
     *,
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
     trace: Path = RUNS / "collect",
-    out: Path = RUNS / "tune",
+    out: Folder = RUNS / "tune",
     max_accuracy_drop: float = 0.005,
     backend: Backend = "auto",
-    threads: int | None = None,
-    batch_size: int = 1,
+    threads: Count | None = None,
+    batch_size: Count = 1,
 ) -> dict[str, Any]:
     """Choose exits and thresholds for the least time on this machine.
 
@@ -63,11 +63,11 @@ def bench(
     *,
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
     policy: Path = RUNS / "tune",
-    out: Path = RUNS / "bench",
+    out: Folder = RUNS / "bench",
     backends: Annotated[tuple[Backend, ...], Parameter(consume_multiple=True, negative=())] = BENCHED,
-    batch_sizes: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = (1, 8, 64, 256),
-    threads: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = (1, 2),
-    blocks: int = 12,
+    batch_sizes: Annotated[tuple[Count, ...], Parameter(consume_multiple=True, negative=())] = (1, 8, 64, 256),
+    threads: Annotated[tuple[Count, ...], Parameter(consume_multiple=True, negative=())] = (1, 2),
+    blocks: Count = 12,
     rival: str | None = None,
     rival_weights: Path | None = None,
 ) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def export(
     *,
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
     policy: Path = RUNS / "calibrate",
-    out: Path = RUNS / "export",
+    out: Folder = RUNS / "export",
     kind: Literal["folder", "file", "programs"] = "folder",
     alarm: Path | None = None,
 ) -> dict[str, Any]:
@@ -144,10 +144,10 @@ def predict(
     *,
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
     policy: Path = RUNS / "calibrate",
-    out: Path = RUNS / "predict",
-    batch_size: int = 64,
+    out: Folder = RUNS / "predict",
+    batch_size: Count = 64,
     backend: Backend = "auto",
-    threads: int | None = None,
+    threads: Count | None = None,
 ) -> dict[str, Any]:
     """Answer rows, stopping early, and time it against the whole network.
 

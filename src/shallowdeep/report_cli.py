@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from shallowdeep.choices import RUNS
+from shallowdeep.choices import RUNS, Count
 
 if TYPE_CHECKING:
     from shallowdeep.verbs import DataChoice
@@ -40,7 +40,7 @@ class Images:
     images: str | None = None
     split: str | None = None
     size: Annotated[tuple[int, int] | None, Parameter(negative=())] = None
-    limit: int | None = None
+    limit: Count | None = None
     half: Literal["all", "a", "b"] = "all"
 
     def choice(self) -> DataChoice | None:
@@ -64,7 +64,7 @@ def report(
     class_names: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
     title: str = "",
     sdn_dir: Annotated[Path | None, Parameter(name="--sdn")] = None,
-    thumbnails: int = 2000,
+    thumbnails: Count = 2000,
     heats: int = 24,
 ) -> dict[str, Any]:
     """Make one page to look at, of one trace or of several side by side.
