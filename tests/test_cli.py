@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -242,23 +243,22 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert "Usage: sdn" in done.stdout
 
 
+def verbs_of(of: App, before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], App]]:
+    for name in of:
+        if not name.startswith("-"):
+            yield (*before, name), of[name]
+            yield from verbs_of(of[name], (*before, name))
+
+
 def test_help_shows_defaults_as_they_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in verbs_of(app):
-        main([*verb, "--help"])
+    for words, verb in verbs_of(app):
+        main([*words, "--help"])
         said = capsys.readouterr().out
         assert "[default: None]" not in said
         assert "[default: (" not in said
-        for argument in app[list(verb)].assemble_argument_collection() if app[list(verb)].default_command else ():
+        for argument in verb.assemble_argument_collection() if verb.default_command else ():
             # Plain text keeps the docstring's own breaks, which are in the wrong place at any width.
-            assert "\n" not in str(argument.parameter.help), f"{verb}: describe {argument.name} in one line"
-
-
-def verbs_of(of: App, before: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    found = []
-    for name in of:
-        if not name.startswith("-"):
-            found += [(*before, name), *verbs_of(of[name], (*before, name))]
-    return found
+            assert "\n" not in str(argument.parameter.help), f"{words}: describe {argument.name} in one line"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
