@@ -7,8 +7,9 @@ import doctest
 import importlib
 import io
 import re
-import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,8 @@ def test_examples_of_docstrings_run(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"shallowdeep.{name}")).failed == 0
 
 
-def test_the_cli_reference_is_fresh() -> None:
-    made = runpy.run_path(str(DOCS / "make_cli_reference.py"))
-    assert made["PAGE"].read_text(encoding="utf-8") == made["reference"](), "run: python docs/make_cli_reference.py"
+def test_the_cli_reference_is_fresh(tmp_path: Path) -> None:
+    # In a process of its own: cyclopts names the program after the one that runs.
+    made = tmp_path / "made.md"
+    subprocess.run([sys.executable, str(DOCS / "make_cli_reference.py"), str(made)], check=True)
+    assert (DOCS / "cli_reference.md").read_text() == made.read_text(), "run: python docs/make_cli_reference.py"
