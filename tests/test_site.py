@@ -12,7 +12,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "results" / "README.md"])
-MODULES = ROOT / "src" / "shallowdeep"
 
 
 def navigation(entry: object) -> Iterator[str]:
