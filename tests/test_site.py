@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from collections.abc import Iterator
@@ -55,3 +56,23 @@ def test_every_page_has_one_title() -> None:
     for page in PAGES:
         text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
         assert len(re.findall(r"^# ", text, flags=re.M)) == 1, page
+
+
+def test_every_axis_is_in_the_glossary() -> None:
+    glossary = (DOCS / "glossary.md").read_text(encoding="utf-8")
+    legend = set(re.findall(r"^\| .*", glossary[glossary.index("## Axes") :], flags=re.M))
+    known = {letter for line in legend for letter in re.findall(r"`([A-Z])`", line)}
+    found: dict[str, str] = {}
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else ""
+            carried = re.fullmatch(r"[a-z]\w*_([A-Z0-9]+)", name)
+            found |= dict.fromkeys(carried[1], f"{name} in {path.name}") if carried else {}
+    unknown = {letter: name for letter, name in found.items() if letter.isalpha() and letter not in known}
+    assert not unknown, "say in docs/glossary.md what these letters count"
+    assert known <= found.keys(), "letters that nothing carries"
+
+
+def test_the_readme_shows_the_committed_table() -> None:
+    table = (ROOT / "results" / "demo-cifar10" / "table.txt").read_text(encoding="utf-8").strip()
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
