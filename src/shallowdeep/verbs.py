@@ -256,9 +256,9 @@ def tune_verb(
     sdn, _ = load_sdn(sdn_dir)
     trace = Trace.load(trace_dir / "trace.safetensors")
     look = trace.info.get("second_look")
-    with waiting("measure the exits"):
+    with waiting("measure and choose exits"):
         costs = machine_costs(sdn, second_look=look, backend=backend, threads=threads, batch_size=batch_size)
-    tuned = tune(sdn, trace, costs, max_accuracy_drop=max_accuracy_drop)
+        tuned = tune(sdn, trace, costs, max_accuracy_drop=max_accuracy_drop)
     asked = tuned.policy.asks(trace.num_exits, trace.full_exit)
     lines = [("exit", "ms", "of the network", "asked")]
     for name, ms, on in zip(trace.exit_names, costs.reach_ms_E.tolist(), asked, strict=True):
@@ -297,17 +297,18 @@ def bench_verb(
     if rival is not None:
         rivals[rival.rpartition(":")[2]] = load_model(rival, weights=rival_weights, num_classes=sdn.plan.num_classes)
     policy = _policy_for(sdn, policy_dir)
-    found = bench(
-        sdn,
-        policy,
-        (ready(rows, preprocessing), rows.labels_N),
-        backends=backends,
-        batch_sizes=batch_sizes,
-        threads=threads,
-        blocks=blocks,
-        rivals=rivals,
-        second_look=view_of(policy),
-    )
+    with waiting("measure early exits against whole networks"):
+        found = bench(
+            sdn,
+            policy,
+            (ready(rows, preprocessing), rows.labels_N),
+            backends=backends,
+            batch_sizes=batch_sizes,
+            threads=threads,
+            blocks=blocks,
+            rivals=rivals,
+            second_look=view_of(policy),
+        )
     lines = [("backend", "threads", "batch", "network ms", "early ms", "speedup", "ideal", "efficiency")]
     for one in found["measured"]:
         efficiency = "" if one["efficiency"] is None else f"{one['efficiency']:.2f}"
@@ -382,15 +383,8 @@ def predict_verb(
     right, cost = 0, 0.0
     for start in steps(range(0, len(rows), batch_size), "predict", -(-len(rows) // batch_size)):
         answer = engine(take(inputs, slice(start, start + batch_size)))
-        columns = (
-            answer.labels_B,
-            answer.exit_B,
-            answer.confidence_B,
-            answer.confusion_B,
-            answer.cost_B,
-            answer.valid_B,
-        )
-        for i, (label, exit, sure, odd, paid, valid) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+        said = answer.labels_B, answer.exit_B, answer.confidence_B, answer.confusion_B, answer.cost_B, answer.valid_B
+        for i, (label, exit, sure, odd, paid, valid) in enumerate(zip(*(c.tolist() for c in said), strict=True)):
             figures = [f"{sure:.6f}", f"{odd:.6f}", f"{paid:.6f}", int(valid)]
             writer.writerow([start + i, label, names[label], exits[exit], *figures])
         right += int((answer.labels_B.cpu() == rows.labels_N[start : start + batch_size]).sum())
