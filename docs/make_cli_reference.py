@@ -9,7 +9,7 @@ from shallowdeep.cli import app
 def reference() -> str:
     """The page: every verb, its options, choices and defaults."""
     page = app.generate_docs("markdown")
-    verbs = page[page.index("**Commands**") :]
+    verbs = page[page.index("\n**") + 1 :]  # behind title and table of contents, which the page has its own of
     note = "Made by `python docs/make_cli_reference.py` from the code; [cli](cli.md) says how verbs join."
     return f"# CLI reference\n\n{note}\n\n{verbs.rstrip()}\n"
 

@@ -277,6 +277,7 @@ def test_completion_knows_verbs_options_and_choices(
         subprocess.run([shell, "-n", str(file)], check=True)
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
 def test_bash_completes(tmp_path: Path) -> None:
     file = tmp_path / "completion"
     file.write_text(app.generate_completion(prog_name="sdn", shell="bash"))

@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 from cyclopts.validators import Path as PathCheck
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from shallowdeep.verbs import DataChoice
 
 RUNS = Path("runs")
+CONVERT, FASTER, TRUST, LOOK, OPTIONS = map(
+    Group.create_ordered, ("From a model to answers", "Make it fast", "Trust it", "Look and check", "Options")
+)
+"""How help orders the verbs."""
 Backend: TypeAlias = Literal["auto", "torch", "torch-compile", "onnxruntime", "openvino", "openvino-bf16"]
 
 

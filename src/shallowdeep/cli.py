@@ -9,13 +9,14 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from cyclopts import App, CycloptsError, Parameter
 
 from shallowdeep import engine_cli, report_cli, trust_cli
-from shallowdeep.choices import RUNS, Count, Folder, Rows
+from shallowdeep.choices import CONVERT, FASTER, LOOK, OPTIONS, RUNS, TRUST, Count, Folder, Rows
 from shallowdeep.paper.cli import app as paper_app
 
 
@@ -32,15 +33,12 @@ app = App(
     name="sdn",
     help="Turn any PyTorch classifier into a Shallow-Deep Network that answers as early as it safely can.",
     version_flags=["--version"],
+    group_commands=OPTIONS,
     help_format="plaintext",  # as markdown it takes 30 ms more
     default_parameter=Parameter(show_default=_shown),
 )
-app.command(paper_app)
-for door in (*engine_cli.DOORS, *trust_cli.DOORS, *report_cli.DOORS):
-    app.command(door)
 
 
-@app.command
 def plan(
     model: str,
     rows: Rows,
@@ -89,7 +87,6 @@ def plan(
     )
 
 
-@app.command
 def train(
     rows: Rows,
     *,
@@ -138,7 +135,6 @@ def train(
     )
 
 
-@app.command
 def collect(
     rows: Rows,
     *,
@@ -170,7 +166,6 @@ def collect(
     )
 
 
-@app.command
 def analyze(*, trace: Path = RUNS / "collect", out: Folder = RUNS / "analyze") -> dict[str, Any]:
     """Show how much the network overthinks, how well confusion finds its errors, and the accuracy-cost curve.
 
@@ -186,7 +181,6 @@ def analyze(*, trace: Path = RUNS / "collect", out: Folder = RUNS / "analyze") -
     return verbs.analyze_verb(trace, out)
 
 
-@app.command
 def calibrate(
     *,
     trace: Path = RUNS / "collect",
@@ -235,7 +229,6 @@ def calibrate(
     )
 
 
-@app.command
 def evaluate(
     *, policy: Path = RUNS / "calibrate", trace: Path = RUNS / "collect", out: Folder = RUNS / "evaluate"
 ) -> dict[str, Any]:
@@ -255,7 +248,6 @@ def evaluate(
     return verbs.evaluate_verb(policy, trace, out)
 
 
-@app.command
 def demo(
     *,
     data: Literal["digits", "cifar10"] = "digits",
@@ -306,6 +298,16 @@ def install_completion(*, shell: Literal["bash", "zsh", "fish"] | None = None, o
     # cyclopts' own command costs every other one 6 ms of imports.
     written = app.install_completion(shell=shell, output=output, add_to_startup=output is None)
     print(f"Written: {written}. Open a new shell, or load it in this one.")
+
+
+Doors: TypeAlias = tuple[Callable[..., dict[str, Any]], ...]
+CONVERSION: Doors = (plan, train, collect, analyze, calibrate, evaluate, engine_cli.predict)
+CHECKS: Doors = (demo, *report_cli.DOORS, engine_cli.doctor)
+SPEED = tuple(door for door in engine_cli.DOORS if door not in (*CONVERSION, *CHECKS))
+for group, doors in ((CONVERT, CONVERSION), (FASTER, SPEED), (TRUST, trust_cli.DOORS), (LOOK, CHECKS)):
+    for place, door in enumerate(doors):
+        app.command(door, group=group, sort_key=place)
+app.command(paper_app)
 
 
 def _wishes(at: tuple[str, ...]) -> tuple[float | str, ...]:
