@@ -143,7 +143,9 @@ def test_all_verbs_one_after_another(
         (("plan", "test_cli:tiny", "DATA", "--at", "nowhere"), "No cut point 'nowhere' in Tiny. Cut points: "),
         (("plan", "test_cli:nothing", "DATA"), "nothing"),
         (("plan", "timm:resnet999", "DATA"), "resnet"),
-        (("plan", "test_cli:tiny", "elsewhere"), "elsewhere"),
+        (("plan", "test_cli:tiny", "elsewhere"), "No file or folder elsewhere: give a folder of class folders"),
+        (("plan", "resnet18", "DATA"), "Perhaps 'timm:resnet18'?"),
+        (("plan", ".", "DATA"), "Perhaps 'hf:.'?"),
         (("plan", "test_cli:tiny", "DATA", "--num-classes", "2"), "give --num-classes 3"),
         (("collect", "DATA", "--sdn", "nowhere"), "No file nowhere/run.json"),
         (("evaluate", "--trace", "nowhere"), "No file nowhere/trace.safetensors: sdn collect writes one"),
@@ -204,6 +206,16 @@ def test_what_nobody_foresaw_is_one_sentence_and_status_1(
     monkeypatch.setenv("SDN_DEBUG", "1")
     with pytest.raises(RuntimeError, match="channels"):
         main(["plan", "test_cli:grey", str(photos)])
+
+
+def test_what_the_system_refuses_is_said_without_numbers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*words: object, **choices: object) -> None:
+        raise OSError(28, "No space left on device", "runs/doctor")
+
+    monkeypatch.setattr("shallowdeep.doctor.doctor_verb", full)
+    assert refused(capsys, "doctor") == "sdn: runs/doctor: no space left on device."
 
 
 def test_a_policy_of_another_network_is_named(

@@ -363,6 +363,8 @@ def _say(error: Exception) -> int:
         sentence += f"{'' if sentence.endswith('?') else '.'} See {verb} --help."
     elif isinstance(error, FileNotFoundError) and (maker := MAKERS.get(Path(str(error.filename)).name)):
         sentence = f"{sentence.rstrip('.')}: sdn {maker} writes one (sdn {maker} --help)."
+    elif isinstance(error, OSError) and error.strerror:
+        sentence = f"{error.filename or 'a file'}: {error.strerror.lower()}."
     elif not isinstance(error, (ValueError, TypeError, ImportError, OSError)):
         sentence, status = f"{type(error).__name__}: {sentence} (unforeseen; SDN_DEBUG=1 sdn ... shows where)", 1
     print(f"sdn: {sentence}", file=sys.stderr)
