@@ -32,13 +32,13 @@ from shallowdeep.steps import Step, chain, export_step, make_steps, named, remem
 from shallowdeep.trajectory import LEAST, Alarm
 from shallowdeep.types import ExportError, MissingExtra
 from shallowdeep.views import Look, SecondLook, check_view, second_look_of
-from shallowdeep.walking import Rule
+from shallowdeep.walking import Rule, inverse
 
 try:
     import onnxruntime
 
     from shallowdeep.host import EarlyExits
-    from shallowdeep.nested import Question, nested_model
+    from shallowdeep.nested import nested_model
 except ImportError as error:
     raise MissingExtra(f"Exports need {error.name}: pip install 'shallowdeep[export]'.") from error
 
@@ -128,16 +128,12 @@ def export_file(
         what = _what(sdn, policy, second_look, alarm)
         steps, examples, state = _steps(what)
         inputs = in_order(inputs, sdn.plan.inputs.names)
-        questions = []
-        for step, given in zip(steps, examples, strict=True):
-            facts = _step(what, step)
-            wanted = {name: facts[name] for name in ("exit", "takes", "gives", "mean", "scale", "alarm")}
-            questions.append(Question(model=onnx_program(step, given), **wanted))
-        rows = {name: x.numpy() for name, x in state.items()}
-        model = nested_model(questions, full_exit=what.exits.full_exit, fresh=rows, rowless=steps[0].rowless)
+        models = [onnx_program(step, given) for step, given in zip(steps, examples, strict=True)]
+        answers = ("label", "probabilities", "exit", "confidence", "confusion", *["alarm"] * (alarm is not None))
+        model = nested_model(steps, models, {name: x.numpy() for name, x in state.items()}, answers)
         (fresh / "model.onnx").write_bytes(model.SerializeToString())
         manifest: dict[str, Any] = {"file": "model.onnx", "sha256": _sha256(fresh / "model.onnx")}
-        manifest["outputs"] = [given.name for given in model.graph.output]
+        manifest["outputs"] = answers
         exits = [_step(what, step) for step in steps]
         manifest["exits"] = [{name: one[name] for name in ("exit", "name", "cost")} for one in exits]
         _write(fresh, _about(what, "onnxruntime") | manifest)
@@ -173,7 +169,7 @@ def _steps(what: _What) -> tuple[list[Step], list[list[Tensor]], dict[str, Tenso
     example = example_of(signature, 2, cpu)
     rows = named(signature.names, example) | remembered(what.policy, 2, cpu)
     with torch.no_grad():
-        steps = make_steps(what.sdn, what.policy, example, what.look)
+        steps = make_steps(what.sdn, what.policy, example, what.look, what.alarm)
         examples = [given for _, given, _ in chain(steps, rows)]
     return steps, examples, remembered(what.policy, 1, cpu)
 
@@ -248,7 +244,7 @@ def _step(what: _What, step: Step) -> dict[str, Any]:
         "name": what.exits.exit_names[step.exit],
         "cost": float(what.exits.costs(what.rule)[step.exit]),
         "mean": mean,
-        "scale": 1 / std if std > 1e-12 else 0.0,
+        "scale": inverse(std),
         "alarm": alarm and {"bias": alarm.bias_E[step.exit], "weights": alarm.weights(step.exit), "least": LEAST},
         "takes": step.takes,
         "gives": step.gives,

@@ -20,6 +20,7 @@ from shallowdeep.inputs import Inputs, inputs_from, signature_of, tensors
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Policy
 from shallowdeep.segments import Segment, cut_segments
+from shallowdeep.trajectory import Alarm
 from shallowdeep.types import BackendError, InputSignature
 from shallowdeep.views import SecondLook
 from shallowdeep.walking import Memory, Rule
@@ -65,7 +66,7 @@ class Step(nn.Module):
         self.exit, self.place, self.rowless = parts[-1].exit, place, rowless
         self.look, self._inputs = look, inputs
         self.takes, self.gives = tuple(takes), tuple(gives)
-        self._parts, self._rule, self._carried = parts, rule, carried
+        self._parts, self.rule, self._carried = parts, rule, carried
         self.pieces = nn.ModuleList(part.segment.run for part in parts)
         self.classifiers = nn.ModuleList(part.classifier for part in parts if part.classifier is not None)
 
@@ -85,14 +86,14 @@ class Step(nn.Module):
         if self.look is not None:
             logits = self.look.joined(rows[f"logits.{self.place - 1}"], logits)
         before = Memory(*(_listed(rows, kind) for kind in Memory._fields))
-        memory, stop_B = self._rule.ask(self.exit, logits, before)
+        memory, stop_B = self.rule.ask(self.exit, logits, before)
         found = {f"logits.{self.place}": logits, f"softmax.{self.place}": memory.softmax[-1]}
         found |= zip(_names_of(self._parts[-1].segment), carried, strict=True)
         found |= {f"state.{i}": tensor for i, tensor in enumerate(memory.state)}
         if stop_B is not None:
             found["stop"] = stop_B
-        if self._rule.recalls(self.exit):
-            found |= zip(_answer(self.place), self._rule.answer(self.exit, memory), strict=True)
+        if self.rule.recalls(self.exit):
+            found |= zip(_answer(self.place), self.rule.answer(self.exit, memory), strict=True)
         if said is not None:
             found["said.log_probs"] = said.log_probs_BC
             if said.hidden_BH is not None:
@@ -105,14 +106,20 @@ class Step(nn.Module):
         return found
 
 
-def make_steps(sdn: ShallowDeepNetwork, policy: Policy, example: Inputs, look: SecondLook | None = None) -> list[Step]:
+def make_steps(
+    sdn: ShallowDeepNetwork,
+    policy: Policy,
+    example: Inputs,
+    look: SecondLook | None = None,
+    alarm: Alarm | None = None,
+) -> list[Step]:
     """The steps of ``sdn`` under ``policy`` for inputs like ``example``, in their order, weights copied.
 
     ICs that nobody asks run only where they feed one that is asked. A second look, where it is asked, is the last step:
     all segments once more, without ICs. Raises ``CutError`` for a network that cannot be exported.
     """
     full, exits, signature = sdn.num_exits - 1, exits_of(sdn, look), signature_of(example)
-    rule = exits.rule(policy)
+    rule = exits.rule(policy, alarm)
     runs = (*needed_ics(rule.asked[: full + 1], exits.feeds_EE), full)
     segments = cut_segments(sdn.backbone, sdn.plan, runs[:-1], example)
     names = tuple(f"input.{name}" for name in signature.names)

@@ -30,7 +30,12 @@ def l1(said: Array, answer: Array) -> Array:
 
 def standardised(raw_N: Array, mean: float, std: float) -> Array:
     """``(raw - mean) / std``; 0 where the reference does not vary, as at the first exit asked."""
-    return (raw_N - mean) / std if std > 1e-12 else raw_N * 0.0
+    return (raw_N - mean) * inverse(std)
+
+
+def inverse(std: float) -> float:
+    """``1 / std``; 0 for a deviation that is none."""
+    return 1 / std if std > 1e-12 else 0.0
 
 
 class Memory(NamedTuple):

@@ -6,7 +6,7 @@ It refuses to know networks and policies: a backend sees a step as a module of t
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor
@@ -18,6 +18,8 @@ Array: TypeAlias = Any
 """A torch tensor or a NumPy array, whichever the backend computes with; both take ``array[index]``."""
 BackendName: TypeAlias = Literal["auto", "torch", "torch-compile", "onnxruntime", "openvino", "openvino-bf16"]
 Run: TypeAlias = Callable[[Sequence[Array]], Sequence[Array]]
+Skip: TypeAlias = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+"""Arrays of a batch by the names of steps' inputs, to what its rows are answered by the names of ``nested_model``."""
 
 
 def library(name: str, extra: str) -> Any:
@@ -37,6 +39,14 @@ class Backend(Protocol):
         """``step`` made ready for any batch size; ``example`` are tensors in the order of ``step.takes``, two rows.
 
         Raises ``MissingExtra`` where the library is absent.
+        """
+
+    def skipping(
+        self, steps: Sequence[Step], examples: Sequence[Sequence[Tensor]], fresh: Mapping[str, Array]
+    ) -> Skip | None:
+        """All ``steps`` as one function that skips by itself; None where this backend is quicker step by step.
+
+        ``examples`` as for ``compile``; ``fresh`` as in ``Program``.
         """
 
     def enter(self, tensor: Tensor) -> Array:

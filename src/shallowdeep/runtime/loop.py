@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from shallowdeep.runtime.backends import Array, Backend, Run
+from shallowdeep.runtime.backends import Array, Backend, Run, Skip
 from shallowdeep.runtime.times import StepTimes
 from shallowdeep.walking import Left, Rule
 
@@ -31,7 +31,8 @@ class Program:
     """The steps of one network under one rule for one kind of input.
 
     ``fresh`` holds one row of what the policy remembers before its first question, ``needed[place]`` the names that are
-    read behind step ``place``, ``rowless`` those without an axis of rows.
+    read behind step ``place``, ``rowless`` those without an axis of rows. ``skip``, where the backend has one, is all
+    of it in one call, for batches without a limit.
     """
 
     backend: Backend
@@ -40,6 +41,7 @@ class Program:
     fresh: Mapping[str, Array]
     needed: tuple[frozenset[str], ...]
     rowless: frozenset[str]
+    skip: Skip | None = None
 
     def fresh_rows(self, batch: int) -> dict[str, Array]:
         """What the policy remembers of ``batch`` rows before its first question."""
@@ -62,6 +64,10 @@ def walk(
     limit: Limit | None = None,
 ) -> list[Left]:
     """The exits and answers of ``batch`` rows, given the inputs by name (``input.NAME``), in the order of stopping."""
+    if limit is None and program.skip is not None:
+        found, row_S = program.skip(inputs), program.backend.counted(batch)
+        exit_S, logits_SC, confidence_S, confusion_S = (found[name] for name in _SKIPPED)
+        return [Left(row_S, exit_S, logits_SC, confidence_S, confusion_S, row_S < 0, found.get("alarm"))]
     rows = {**inputs, **program.fresh_rows(batch)}
     row_S, alive = program.backend.counted(batch), batch
     left: list[Left] = []
@@ -98,8 +104,6 @@ def _take(
     ends = last or (limit is not None and _must_end(limit, times, place, present))
     stops = alive
     stop_S: Array = None if last else rows.pop("stop")
-    if not ends and step.exit != rule.full_exit and not stop_S.any():
-        return (), rows, row_S, alive
     live_S = row_S >= 0 if alive < present else None  # places below 0: answered already, or there to fill up
     if stop_S is not None:
         stop_S = rule.heed(step.exit, stop_S, backend.finite(rows[f"logits.{place}"]))
@@ -124,6 +128,7 @@ def _take(
     return left, rows, row_S, alive
 
 
+_SKIPPED = ("exit", "logits", "confidence", "confusion")
 _SAID = ("logits.", "softmax.", "answer.")
 
 

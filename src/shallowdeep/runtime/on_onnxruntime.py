@@ -6,7 +6,7 @@ It refuses to know anything but arrays.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,38 @@ import torch
 from torch import Tensor
 
 from shallowdeep.onnx import onnx_program
-from shallowdeep.runtime.backends import BackendName, Run, library
+from shallowdeep.runtime.backends import BackendName, Run, Skip, library
 from shallowdeep.steps import Joined, Step
+
+SKIPPED = ("logits", "exit", "confidence", "confusion", "alarm")
+"""What the engine takes of a graph that skips by itself."""
+KEPT = ("softmax", "answer", *SKIPPED)
+"""How the names of outputs begin that are read after the next call; it writes into the memory of all others."""
 
 
 class OnNumpy:
-    """Counting and picking rows of NumPy arrays."""
+    """What backends share that load ONNX graphs and count and pick rows of NumPy arrays."""
+
+    def load(self, model: Any, gives: Sequence[str], *, alone: bool) -> Run:
+        """The ONNX ``model`` as a function of arrays in the order of its inputs; its outputs are called ``gives``.
+
+        ``alone``: it takes no turns with others, so that its threads may wait as they like.
+        """
+        raise NotImplementedError
+
+    def compile(self, step: Step | Joined, example: Sequence[Tensor]) -> Run:
+        return self.load(onnx_program(step, example), step.gives, alone=isinstance(step, Joined))
+
+    def skipping(
+        self, steps: Sequence[Step], examples: Sequence[Sequence[Tensor]], fresh: Mapping[str, Any]
+    ) -> Skip | None:
+        models = [onnx_program(step, given) for step, given in zip(steps, examples, strict=True)]
+        from shallowdeep.nested import nested_model  # which needs the extra that onnx_program has just found
+
+        answers = SKIPPED if steps[-1].rule.alarm is not None else SKIPPED[:-1]
+        model = nested_model(steps, models, fresh, answers)
+        run, takes = self.load(model, answers, alone=True), [given.name for given in model.graph.input]
+        return lambda rows: dict(zip(answers, run([rows[name] for name in takes]), strict=True))
 
     def enter(self, tensor: Tensor) -> Any:
         if tensor.requires_grad or tensor.device.type != "cpu":
@@ -68,23 +94,24 @@ class EachThread(threading.local):
 
 
 class OnOnnxRuntime(OnNumpy):
-    """ONNX Runtime, ``threads`` threads a step, which sleep while they wait: pools that spin slow each other down."""
+    """ONNX Runtime with ``threads`` threads. Those of steps sleep while they wait: pools that spin in turn slow each
+    other down.
+    """
 
     name: BackendName = "onnxruntime"
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
 
-    def compile(self, step: Step | Joined, example: Sequence[Tensor]) -> Run:
+    def load(self, model: Any, gives: Sequence[str], *, alone: bool) -> Run:
         onnxruntime = library("onnxruntime", "export")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(alone)))
         options.log_severity_level = 3
-        model = onnx_program(step, example).SerializeToString()
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        names = [given.name for given in session.get_inputs()]  # in the order of step.takes
-        kept = [name.startswith(("logits", "softmax", "answer")) for name in step.gives]
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        names = [given.name for given in session.get_inputs()]  # in the model's order
+        kept = [name.startswith(KEPT) for name in gives]
         own = EachThread(lambda: _Single(session, names, kept))
 
         def run(arrays: Sequence[Any]) -> Sequence[Any]:

@@ -9,12 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
-from shallowdeep.onnx import onnx_program
 from shallowdeep.runtime.backends import BackendName, Run, library
-from shallowdeep.runtime.on_onnxruntime import EachThread, OnNumpy
-from shallowdeep.steps import Joined, Step
+from shallowdeep.runtime.on_onnxruntime import KEPT, EachThread, OnNumpy
 
 
 class OnOpenVino(OnNumpy):
@@ -24,18 +20,18 @@ class OnOpenVino(OnNumpy):
         self.name: BackendName = "openvino-bf16" if bf16 else "openvino"
         self.threads, self.precision = threads, "bf16" if bf16 else "f32"
 
-    def compile(self, step: Step | Joined, example: Sequence[Tensor]) -> Run:
+    def load(self, model: Any, gives: Sequence[str], *, alone: bool) -> Run:
         openvino = library("openvino", "openvino")
         core = openvino.Core()
-        model = core.read_model(onnx_program(step, example).SerializeToString())
+        graph = core.read_model(model.SerializeToString())
         choices = {"INFERENCE_NUM_THREADS": self.threads, "INFERENCE_PRECISION_HINT": self.precision}
-        compiled = core.compile_model(model, "CPU", {**choices, "PERFORMANCE_HINT": "LATENCY"})
-        keeps = [name.startswith(("logits", "softmax", "answer")) for name in step.gives]
+        compiled = core.compile_model(graph, "CPU", {**choices, "PERFORMANCE_HINT": "LATENCY"})
+        kept = [name.startswith(KEPT) for name in gives]
         own = EachThread(compiled.create_infer_request)  # a request runs one call at a time
 
         def run(arrays: Sequence[Any]) -> Sequence[Any]:
             found = own.made.infer(list(arrays), share_inputs=True, share_outputs=True).values()
             # The next call writes into the same memory; by then all but the answers have been read.
-            return [x.copy() if kept else x for x, kept in zip(found, keeps, strict=True)]
+            return [x.copy() if keep else x for x, keep in zip(found, kept, strict=True)]
 
         return run

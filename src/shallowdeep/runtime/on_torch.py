@@ -5,7 +5,7 @@ It refuses to know anything but tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,11 @@ class OnTorch:
         # Compiled as a graph of its own: dynamo would count all steps as recompilations of one function.
         run: Any = torch.compile(export_step(step, example).module(), dynamic=True) if self.compiled else step
         return torch.inference_mode()(lambda arrays: run(*arrays))
+
+    def skipping(
+        self, steps: Sequence[Step], examples: Sequence[Sequence[Tensor]], fresh: Mapping[str, Tensor]
+    ) -> None:
+        """A graph of PyTorch holds no branches that shrink a batch."""
 
     def enter(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.device)

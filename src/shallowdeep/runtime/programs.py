@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shallowdeep.costs import exits_of
 from shallowdeep.inputs import example_of
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Policy
@@ -63,24 +62,26 @@ def make_program(
     example = example_of(signature, 2, device)
     with torch.inference_mode(False), torch.no_grad():
         try:
-            steps = make_steps(sdn, policy, example, look)
+            steps = make_steps(sdn, policy, example, look, alarm)
         except RuntimeError as error:
             raise DataError(
                 f"{sdn.plan.model} is planned for rows of shape {sdn.plan.inputs.shapes} and fails for "
                 f"{signature.shapes}: {error}"
             ) from error
         rows = named(signature.names, example) | remembered(policy, 2, device)
-        ready = []
+        ready, examples = [], []
         for step, given, expected in chain(steps, rows):
+            examples.append(given)
             run = backend.compile(step, given)
             found = [backend.leave(array) for array in run([backend.enter(tensor) for tensor in given])]
             _check(backend, step.exit, step.gives, expected, found)
             ready.append(Ready(step.exit, run, step.takes, step.gives))
+        entered = {name: backend.enter(tensor) for name, tensor in remembered(policy, 1, device).items()}
+        skip = backend.skipping(steps, examples, entered)
     said = [{f"softmax.{k}" for k in range(place + 1)} for place in range(len(ready))]
     later = [said[place].union(*(step.takes for step in ready[place + 1 :])) for place in range(len(ready))]
-    entered = {name: backend.enter(tensor) for name, tensor in remembered(policy, 1, device).items()}
-    rule = exits_of(sdn, look).rule(policy, alarm)
-    return Program(backend, rule, tuple(ready), entered, tuple(map(frozenset, later)), steps[0].rowless)
+    needed = tuple(map(frozenset, later))
+    return Program(backend, steps[0].rule, tuple(ready), entered, needed, steps[0].rowless, skip)
 
 
 def _check(
