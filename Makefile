@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check format gpu-paper bench report clean
+.PHONY: demo test check format gpu-paper bench report docs clean
 
 demo: .venv/core
 	$(BIN)/sdn demo
@@ -52,8 +52,13 @@ report: .venv/dev
 	$(SDN) report results/demo-cifar10 --policy results/demo-cifar10 $(if $(wildcard results/demo-cifar10/bench.json),--bench results/demo-cifar10) \
 	  --class-names airplane automobile bird cat deer dog frog horse ship truck --title "A public ResNet-56 on CIFAR-10" $(if $(DATA),--images $(DATA) --split test) --out $(REPORT)
 
+# The documentation as a site in site/: what points nowhere, or is in no list, is an error.
+docs: .venv/docs
+	$(BIN)/python -m pytest tests/test_site.py
+	$(BIN)/zensical build --strict --clean
+
 clean:
-	rm -rf .venv runs demo-run build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv runs demo-run site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 12), 'shallowdeep needs Python 3.11 or 3.12: make PYTHON=python3.12 ...'"
@@ -67,4 +72,8 @@ clean:
 
 .venv/dev: .venv/core
 	$(INSTALL) -e '.[dev]'
+	touch $@
+
+.venv/docs: .venv/dev
+	$(INSTALL) -e '.[docs]'
 	touch $@

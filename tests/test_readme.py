@@ -16,10 +16,10 @@ STABLE = (
     "simulate calibrate tradeoff Engine save load",
 )
 RIVER = (
-    "files types bounds certificates policies spelling trajectory walking effects finding disagreement reliability",
-    "paths families thresholds guarantees calibration alarming abstention comparison",
+    "files progress types bounds certificates policies spelling trajectory walking effects finding disagreement",
+    "reliability paths families thresholds guarantees calibration alarming abstention comparison",
     "sequential audits reference monitor",
-    "inputs views taps classifiers graph cuts network costs progress proof collection rates checkpoints segments",
+    "inputs views taps classifiers graph cuts network costs proof collection rates checkpoints segments",
     "augment features convolutions training joint timing steps onnx nested runs",
     "runtime runtime.backends runtime.times runtime.loop runtime.on_torch runtime.on_onnxruntime runtime.on_openvino",
     "runtime.programs runtime.modules runtime.streams runtime.engine",
@@ -29,7 +29,7 @@ RIVER = (
     "limits resistance attacks hardening attack_study",
     "paper paper.networks paper.datasets paper.downloads paper.recipes paper.costs paper.records paper.experiments",
     "paper.figures paper.tables paper.backdoor paper.study paper.pictures",
-    "verbs trust_verbs report_verbs demo choices paper.cli engine_cli report_cli trust_cli cli",
+    "verbs trust_verbs report_verbs demo doctor choices paper.cli engine_cli report_cli trust_cli cli",
 )
 
 

@@ -169,3 +169,39 @@ def test_layout_follows_from_shape_and_channels(shape: tuple[int, ...], channel_
 
 def test_table_is_aligned() -> None:
     assert table([("exit", "n"), ("a", "100")]).split("\n") == ["exit    n", "---------", "a     100"]
+
+
+ROWS = [
+    ("score", "AUROC", "false positives at 95 %", "difference, 95 %"),
+    ("max-softmax", "0.9262", "0.2626", ""),
+    ("standardised confusion", "0.8719", "0.4303", "-0.0543 (-0.0666 to -0.0429)"),
+]
+
+
+def test_a_table_is_as_wide_as_it_likes_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    said = table(ROWS).splitlines()
+    assert len(said) == 4
+    assert len(said[1]) == 22 + 2 + 6 + 2 + 23 + 2 + 28
+
+
+@pytest.mark.parametrize("width", [79, 60, 40, 30])
+def test_a_table_fits_the_terminal_and_loses_no_word(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    said = table(ROWS)
+    assert max(map(len, said.splitlines())) <= width
+    for word in " ".join(" ".join(row) for row in ROWS).split():
+        assert word in said, "no number and no name is broken"
+
+
+def test_heads_are_wrapped_before_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "75")
+    assert "-0.0543 (-0.0666 to -0.0429)" in table(ROWS)
+
+
+def test_a_table_too_narrow_for_its_words_goes_on_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    assert table(ROWS).count("max-softmax") > 1
+    monkeypatch.setenv("COLUMNS", "5")
+    assert table([("name", "a"), ("x", "0.123456")]).splitlines()[-1].endswith("0.123456"), "two columns stay"
+    assert table([("alone",), ("abcdefgh",)]).endswith("abcdefgh")

@@ -9,13 +9,24 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
+from cyclopts.validators import Number
+from cyclopts.validators import Path as PathCheck
 
 if TYPE_CHECKING:
     from shallowdeep.verbs import DataChoice
 
 RUNS = Path("runs")
+CONVERT, FASTER, TRUST, LOOK, OPTIONS = map(
+    Group.create_ordered, ("From a model to answers", "Make it fast", "Trust it", "Look and check", "Options")
+)
+"""How help orders the verbs."""
 Backend: TypeAlias = Literal["auto", "torch", "torch-compile", "onnxruntime", "openvino", "openvino-bf16"]
+
+
+Count: TypeAlias = Annotated[int, Parameter(validator=Number(gte=1))]
+Folder: TypeAlias = Annotated[Path, Parameter(validator=PathCheck(file_okay=False))]
+"""A folder to write, there or not: a file in its place is refused before any work is done."""
 
 
 @Parameter(name="*")
@@ -41,7 +52,7 @@ class Rows:
     _: KW_ONLY
     split: str | None = None
     size: Annotated[tuple[int, int] | None, Parameter(negative=())] = None
-    limit: int | None = None
+    limit: Count | None = None
     half: Literal["all", "a", "b"] = "all"
 
     def choice(self) -> DataChoice:

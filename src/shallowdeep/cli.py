@@ -9,31 +9,41 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
 from shallowdeep import engine_cli, report_cli, trust_cli
-from shallowdeep.choices import RUNS, Rows
+from shallowdeep.choices import CONVERT, FASTER, LOOK, OPTIONS, RUNS, TRUST, Count, Folder, Rows
 from shallowdeep.paper.cli import app as paper_app
+
+
+def _shown(default: object) -> str | None:
+    """A default as it is typed; None where there is nothing to type."""
+    if isinstance(default, tuple):
+        return " ".join(map(str, default)) or None
+    if isinstance(default, float):
+        return f"{default:.4g}"
+    return None if default is None or default is False or default == "" else str(default)
+
 
 app = App(
     name="sdn",
     help="Turn any PyTorch classifier into a Shallow-Deep Network that answers as early as it safely can.",
     version_flags=["--version"],
+    group_commands=OPTIONS,
+    help_format="plaintext",  # as markdown it takes 30 ms more
+    default_parameter=Parameter(show_default=_shown),
 )
-app.command(paper_app)
-for door in (*engine_cli.DOORS, *trust_cli.DOORS, *report_cli.DOORS):
-    app.command(door)
 
 
-@app.command
 def plan(
     model: str,
     rows: Rows,
     *,
-    out: Path = RUNS / "plan",
+    out: Folder = RUNS / "plan",
     weights: Path | None = None,
     num_classes: int | None = None,
     at: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
@@ -77,16 +87,15 @@ def plan(
     )
 
 
-@app.command
 def train(
     rows: Rows,
     *,
     plan_dir: Annotated[Path, Parameter(name="--plan")] = RUNS / "plan",
-    out: Path = RUNS / "train",
-    epochs: int | None = None,
+    out: Folder = RUNS / "train",
+    epochs: Count | None = None,
     jointly: bool = False,
     augment: Literal["none", "crop", "flip-crop"] = "none",
-    views: int | None = None,
+    views: Count | None = None,
     lr: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -126,14 +135,13 @@ def train(
     )
 
 
-@app.command
 def collect(
     rows: Rows,
     *,
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
-    out: Path = RUNS / "collect",
+    out: Folder = RUNS / "collect",
     second_look: Literal["mirror"] | None = None,
-    batch_size: int = 256,
+    batch_size: Count = 256,
     reference: bool = False,
 ) -> dict[str, Any]:
     """Record what every exit says about every row: a trace.
@@ -158,8 +166,7 @@ def collect(
     )
 
 
-@app.command
-def analyze(*, trace: Path = RUNS / "collect", out: Path = RUNS / "analyze") -> dict[str, Any]:
+def analyze(*, trace: Path = RUNS / "collect", out: Folder = RUNS / "analyze") -> dict[str, Any]:
     """Show how much the network overthinks, how well confusion finds its errors, and the accuracy-cost curve.
 
     Parameters
@@ -174,11 +181,10 @@ def analyze(*, trace: Path = RUNS / "collect", out: Path = RUNS / "analyze") -> 
     return verbs.analyze_verb(trace, out)
 
 
-@app.command
 def calibrate(
     *,
     trace: Path = RUNS / "collect",
-    out: Path = RUNS / "calibrate",
+    out: Folder = RUNS / "calibrate",
     max_accuracy_drop: float | None = None,
     max_mean_cost: float | None = None,
     confidence: float | None = None,
@@ -201,13 +207,14 @@ def calibrate(
     confidence
         Test the drop on rows held back, to hold with this probability; without it the target is an aim.
     method
-        How the drop is bounded: exact tests (auto, ltt) or betting, with a confidence; crc: in expectation; split:
-        looked at and not proved.
+        auto, ltt: bounded by exact tests, betting: by betting, both with a confidence; crc: on average; split: not.
     risk
         What max_accuracy_drop bounds, where it is bounded.
     exits_of
         Folder of `sdn tune`: ask only the exits that its policy asks.
     """
+    if (max_accuracy_drop is None) == (max_mean_cost is None):
+        raise ValueError("Give one target: sdn calibrate --max-accuracy-drop 0.005, say, or --max-mean-cost 0.5.")
     from shallowdeep import verbs
 
     return verbs.calibrate_verb(
@@ -222,9 +229,8 @@ def calibrate(
     )
 
 
-@app.command
 def evaluate(
-    *, policy: Path = RUNS / "calibrate", trace: Path = RUNS / "collect", out: Path = RUNS / "evaluate"
+    *, policy: Path = RUNS / "calibrate", trace: Path = RUNS / "collect", out: Folder = RUNS / "evaluate"
 ) -> dict[str, Any]:
     """Report what a policy does on a trace that it was not chosen on.
 
@@ -242,13 +248,12 @@ def evaluate(
     return verbs.evaluate_verb(policy, trace, out)
 
 
-@app.command
 def demo(
     *,
     data: Literal["digits", "cifar10"] = "digits",
     data_dir: Path | None = None,
     weights: Path | None = None,
-    out: Path = RUNS / "demo",
+    out: Folder = RUNS / "demo",
     at: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
     classifier: Literal["strong", "paper"] = "strong",
     seed: int = 0,
@@ -279,6 +284,32 @@ def demo(
     return demos.cifar10_demo(out, data_dir=data_dir, weights=weights, at=_wishes(at), classifier=classifier, seed=seed)
 
 
+@app.command(name="--install-completion")
+def install_completion(*, shell: Literal["bash", "zsh", "fish"] | None = None, output: Path | None = None) -> None:
+    """Complete verbs, options and choices: writes a script, and a line into .bashrc or .zshrc that loads it.
+
+    Parameters
+    ----------
+    shell
+        Which one; default: the one that runs.
+    output
+        Write the script to this file and change nothing else.
+    """
+    # cyclopts' own command costs every other one 6 ms of imports.
+    written = app.install_completion(shell=shell, output=output, add_to_startup=output is None)
+    print(f"Written: {written}. Open a new shell, or load it in this one.")
+
+
+Doors: TypeAlias = tuple[Callable[..., dict[str, Any]], ...]
+CONVERSION: Doors = (plan, train, collect, analyze, calibrate, evaluate, engine_cli.predict)
+CHECKS: Doors = (demo, *report_cli.DOORS, engine_cli.doctor)
+SPEED = tuple(door for door in engine_cli.DOORS if door not in (*CONVERSION, *CHECKS))
+for group, doors in ((CONVERT, CONVERSION), (FASTER, SPEED), (TRUST, trust_cli.DOORS), (LOOK, CHECKS)):
+    for place, door in enumerate(doors):
+        app.command(door, group=group, sort_key=place)
+app.command(paper_app)
+
+
 def _wishes(at: tuple[str, ...]) -> tuple[float | str, ...]:
     """Fractions as numbers, names as they are; the usual fractions when nothing is asked."""
     from shallowdeep.cuts import FRACTIONS
@@ -293,25 +324,51 @@ def _wishes(at: tuple[str, ...]) -> tuple[float | str, ...]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one verb; bad input is one sentence on stderr and exit status 2 (the traceback with SDN_DEBUG=1)."""
+    """Run one verb; what goes wrong is one sentence on stderr and what to type next (the traceback with SDN_DEBUG=1).
+
+    The exit status is 2 for what the caller can mend, 1 for a failed check and for errors that nobody foresaw.
+    """
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"sdn: warning: {message}", file=sys.stderr)
-            result = app(arguments, result_action="return_value")
-    except (ValueError, TypeError, ImportError, OSError) as error:
+            result = app(arguments, result_action="return_value", exit_on_error=False, print_error=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
         if os.environ.get("SDN_DEBUG"):
             raise
         sys.exit(_say(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
     if isinstance(result, dict):
         print(json.dumps(result))
+        if result.get("failed"):
+            sys.exit(1)
+
+
+MAKERS = {
+    "plan.json": "plan",
+    "sdn.json": "train",
+    "trace.safetensors": "collect",
+    "policy.json": "calibrate",
+    "alarm.json": "alarms",
+}
+"""Which verb writes what another one misses."""
 
 
 def _say(error: Exception) -> int:
-    sentence = " ".join(str(error).split()) or type(error).__name__
+    """Print ``error`` as one sentence; the exit status."""
+    sentence, status = " ".join(str(error).split()) or type(error).__name__, 2
+    if isinstance(error, CycloptsError):
+        verb = " ".join(("sdn", *(error.command_chain or ())))
+        sentence = sentence.rstrip("., ")
+        sentence += f"{'' if sentence.endswith('?') else '.'} See {verb} --help."
+    elif isinstance(error, FileNotFoundError) and (maker := MAKERS.get(Path(str(error.filename)).name)):
+        sentence = f"{sentence.rstrip('.')}: sdn {maker} writes one (sdn {maker} --help)."
+    elif isinstance(error, OSError) and error.strerror:
+        sentence = f"{error.filename or 'a file'}: {error.strerror.lower()}."
+    elif not isinstance(error, (ValueError, TypeError, ImportError, OSError)):
+        sentence, status = f"{type(error).__name__}: {sentence} (unforeseen; SDN_DEBUG=1 sdn ... shows where)", 1
     print(f"sdn: {sentence}", file=sys.stderr)
-    return 2
+    return status
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor
 from shallowdeep.families import FEW_ROWS, Family, families_for
 from shallowdeep.paths import Bools, Brings, Floats, Rows, Steps, read_rows
 from shallowdeep.policies import Entropy, Fixed, Oracle, Patience, Policy, asked_exits, finite_rows
+from shallowdeep.progress import steps
 from shallowdeep.reliability import fit_temperatures, scaled
 from shallowdeep.thresholds import choose, fits, within_drop
 from shallowdeep.types import Trace, table
@@ -212,7 +213,8 @@ def compare(
     full_N = rows.full_N.astype(np.float64)
     full_X = prices.of(Fixed(exit=trace.full_exit).asks(trace.num_exits, trace.full_exit))[:, trace.full_exit]
     halves = [half for split in range(splits) for half in _halves(trace.num_samples, seed + split)]
-    found = {name: _reported(contender, halves, full_N, full_X) for name, contender in contenders.items()}
+    asked_in_turn = steps(contenders.items(), "compare policies", len(contenders))
+    found = {name: _reported(contender, halves, full_N, full_X) for name, contender in asked_in_turn}
     oracle = simulate(Oracle(), trace)
     default, accuracy = families[0].name, float(full_N.mean())
     return Comparison(
@@ -361,7 +363,7 @@ def _differences(
     drawn_RFWD = np.concatenate(
         [
             [[_levels(*one, full_X, at_D, cost_D) for one in zip(*draw, strict=True)] for draw in draws]
-            for draws in _resampled(list(found.values()), full_N, seed)
+            for draws in steps(_resampled(list(found.values()), full_N, seed), "resample rows")
         ]
     )
     whats = ("cost", "ms", "accuracy") if len(full_X) > 1 else ("cost", "accuracy")

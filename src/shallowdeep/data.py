@@ -153,7 +153,9 @@ def read_data(
     """
     path = Path(source)
     if not path.exists():
-        raise DataError(f"No file or folder {path}.")
+        raise DataError(
+            f"No file or folder {path}: give a folder of class folders, an .npz, .parquet or a CIFAR folder."
+        )
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1 row, found {limit}.")
     if size is not None:

@@ -1,4 +1,4 @@
-"""The command line's doors to the engine: choosing exits for its seconds, timing it, exporting, answering.
+"""The command line's doors to the engine: choosing exits for its seconds, timing it, exporting, answering, checking it.
 
 It refuses to do any work itself, and imports torch only inside a verb, so that help does not wait for it.
 """
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from shallowdeep.choices import RUNS, Backend, Rows
+from shallowdeep.choices import RUNS, Backend, Count, Folder, Rows
 
 BENCHED: tuple[Backend, ...] = ("torch", "onnxruntime", "openvino")
 
@@ -20,11 +20,11 @@ def tune(
     *,
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
     trace: Path = RUNS / "collect",
-    out: Path = RUNS / "tune",
+    out: Folder = RUNS / "tune",
     max_accuracy_drop: float = 0.005,
     backend: Backend = "auto",
-    threads: int | None = None,
-    batch_size: int = 1,
+    threads: Count | None = None,
+    batch_size: Count = 1,
 ) -> dict[str, Any]:
     """Choose exits and thresholds for the least time on this machine.
 
@@ -63,11 +63,11 @@ def bench(
     *,
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
     policy: Path = RUNS / "tune",
-    out: Path = RUNS / "bench",
+    out: Folder = RUNS / "bench",
     backends: Annotated[tuple[Backend, ...], Parameter(consume_multiple=True, negative=())] = BENCHED,
-    batch_sizes: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = (1, 8, 64, 256),
-    threads: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = (1, 2),
-    blocks: int = 12,
+    batch_sizes: Annotated[tuple[Count, ...], Parameter(consume_multiple=True, negative=())] = (1, 8, 64, 256),
+    threads: Annotated[tuple[Count, ...], Parameter(consume_multiple=True, negative=())] = (1, 2),
+    blocks: Count = 12,
     rival: str | None = None,
     rival_weights: Path | None = None,
 ) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def export(
     *,
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
     policy: Path = RUNS / "calibrate",
-    out: Path = RUNS / "export",
+    out: Folder = RUNS / "export",
     kind: Literal["folder", "file", "programs"] = "folder",
     alarm: Path | None = None,
 ) -> dict[str, Any]:
@@ -130,8 +130,7 @@ def export(
     out
         Folder to write; an earlier export there is replaced.
     kind
-        folder: an ONNX file a step, and a loop that needs NumPy and ONNX Runtime alone; file: one ONNX file that skips
-        by itself; programs: torch.export programs.
+        folder: an ONNX file a step and a loop without torch; file: one ONNX file; programs: torch.export programs.
     alarm
         Folder of `sdn alarms`: answers also say how probably they are wrong.
     """
@@ -145,10 +144,10 @@ def predict(
     *,
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
     policy: Path = RUNS / "calibrate",
-    out: Path = RUNS / "predict",
-    batch_size: int = 64,
+    out: Folder = RUNS / "predict",
+    batch_size: Count = 64,
     backend: Backend = "auto",
-    threads: int | None = None,
+    threads: Count | None = None,
 ) -> dict[str, Any]:
     """Answer rows, stopping early, and time it against the whole network.
 
@@ -174,4 +173,17 @@ def predict(
     )
 
 
-DOORS: tuple[Callable[..., dict[str, Any]], ...] = (tune, bench, export, predict)
+def doctor(*, compiling: Annotated[bool, Parameter(name="--compile", negative=())] = False) -> dict[str, Any]:
+    """Say what is installed and which backends work here, for a bug report; exit status 1 if a check fails.
+
+    Parameters
+    ----------
+    compiling
+        Try torch.compile, too, which may take half a minute.
+    """
+    from shallowdeep.doctor import doctor_verb
+
+    return doctor_verb(compiling=compiling)
+
+
+DOORS: tuple[Callable[..., dict[str, Any]], ...] = (tune, bench, export, predict, doctor)

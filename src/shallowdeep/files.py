@@ -20,6 +20,17 @@ class FormatError(ValueError):
     """A file is damaged, of another kind, or newer than this version understands."""
 
 
+class NoFile(FormatError, FileNotFoundError):
+    """A file that something else should have made is not there; ``filename`` names it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"No file {path}.")
+        self.filename = str(path)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file beside ``path``, then rename: readers see the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +58,7 @@ def write_text(path: Path, text: str) -> None:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file, memory-mapped. Raises ``FormatError`` when it cannot be read."""
     if not path.is_file():
-        raise FormatError(f"No file {path}.")
+        raise NoFile(path)
     try:
         with safe_open(path, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
@@ -58,7 +69,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises ``FormatError``."""
     if not path.is_file():
-        raise FormatError(f"No file {path}.")
+        raise NoFile(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:

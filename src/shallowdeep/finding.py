@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shallowdeep.progress import steps
+
 Floats = NDArray[np.float64]
 DRAWS = 1000
 """Bootstrap draws of an interval."""
@@ -123,7 +125,7 @@ def auroc_differences(
     """
     given = {name: _given(score_N, wrong_N) for name, score_N in scores.items()}
     found: dict[str, list[Floats]] = {name: [] for name in scores}
-    for count_RN in _drawn(len(wrong_N), draws, seed):
+    for count_RN in steps(_drawn(len(wrong_N), draws, seed), "resample rows"):
         for name, (score, wrong) in given.items():
             found[name].append(_auroc(score, wrong, count_RN))
     area_R = {name: np.concatenate(parts) for name, parts in found.items()}

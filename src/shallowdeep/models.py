@@ -43,7 +43,9 @@ def load_model(source: str, *, weights: Path | None = None, num_classes: int | N
     """
     kind, _, name = source.partition(":")
     if not kind or not name:
-        raise ValueError(f"A model is 'module:callable', 'timm:NAME' or 'hf:FOLDER', found {source!r}.")
+        perhaps = f"hf:{source}" if os.path.isdir(source) else f"timm:{source}"
+        ways = "'module:callable', 'timm:NAME' or 'hf:FOLDER'"
+        raise ValueError(f"A model is {ways}, found {source!r}. Perhaps {perhaps!r}?")
     if num_classes is not None and num_classes < 2:
         raise ValueError(f"num_classes must be 2 or more, found {num_classes}.")
     if kind == "timm":

@@ -5,7 +5,9 @@ It refuses to know what is being counted.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -14,6 +16,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    SpinnerColumn,
     Task,
     TextColumn,
     TimeElapsedColumn,
@@ -22,12 +25,14 @@ from rich.progress import (
 from rich.text import Text
 
 T = TypeVar("T")
+_SHOWN = threading.Lock()
+"""Held while something is shown: a terminal has one last line, which belongs to the outermost step."""
 
 
 def steps(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
     """``items`` one by one, with a bar called ``label`` while standard error is a terminal."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or not _SHOWN.acquire(blocking=False):
         yield from items
         return
     columns = (
@@ -38,8 +43,30 @@ def steps(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield from progress.track(items, total=total, description=label)
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            yield from progress.track(items, total=total, description=label)
+    finally:
+        _SHOWN.release()
+
+
+@contextmanager
+def waiting(label: str) -> Iterator[None]:
+    """The time since it began, called ``label``, while standard error is a terminal: for work that nobody can count.
+
+    What is shown moves twice a second, so that measurements under it hardly notice.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal or not _SHOWN.acquire(blocking=False):
+        yield
+        return
+    columns = SpinnerColumn("line"), TextColumn("{task.description}"), TimeElapsedColumn()
+    try:
+        with Progress(*columns, console=console, transient=True, refresh_per_second=2) as progress:
+            progress.add_task(label, total=None)
+            yield
+    finally:
+        _SHOWN.release()
 
 
 class _Rate(ProgressColumn):

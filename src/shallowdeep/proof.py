@@ -76,6 +76,7 @@ def prove(
     """
     start = time.perf_counter()
     names = ("trace", *SIMULATED)
+    _population(str(trace_file), "trace")  # whether it can be read is said before hours of simulations begin
     todo = [
         (name, first) for first in range(0, draws, BLOCK) for name in names if not _file(out, name, first).is_file()
     ]

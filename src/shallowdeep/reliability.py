@@ -16,6 +16,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from shallowdeep.policies import finite_rows
+from shallowdeep.progress import steps
 from shallowdeep.types import Trace, table
 from shallowdeep.walking import CHUNK_ELEMENTS
 
@@ -102,7 +103,7 @@ def crossfit_scaled(trace: Trace) -> Trace:
         raise ValueError(f"Temperatures are cross-fitted in {FOLDS} folds, which takes {FOLDS} rows; here are {rows}.")
     fold_N = torch.randperm(rows, generator=torch.Generator().manual_seed(0)) % FOLDS
     logits_ENC = torch.empty_like(trace.logits_ENC, dtype=torch.float64)
-    for fold in range(FOLDS):
+    for fold in steps(range(FOLDS), "fit temperatures", FOLDS):
         held_N = fold_N == fold
         temperature_E = fit_temperatures(trace.rows(~held_N))
         logits_ENC[:, held_N] = scaled(trace.rows(held_N), temperature_E).logits_ENC

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from shallowdeep.choices import RUNS
+from shallowdeep.choices import RUNS, Count
 
 if TYPE_CHECKING:
     from shallowdeep.verbs import DataChoice
@@ -40,7 +40,7 @@ class Images:
     images: str | None = None
     split: str | None = None
     size: Annotated[tuple[int, int] | None, Parameter(negative=())] = None
-    limit: int | None = None
+    limit: Count | None = None
     half: Literal["all", "a", "b"] = "all"
 
     def choice(self) -> DataChoice | None:
@@ -64,7 +64,7 @@ def report(
     class_names: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = (),
     title: str = "",
     sdn_dir: Annotated[Path | None, Parameter(name="--sdn")] = None,
-    thumbnails: int = 2000,
+    thumbnails: Count = 2000,
     heats: int = 24,
 ) -> dict[str, Any]:
     """Make one page to look at, of one trace or of several side by side.
@@ -76,8 +76,7 @@ def report(
     out
         File to write.
     policy
-        Folder of `sdn calibrate` or `sdn tune`, or its file: one for all traces, or one each. Without it one is chosen
-        on half of the rows, and the page is about the other half.
+        Folder of `sdn calibrate` or `sdn tune`, or its file: one, or one each; default: chosen on half of the rows.
     bench
         Folder of `sdn bench`, or its file: one for all traces, or one each.
     names
@@ -91,7 +90,7 @@ def report(
     thumbnails
         Samples shown at most.
     heats
-        Samples with maps of where each exit looked; needs SDN_DIR and the extra explain.
+        Samples with maps of where each exit looked; needs --sdn and the extra explain.
     """
     from shallowdeep import report_verbs
 

@@ -19,10 +19,12 @@ from shallowdeep.data import Dataset
 from shallowdeep.files import read_json, write_text
 from shallowdeep.inputs import take
 from shallowdeep.policies import Policy
+from shallowdeep.progress import steps, waiting
 from shallowdeep.report.compact import eights, kept_rows, top_three
 from shallowdeep.report.facts import Facts, facts_of
 from shallowdeep.report.page import Explorer, page_of
 from shallowdeep.report.pictures import COLUMNS, GRID, SHEET, as_pictures, looks, sheets_of
+from shallowdeep.report.words import summary
 from shallowdeep.spelling import from_json
 from shallowdeep.types import DataError, Trace
 from shallowdeep.verbs import DataChoice, load_sdn, ready
@@ -59,10 +61,11 @@ def report_verb(
         facts = facts_of(trace, _policy(policy), name=name, class_names=fits, bench=_bench(bench))
         found.append(facts)
     explorer = _explorer(found, data, sdn_dir, thumbnails, heats) if data is not None else None
-    page = page_of(
-        found, title=title or ", ".join(named), made=_made(traces, given, benches, images), explorer=explorer
-    )
+    made = _made(traces, given, benches, images)
+    with waiting("draw the page"):
+        page = page_of(found, title=title or ", ".join(named), made=made, explorer=explorer)
     write_text(out, page)
+    print(f"{''.join(text for text, _ in summary(found[0]))}\nThe page: {out}")
     shown = found[0].evaluation
     return {
         "verb": "report",
@@ -192,7 +195,8 @@ def _heat(facts: Facts, data: Dataset, sdn_dir: Path, kept: Tensor, chosen_G: Te
     score_G = facts.confusion_N[rows_G].nan_to_num(nan=0.0) + 1e6 * facts.destructive_N[rows_G]
     picked = score_G.argsort(descending=True, stable=True)[:heats].sort().values
     inputs = ready(data.rows(facts.row_N[rows_G[picked]]), preprocessing)
-    found = torch.cat([looks(sdn, take(inputs, slice(i, i + 8))) for i in range(0, len(picked), 8)])
+    parts = steps(range(0, len(picked), 8), "look where exits look", -(-len(picked) // 8))
+    found = torch.cat([looks(sdn, take(inputs, slice(i, i + 8))) for i in parts])
     missing = facts.trace.num_exits - found.shape[1]  # a second look has no map of its own
     found = torch.cat([found, found[:, -1:].expand(-1, missing, -1, -1)], 1) if missing else found
     return {str(g): eights(one) for g, one in zip(picked.tolist(), found, strict=True)}

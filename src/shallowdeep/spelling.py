@@ -1,4 +1,4 @@
-"""Policies as JSON, ``{"kind": "Patience", ...}``, and back: one visible table of kinds.
+"""Policies as JSON, ``{"kind": "Patience", ...}``, and back, and in words: one visible table of kinds.
 
 It refuses to know files.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shallowdeep.certificates import certificate_from_json
@@ -26,6 +26,7 @@ from shallowdeep.policies import (
     Score,
     Tempered,
 )
+from shallowdeep.types import table
 
 KINDS: Mapping[str, type[Any]] = {
     kind.__name__: kind
@@ -82,6 +83,31 @@ def from_json(facts: Mapping[str, Any]) -> Policy:
         given["threshold"] = tuple(map(float, value)) if isinstance(value, list) else float(value)
     policy: Policy = KINDS[name](**given)
     return policy
+
+
+def in_words(policy: Policy, exit_names: Sequence[str], full_exit: int) -> str:
+    """The policy as a person reads it: thresholds of the exits asked, what it was expected to bring, what was proved.
+
+    >>> print(in_words(Confidence(threshold=(0.9, 0.8), enabled_E=(True, False, True)), ("a", "b", "full"), 2))
+    Confidence  threshold
+    ---------------------
+    a              0.9000
+    full
+    """
+    asked = [exit for exit, on in enumerate(policy.asks(len(exit_names), full_exit)) if on]
+    bar = to_json(policy).get("threshold", "")
+    rows = [(type(policy).__name__, "threshold" if bar else "")]
+    for exit in asked:
+        one = bar if not isinstance(bar, list) else bar[exit] if exit < len(bar) else ""
+        rows.append((exit_names[exit], f"{float(one):.4f}" if one != "" and exit != asked[-1] else ""))
+    lines = [table(rows)]
+    if policy.ensemble is not None:
+        lines.append("Exits passed have a say in the answer.")
+    info = policy.calibrated_on.info if policy.calibrated_on is not None else {}
+    if "expected_mean_cost" in info:
+        drop = f"a drop of {info['expected_drop']:.2%}"
+        lines.append(f"Expected of fresh rows: mean cost {info['expected_mean_cost']:.3f}, {drop} ({info['family']}).")
+    return "\n".join([*lines, *([str(info["note"])] if "note" in info else [])])
 
 
 def _fields(kind: type[Any]) -> dict[str, dataclasses.Field[Any]]:

@@ -15,6 +15,7 @@ from scipy.optimize import isotonic_regression
 
 from shallowdeep.families import FEW_ROWS, Family, families_for, fit_ensemble
 from shallowdeep.paths import Brings, Floats, Path, Rows, Steps, answering, brings_of
+from shallowdeep.progress import steps
 
 FOLDS = 5
 
@@ -97,7 +98,8 @@ def fits(rows: Rows, *, families: Sequence[Family] | None = None, ensembles: boo
         if mixed_judged.right_LN[rows.full :].sum() > rows.right_LN[rows.full :].sum():
             folds, judged, ensemble = mixed, mixed_judged, fit_ensemble(rows)
     seen, found = answering(rows, ensemble), []
-    for family in families_for(rows) if families is None else families:
+    asked = families_for(rows) if families is None else families
+    for family in steps(asked, "search thresholds", len(asked)):
         path = family.fit(seen, None)
         brings = brings_of(_crossfit(family, folds, path.grid_P), judged, path.steps)
         path = dataclasses.replace(path, ensemble=ensemble)

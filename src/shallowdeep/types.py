@@ -8,9 +8,13 @@ confidences are fractions in [0, 1]; ``cost`` is a share of one pass through the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -391,13 +395,34 @@ class Answer:
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Aligned plain text: the first row is the head, the first column is left-aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines: list[str] = []
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
+    """Aligned plain text: the first row is the head, the first column is left-aligned.
+
+    On a terminal, or where ``COLUMNS`` is set, it is made to fit: cells are wrapped between words, the head's first;
+    where that is not enough the columns go on in a second table below.
+    """
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    words = [max(len(word) for cell in column for word in cell.split(" ")) for column in columns]
+    heads = [max(len(cell) for cell in (*head.split(" "), *body)) for head, *body in columns]
+    room = shutil.get_terminal_size((sys.maxsize, 0)).columns
+    fits = max(2, sum(end <= room for end in itertools.accumulate(words, lambda end, word: end + 2 + word)))
+    if fits < len(columns):
+        parts = columns[:fits], [columns[0], *columns[fits:]]
+        return "\n\n".join(table(list(zip(*part, strict=True))) for part in parts)
+    for least in (heads, words):
+        while sum(widths) + 2 * (len(widths) - 1) > room and (
+            loose := [i for i, w in enumerate(widths) if w > least[i]]
+        ):
+            widths[max(loose, key=widths.__getitem__)] -= 1
+    head, *body = ["\n".join(_lines(row, widths)) for row in rows]
+    rule = "-" * max(len(line) for text in (head, *body) for line in text.split("\n"))
+    return "\n".join((head, rule, *body))
+
+
+def _lines(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    """One row of a table, wrapped to ``widths``."""
+    cells = zip(row, widths, strict=True)
+    wrapped = [textwrap.wrap(cell, w, break_on_hyphens=False) if len(cell) > w else [cell] for cell, w in cells]
+    for name, *others in itertools.zip_longest(*wrapped, fillvalue=""):
+        right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        yield "  ".join((name.ljust(widths[0]), *right)).rstrip()

@@ -32,19 +32,19 @@ from shallowdeep.inputs import Inputs, each, num_rows, take
 from shallowdeep.joint import JointRecipe, train_jointly
 from shallowdeep.models import load_model
 from shallowdeep.network import ShallowDeepNetwork, attach, load, plan_from_json, plan_to_json, save
-from shallowdeep.policies import Fixed
-from shallowdeep.progress import steps
+from shallowdeep.policies import Fixed, Policy
+from shallowdeep.progress import steps, waiting
 from shallowdeep.runs import plain, read_run, write_run
 from shallowdeep.runtime.backends import BackendName
 from shallowdeep.runtime.bench import bench, verdict
 from shallowdeep.runtime.engine import Engine
-from shallowdeep.spelling import from_json, to_json
+from shallowdeep.spelling import from_json, in_words, to_json
 from shallowdeep.timing import compare
 from shallowdeep.training import train_exits
 from shallowdeep.trajectory import Alarm
 from shallowdeep.tuning import machine_costs, tune
 from shallowdeep.types import DataError, Trace, table
-from shallowdeep.views import view_of
+from shallowdeep.views import second_look_of, view_of
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Half = Literal["all", "a", "b"]
@@ -93,9 +93,14 @@ def plan_verb(
     rows = data.read()
     network = load_model(model, weights=weights, num_classes=num_classes or len(rows.class_names))
     preprocessing = _preprocessing(rows, mean, std)
-    found = plan(
-        network, ready(rows.rows(torch.arange(min(2, len(rows)))), preprocessing), at=at, classifier=classifier
-    )
+    example = ready(rows.rows(torch.arange(min(2, len(rows)))), preprocessing)
+    with waiting("find cut points"):
+        found = plan(network, example, at=at, classifier=classifier)
+    if found.num_classes < len(rows.class_names):
+        raise DataError(
+            f"{model} answers {found.num_classes} classes, {data.source} has {len(rows.class_names)}: "
+            f"give --num-classes {len(rows.class_names)}, or rows of fewer classes."
+        )
     print(found)
     write_text(out / "plan.json", json.dumps(plan_to_json(found), indent=1))
     about = {
@@ -229,8 +234,7 @@ def calibrate_verb(
     facts = to_json(policy)
     write_text(out / "policy.json", json.dumps(facts, indent=1))
     record = facts.pop("calibrated_on", {"info": {}})
-    print(json.dumps(facts, indent=1))
-    print(f"{record['info'].get('note', '')}")
+    print(in_words(policy, trace.exit_names, trace.full_exit))
     choices: Result = {"trace": trace_dir, "max_accuracy_drop": max_accuracy_drop, "max_mean_cost": max_mean_cost}
     choices |= {"confidence": confidence, "method": method, "risk": risk, "exits_of": exits_of}
     return _finish(out, "calibrate", choices, {**facts, "info": record["info"]})
@@ -252,8 +256,9 @@ def tune_verb(
     sdn, _ = load_sdn(sdn_dir)
     trace = Trace.load(trace_dir / "trace.safetensors")
     look = trace.info.get("second_look")
-    costs = machine_costs(sdn, second_look=look, backend=backend, threads=threads, batch_size=batch_size)
-    tuned = tune(sdn, trace, costs, max_accuracy_drop=max_accuracy_drop)
+    with waiting("measure and choose exits"):
+        costs = machine_costs(sdn, second_look=look, backend=backend, threads=threads, batch_size=batch_size)
+        tuned = tune(sdn, trace, costs, max_accuracy_drop=max_accuracy_drop)
     asked = tuned.policy.asks(trace.num_exits, trace.full_exit)
     lines = [("exit", "ms", "of the network", "asked")]
     for name, ms, on in zip(trace.exit_names, costs.reach_ms_E.tolist(), asked, strict=True):
@@ -291,18 +296,19 @@ def bench_verb(
     rivals = {}
     if rival is not None:
         rivals[rival.rpartition(":")[2]] = load_model(rival, weights=rival_weights, num_classes=sdn.plan.num_classes)
-    policy = from_json(read_json(policy_dir / "policy.json"))
-    found = bench(
-        sdn,
-        policy,
-        (ready(rows, preprocessing), rows.labels_N),
-        backends=backends,
-        batch_sizes=batch_sizes,
-        threads=threads,
-        blocks=blocks,
-        rivals=rivals,
-        second_look=view_of(policy),
-    )
+    policy = _policy_for(sdn, policy_dir)
+    with waiting("measure early exits against whole networks"):
+        found = bench(
+            sdn,
+            policy,
+            (ready(rows, preprocessing), rows.labels_N),
+            backends=backends,
+            batch_sizes=batch_sizes,
+            threads=threads,
+            blocks=blocks,
+            rivals=rivals,
+            second_look=view_of(policy),
+        )
     lines = [("backend", "threads", "batch", "network ms", "early ms", "speedup", "ideal", "efficiency")]
     for one in found["measured"]:
         efficiency = "" if one["efficiency"] is None else f"{one['efficiency']:.2f}"
@@ -340,10 +346,11 @@ def export_verb(
     sdn, preprocessing = load_sdn(sdn_dir)
     rows = ready(data.read(), preprocessing)
     ways = {"folder": export.export_folder, "file": export.export_file, "programs": export.export_programs}
-    policy = from_json(read_json(policy_dir / "policy.json"))
+    policy = _policy_for(sdn, policy_dir)
     alarm = None if alarm_dir is None else Alarm.from_json(read_json(alarm_dir / "alarm.json"))
     some, look = take(rows, slice(0, EXPORT_ROWS)), view_of(policy)
-    ways[kind](sdn, policy, out, some, second_look=look, alarm=alarm)
+    with waiting("export, and compare with the engine"):
+        ways[kind](sdn, policy, out, some, second_look=look, alarm=alarm)
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
     print(table([("file", "kB"), *((name, f"{size / 1000:,.0f}") for name, size in files.items())]))
     choices = {"sdn": sdn_dir, "policy": policy_dir, "data": data.__dict__, "kind": kind, "alarm": alarm_dir}
@@ -364,8 +371,9 @@ def predict_verb(
     rows.
     """
     sdn, preprocessing = load_sdn(sdn_dir)
-    policy = from_json(read_json(policy_dir / "policy.json"))
-    engine = Engine(sdn, policy, second_look=view_of(policy), backend=backend, threads=threads)
+    policy = _policy_for(sdn, policy_dir)
+    with waiting("start the engine"):
+        engine = Engine(sdn, policy, second_look=view_of(policy), backend=backend, threads=threads)
     rows = data.read()
     inputs = ready(rows, preprocessing)
     text = io.StringIO()
@@ -375,21 +383,15 @@ def predict_verb(
     right, cost = 0, 0.0
     for start in steps(range(0, len(rows), batch_size), "predict", -(-len(rows) // batch_size)):
         answer = engine(take(inputs, slice(start, start + batch_size)))
-        columns = (
-            answer.labels_B,
-            answer.exit_B,
-            answer.confidence_B,
-            answer.confusion_B,
-            answer.cost_B,
-            answer.valid_B,
-        )
-        for i, (label, exit, sure, odd, paid, valid) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+        said = answer.labels_B, answer.exit_B, answer.confidence_B, answer.confusion_B, answer.cost_B, answer.valid_B
+        for i, (label, exit, sure, odd, paid, valid) in enumerate(zip(*(c.tolist() for c in said), strict=True)):
             figures = [f"{sure:.6f}", f"{odd:.6f}", f"{paid:.6f}", int(valid)]
             writer.writerow([start + i, label, names[label], exits[exit], *figures])
         right += int((answer.labels_B.cpu() == rows.labels_N[start : start + batch_size]).sum())
         cost += float(answer.cost_B.sum())
     write_text(out / "predictions.csv", text.getvalue())
-    timed = time_engine(engine, inputs, batch_size, rounds=5, limit=16 * batch_size)
+    with waiting("measure against the whole network"):
+        timed = time_engine(engine, inputs, batch_size, rounds=5, limit=16 * batch_size)
     result = {"rows": len(rows), "accuracy": right / len(rows), "mean_cost": cost / len(rows), **timed}
     shown = f"{result['accuracy']:.2%}", f"{result['mean_cost']:.3f}", f"{timed['speedup_measured']:.2f}x"
     print(table([("rows", "accuracy", "mean cost", "speedup"), (str(len(rows)), *shown)]))
@@ -468,6 +470,20 @@ def _network(about: dict[str, Any]) -> nn.Module:
 def load_sdn(folder: Path) -> tuple[ShallowDeepNetwork, Preprocessing | None]:
     about = read_run(folder)["choices"]
     return load(folder, _network(about)).eval(), _saved_preprocessing(about["preprocessing"])
+
+
+def _policy_for(sdn: ShallowDeepNetwork, folder: Path) -> Policy:
+    """The policy in ``folder``. Raises ``ValueError`` where it speaks of another number of exits than ``sdn`` has."""
+    policy = from_json(read_json(folder / "policy.json"))
+    exits = exits_of(sdn, second_look_of(view_of(policy)))
+    try:
+        policy.asks(len(exits.exit_names), exits.full_exit)
+    except ValueError as error:
+        raise ValueError(
+            f"The policy in {folder} is of another network: {error} Calibrate one on a trace of this network: "
+            "sdn collect, then sdn calibrate."
+        ) from None
+    return policy
 
 
 def write_backbone(sdn: ShallowDeepNetwork, out: Path) -> None:

@@ -10,7 +10,15 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-app = App(name="paper", help="The ICML 2019 study, from training to tables (arXiv 1810.07052).")
+from shallowdeep.choices import LOOK
+
+app = App(
+    name="paper",
+    help="The ICML 2019 study, from training to tables (arXiv 1810.07052).",
+    group=LOOK,
+    group_commands="Commands",
+    sort_key=99,
+)
 RESULTS = Path("results/paper")
 Names = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())]
 

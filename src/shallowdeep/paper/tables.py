@@ -22,6 +22,7 @@ from shallowdeep.paper.figures import (
     save_figure,
 )
 from shallowdeep.paper.records import NOT_AVAILABLE, ReducedTrace
+from shallowdeep.progress import steps
 from shallowdeep.types import DataError
 
 # Table 3 of arXiv 1810.07052: the CNN's accuracy, and the best of early exits, IC-only and after SDN training. CIFAR-10
@@ -120,7 +121,8 @@ def make_tables(results: Path, out: Path, *, figures: bool = True) -> str:
     }
     text = "\n\n".join(f"## {title}\n\n{_markdown(rows)}" for title, rows in tables.items() if len(rows) > 1)
     write_text(out / "tables.md", text + "\n")
-    for record in _with_exits(records) if figures else ():
+    drawn = _with_exits(records) if figures else []
+    for record in steps(drawn, "draw figures", len(drawn)):
         title = f"{record.name} ({record.about['epochs']} epochs)"
         curve = {"curve": accuracy_cost_curve(record.reduced), "accuracy_cnn": record.found["accuracy_cnn"]}
         save_figure(overthinking_figure(record.overthinking, title), out / f"{record.name}-overthinking.svg")
