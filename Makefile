@@ -36,7 +36,7 @@ gpu-paper:
 
 # Seconds of early exits on a public ResNet-56: it is converted once, and what is there is not made again.
 BENCH ?= runs/bench
-AT ?= 0.2 0.35 0.5 0.75
+AT ?= 0.25 0.4 0.55 0.75
 BATCH ?= 1
 bench: .venv/dev
 	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "Say where things are: make bench DATA=cifar-10-batches-py WEIGHTS=resnet56-4bfd9763.th"; exit 2; }
