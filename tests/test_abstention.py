@@ -40,7 +40,8 @@ def test_it_keeps_many_answers_and_few_errors() -> None:
     assert alarm.fitted_on is not None
     info = alarm.fitted_on.info
     assert info["coverage"] == pytest.approx(coverage, abs=0.05)
-    assert "With probability 0.95" in info["note"]
+    assert "With probability at least 0.95" in info["note"]
+    assert "at most 2.00% of the answers that the alarm keeps are wrong" in info["note"]
     # By the definition of the exact limit: were 2 % wrong, so few wrong ones would be rarer than 5 %.
     assert binom.cdf(info["wrong_rows"], info["kept_rows"], 0.02) <= 0.05
     looser = calibrate_alarm(trace, POLICY, max_error=0.03)

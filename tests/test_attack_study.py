@@ -25,6 +25,7 @@ CHOICES = StudyChoices(
     pixels=PIXELS,
     universal_steps=4,
     max_accuracy_drop=0.02,
+    second_look="mirror",
 )
 
 
@@ -51,8 +52,15 @@ def test_a_study_measures_every_defence_and_goes_on_where_it_was(
         assert line["greatest_window"] is None or line["greatest_window"] <= line["value"] + 1e-9
     assert {line["rows"] for line in limits} == {"clean", "slowdown"}
     assert "hardened, thresholds chosen anew" in found
+    twice = found["second look"]
+    assert twice["policy"]["info"]["second_look"] == "mirror"  # type: ignore[index]
+    kinds = twice["undefended"]["found"]  # type: ignore[index]
+    assert list(kinds) == ["clean", "noise", "universal", "slowdown", "slowdown, full exit too"]
+    assert kinds["slowdown"]["mean_cost"] > kinds["clean"]["mean_cost"]
+    assert len(kinds["clean"]["share_E"]) == victim().num_exits + 1
+    assert {line["rows"] for line in twice["limits"]} == {"clean", "slowdown, full exit too"}  # type: ignore[index]
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    assert len(files) == 3 + 3 + 2, "120 rows in parts of 50, twice; the universal one; hardened exits"
+    assert len(files) == 3 * 3 + 2, "120 rows in parts of 50, thrice; the universal one; hardened exits"
     lost = next(path for path in files if path.name == "slowdown-50.safetensors")
     lost.unlink()
     again = study(tmp_path)

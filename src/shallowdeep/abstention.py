@@ -17,7 +17,9 @@ from scipy.stats import beta
 from shallowdeep.alarming import fit_alarm, full_network, wrong_answers
 from shallowdeep.bounds import Bools, Counts, Floats, binomial_upper, last_proved
 from shallowdeep.calibration import OVERLAP
+from shallowdeep.certificates import Certificate
 from shallowdeep.effects import share
+from shallowdeep.guarantees import Aim, certificate_of
 from shallowdeep.policies import CalibrationRecord, Policy
 from shallowdeep.trajectory import Alarm
 from shallowdeep.types import Trace
@@ -46,7 +48,7 @@ def calibrate_alarm(
     The statement speaks of all the answers kept together, on fresh rows drawn as these were, from the same backend and
     precision; not of a class, nor of one answer. ``alarm`` is one fitted elsewhere (None: it is fitted on 30 % of the
     rows). Where nothing can be shown, the threshold keeps no answer, with a warning that says how many rows it takes.
-    ``fitted_on.info`` holds statement and counts.
+    ``certificate`` holds the statement and what it is void for, ``fitted_on.info`` the counts.
 
     Raises ``ValueError`` on impossible targets, and on rows that policy or alarm have seen: the bound would be void.
 
@@ -72,24 +74,19 @@ def calibrate_alarm(
         choosing, testing = order.tensor_split([round(trace.num_samples * UPTO[0])])
     choose, test = (judged(trace.rows(part), policy, alarm) for part in (choosing, testing))
     found = last_passing(choose, test, max_error, confidence)
-    facts: dict[str, Any] = {
-        "max_error": max_error,
-        "confidence": confidence,
-        "method": "exact binomial, fixed sequence",
-    }
-    facts |= {"tested_rows": len(testing), "kept_rows": 0, "wrong_rows": 0, "coverage": 0.0}
+    facts: dict[str, Any] = {"max_error": max_error, "confidence": confidence, "tested_rows": len(testing)}
+    certificate: Certificate | None = None
     if found.passed:
         facts |= {"kept_rows": found.kept, "wrong_rows": found.wrong, "coverage": found.kept / len(testing)}
-        facts["note"] = (
-            f"With probability {confidence:g} over the draw of calibration rows, at most {max_error:.2%} of the "
-            f"answers whose alarm is at most {found.threshold:.4g} are wrong, on fresh rows like these."
-        )
+        aim = Aim("kept", max_error, round(1 - confidence, 12), "ltt")
+        certificate = certificate_of(trace, alarm.asked_E, aim, found.wrong / found.kept, len(testing))
+        facts["note"] = certificate.sentence
     else:
+        facts |= {"kept_rows": 0, "wrong_rows": 0, "coverage": 0.0}
         facts["note"] = _too_few(max_error, confidence, len(testing), found)
         warnings.warn(facts["note"], stacklevel=2)
     info = {**(alarm.fitted_on.info if alarm.fitted_on else {}), **facts}
-    hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
-    record = CalibrationRecord(hash_N=hash_N, info=info)
+    record = CalibrationRecord.of(trace, alarm.asked_E, info, certificate)
     return dataclasses.replace(alarm, threshold=found.threshold if found.passed else NOTHING, fitted_on=record)
 
 

@@ -86,11 +86,8 @@ def calibrate(
         warnings.warn(str(facts["note"]), stacklevel=2)
     info: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
     info |= {"rows": trace.num_samples} | facts
-    if any(policy.asks(trace.num_exits, trace.full_exit)[trace.full_exit + 1 :]) and "second_look" in trace.info:
-        info["second_look"] = trace.info["second_look"]
-    hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
     frozen: Any = policy  # every policy is a dataclass, which a protocol cannot say
-    record = CalibrationRecord(hash_N=hash_N, info=info, certificate=certificate)
+    record = CalibrationRecord.of(trace, policy.asks(trace.num_exits, trace.full_exit), info, certificate)
     found: Policy = dataclasses.replace(frozen, calibrated_on=record)
     return found
 

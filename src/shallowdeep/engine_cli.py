@@ -145,6 +145,7 @@ def predict(
     *,
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
     policy: Path = RUNS / "calibrate",
+    alarm: Path | None = None,
     out: Path = RUNS / "predict",
     batch_size: int = 64,
     backend: Backend = "auto",
@@ -158,6 +159,9 @@ def predict(
         Folder of `sdn train`.
     policy
         Folder of `sdn calibrate`.
+    alarm
+        Folder of `sdn alarms` for the same policy: also say how probably each answer is wrong and, where it was made
+        with --max-error, which answers are kept.
     out
         Folder to write.
     batch_size
@@ -170,7 +174,14 @@ def predict(
     from shallowdeep import verbs
 
     return verbs.predict_verb(
-        sdn_dir, policy, rows.choice(), out, batch_size=batch_size, backend=backend, threads=threads
+        sdn_dir,
+        policy,
+        rows.choice(),
+        out,
+        alarm_dir=alarm,
+        batch_size=batch_size,
+        backend=backend,
+        threads=threads,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shallowdeep.certificates import Certificate
+from shallowdeep.types import Trace
 
 Fallback = Literal["last", "most_confident"]
 LEAST = 1e-12
@@ -32,6 +33,16 @@ class CalibrationRecord:
     hash_N: tuple[int, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
     certificate: Certificate | None = None
+
+    @classmethod
+    def of(
+        cls, trace: Trace, asked: Sequence[bool], info: Mapping[str, Any], certificate: Certificate | None = None
+    ) -> CalibrationRecord:
+        """The record of what all rows of ``trace`` taught; it names the second look, if that is among those asked."""
+        twice = any(asked[trace.full_exit + 1 :]) and "second_look" in trace.info
+        view = {"second_look": trace.info["second_look"]} if twice else {}
+        hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
+        return cls(hash_N=hash_N, info={**info, **view}, certificate=certificate)
 
 
 @dataclass(frozen=True, kw_only=True)

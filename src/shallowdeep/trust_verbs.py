@@ -96,11 +96,6 @@ def spread(positions_N: torch.Tensor, rows: int) -> torch.Tensor:
 Result = dict[str, Any]
 
 
-def _finish(out: Path, verb: str, choices: Result, result: Result) -> Result:
-    write_run(out, verb, choices, result)
-    return dict(plain({"verb": verb, "out": out, **result}))
-
-
 def reliability_verb(trace_dir: Path, out: Path) -> Result:
     """ECE, Brier and likelihood of every exit before and after temperatures: writes ``reliability.json``."""
     found = temper(Trace.load(trace_dir / "trace.safetensors"))
@@ -108,7 +103,7 @@ def reliability_verb(trace_dir: Path, out: Path) -> Result:
     write_text(out / "reliability.json", json.dumps(plain(dataclasses.asdict(found)), indent=1) + "\n")
     result = {"exits": found.before.exit_names, "temperature": found.temperature_E}
     result |= {"ece_before": found.before.ece_E, "ece_after": found.after.ece_E}
-    return _finish(out, "reliability", {"trace": trace_dir}, result)
+    return write_run(out, "reliability", {"trace": trace_dir}, result)
 
 
 def compare_verb(
@@ -131,7 +126,7 @@ def compare_verb(
     for one in found.differences:
         levels.setdefault(f"{one.what} at {one.drop:g}", {})[one.name] = one.level
     choices = {"trace": trace_dir, "splits": splits, "tuned": tuned}
-    return _finish(out, "compare", choices, {"default": found.default, **levels, "verdict": found.verdict()})
+    return write_run(out, "compare", choices, {"default": found.default, **levels, "verdict": found.verdict()})
 
 
 def _plane(found: Comparison, what: Literal["cost", "ms"]) -> Any:
@@ -195,9 +190,7 @@ def watch_verb(
     verdict = monitor.verdict()
     print(verdict)
     monitor.save(out / "monitor.json")
-    result = dataclasses.asdict(verdict)
-    write_run(out, "watch", choices, result)
-    return dict(plain({"verb": "watch", "out": out, **result}))
+    return write_run(out, "watch", choices, dataclasses.asdict(verdict))
 
 
 def read_predictions(path: Path, reference: Reference) -> SeenRows:
@@ -257,6 +250,4 @@ def alarms_verb(
     write_text(out / "alarms.json", json.dumps(plain(facts), indent=1))
     write_text(out / "alarm.json", json.dumps(alarm.to_json()))
     choices = {"trace": trace_dir, "policy": policy_dir, "against": against, "max_error": max_error}
-    write_run(out, "alarms", choices | {"confidence": confidence}, facts)
-    result = {"verb": "alarms", "out": out, **facts, "threshold": alarm.threshold}
-    return dict(plain(result))
+    return write_run(out, "alarms", choices | {"confidence": confidence}, facts | {"threshold": alarm.threshold})
