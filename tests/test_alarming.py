@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 import oracle
+import shallowdeep as sd
 from shallowdeep import alarming, trajectory
 from shallowdeep.alarming import alarms, fit_alarm, full_network, suspicions, wrong_answers
 from shallowdeep.export import _runner, export_file, export_folder
@@ -305,3 +306,16 @@ def test_law_3_with_a_second_look() -> None:
     assert outcome.alarm_N is not None
     assert 3 in found.exit_B.tolist()
     torch.testing.assert_close(found.alarm_B, outcome.alarm_N, rtol=1e-4, atol=1e-6)
+
+
+def test_an_alarm_runs_with_its_own_view_only() -> None:
+    sdn, policy = tiny(), Confidence(threshold=0.9)
+    again = sd.collect(sdn, (rows(200), torch.arange(200) % sdn.plan.num_classes), second_look=turned)
+    alarm = fit_alarm(again, policy)
+    assert alarm.fitted_on is not None
+    assert str(alarm.fitted_on.info["second_look"]).endswith("turned")
+    Engine(sdn, policy, second_look=turned, alarm=alarm, backend="torch")
+    with pytest.raises(ValueError, match=r"alarm was calibrated with the second look '.*turned' and shall run with"):
+        Engine(sdn, policy, second_look=lambda x: x.flip(2), alarm=alarm, backend="torch")
+    unseen = Confidence(threshold=0.9, enabled_E=(True, True, True, False))
+    assert "second_look" not in fit_alarm(again, unseen).fitted_on.info  # type: ignore[union-attr]
