@@ -31,9 +31,10 @@ CHOICES = StudyChoices(
 
 def study(out: Path, choices: StudyChoices = CHOICES) -> dict[str, object]:
     rows = pictures(120, seed=2)
-    return attack_study(
-        victim(), out, choices, calibration=pictures(300, seed=3), reported=rows, training=pictures(40, seed=4)
-    )
+    known, others = pictures(300, seed=3), pictures(40, seed=4)
+    *parts, found = attack_study(victim(), out, choices, calibration=known, reported=rows, training=others)
+    assert [len(part) for part in parts] == [5, 6], "what is known is told before the next part begins"
+    return found
 
 
 def test_a_study_measures_every_defence_and_goes_on_where_it_was(

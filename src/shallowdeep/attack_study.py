@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,8 +71,9 @@ def attack_study(
     calibration: Rows,
     reported: Rows,
     training: Rows | None = None,
-) -> dict[str, Any]:
-    """What the attack does to ``reported`` rows and what defences make of it: figures, and ``text`` for people.
+) -> Iterator[dict[str, Any]]:
+    """What the attack does to ``reported`` rows and what defences make of it: figures, and ``text`` for people; again
+    and more after each part of the study, because the next may take long.
 
     Policy and alarm come from ``calibration`` rows, as does the universal perturbation; with ``training`` rows ICs are
     hardened on them, thresholds chosen anew, and the attack is repeated against the result. With a second look the
@@ -87,18 +88,23 @@ def attack_study(
         "slowdown": parts.slowdown("slowdown", sdn, images, choices.attack),
     }
     policy, told, text = _undefended(sdn, kinds, calibration, reported, choices, None)
+
+    def so_far() -> dict[str, Any]:
+        return {**dict(plain(told)), "processor_seconds": dict(parts.seconds), "text": "\n\n".join(text)}
+
+    yield so_far()
     if choices.second_look is not None:
         pushed = dataclasses.replace(choices.attack, exits=tuple(range(sdn.num_exits)))
         kinds["slowdown, full exit too"] = parts.slowdown("full-too", sdn, images, pushed)
         _, told["second look"], more = _undefended(sdn, kinds, calibration, reported, choices, choices.second_look)
         text += [f"with the second look {choices.second_look!r}", *more]
+        yield so_far()
     if training is not None:
         tough = parts.hardened(sdn, training)
         for name, one in _hardened(parts, tough, policy, kinds["slowdown"], calibration, reported, choices).items():
             told[name] = dataclasses.asdict(one)
             text += [name, str(one)]
-    told["processor_seconds"] = parts.seconds
-    return {**dict(plain(told)), "text": "\n\n".join(text)}
+        yield so_far()
 
 
 def _undefended(

@@ -37,7 +37,7 @@ from shallowdeep.types import Trace
 from shallowdeep.walking import policy_costs
 
 CHOOSING = 0.2
-"""The part of the rows that chooses; measured in docs/trust.md."""
+"""The part of the rows that chooses; others were measured (docs/decisions.md)."""
 PAIRED, BINOMIAL = "exact paired test, fixed sequence", "exact binomial test, fixed sequence"
 BETTING, CONFORMAL = "betting, fixed sequence", "conformal risk control, losses made monotone"
 BLOCK = 16

@@ -66,15 +66,17 @@ def attack_verb(
         max_accuracy_drop=max_accuracy_drop,
         seed=seed,
     )
-    found = attack_study(
+    found = dict[str, Any]()
+    for found in attack_study(
         sdn,
         out,
         choices,
         calibration=pair(own.rows(half)),
         reported=pair(own.rows(spread(other, rows))),
         training=None if others is None else pair(others),
-    )
-    print(write_study(out, found))
+    ):
+        text = write_study(out, found)
+    print(text)
     about = {"sdn": sdn_dir, "data": data.__dict__, "data_fingerprint": own.fingerprint, "rows": rows}
     about |= {"training": training and training.__dict__, "choices": plain(choices.__dict__)}
     write_run(out, "attack", about, found)
