@@ -6,7 +6,6 @@ It refuses to promise what its rows cannot show: the alarm, the path of threshol
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from scipy.stats import beta
 
 from shallowdeep.alarming import fit_alarm, full_network, wrong_answers
-from shallowdeep.bounds import Bools, Counts, Floats, binomial_upper, last_proved
+from shallowdeep.bounds import Bools, Counts, Floats, binomial_upper, last_proved, rows_needed
 from shallowdeep.calibration import OVERLAP
 from shallowdeep.certificates import Certificate
 from shallowdeep.effects import share
@@ -103,19 +102,16 @@ def _check(trace: Trace, policy: Policy | None, alarm: Alarm | None, max_error: 
 
 
 def _too_few(max_error: float, confidence: float, testing: int, found: Found) -> str:
-    needed = math.ceil(math.log(1 - confidence) / math.log(1 - max_error))
+    least = rows_needed(max_error, 1 - confidence)
     return (
         f"No threshold could be shown to keep errors at {max_error:.2%} of the answers kept: nothing is kept. It takes "
-        f"at least {needed} kept answers without any error among the rows that test, of which there are {testing} "
+        f"at least {least} kept answers without any error among the rows that test, of which there are {testing} "
         f"here; the most promising threshold keeps {found.kept}, {found.wrong} of them wrong."
     )
 
 
 def _refuse_seen(trace: Trace, name: str, record: CalibrationRecord | None) -> None:
-    if record is None or not record.hash_N or trace.hash_N is None:
-        return
-    seen = share(torch.isin(trace.hash_N, torch.tensor(record.hash_N, dtype=trace.hash_N.dtype)))
-    if seen > OVERLAP:
+    if record is not None and (seen := share(record.seen(trace))) > OVERLAP:
         raise ValueError(
             f"The {name} has seen {seen:.1%} of these rows, so no bound on errors would hold: calibrate the alarm on "
             "other rows, say one half of a trace for the policy and the other for the alarm."

@@ -226,10 +226,8 @@ def evaluate(policy: Policy, trace: Trace) -> Evaluation:
     0.5
     """
     record = policy.calibrated_on
-    if record is not None and record.hash_N and trace.hash_N is not None:
-        seen = share(torch.isin(trace.hash_N, torch.tensor(record.hash_N, dtype=trace.hash_N.dtype)))
-        if seen > OVERLAP:
-            warnings.warn(f"The policy was calibrated on {seen:.1%} of these rows: they flatter it.", stacklevel=2)
+    if record is not None and (seen := share(record.seen(trace))) > OVERLAP:
+        warnings.warn(f"The policy was calibrated on {seen:.1%} of these rows: they flatter it.", stacklevel=2)
     outcome = simulate(policy, trace)
     full_N = answers(trace)[trace.full_exit] == trace.labels_N
     right_N = (outcome.labels_N == trace.labels_N) & finite_rows(outcome.logits_NC)

@@ -44,6 +44,12 @@ class CalibrationRecord:
         hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
         return cls(hash_N=hash_N, info={**info, **view}, certificate=certificate)
 
+    def seen(self, trace: Trace) -> Tensor:
+        """Which rows of ``trace`` are among those (bool [N]); none where either does not know its rows' hashes."""
+        if trace.hash_N is None:
+            return torch.zeros(trace.num_samples, dtype=torch.bool)
+        return torch.isin(trace.hash_N, torch.tensor(self.hash_N, dtype=trace.hash_N.dtype))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble:
