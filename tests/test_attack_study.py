@@ -91,13 +91,14 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     main(["plan", "test_cli:tiny", "photos.npz", "--at", "0.3", "0.6"])
     main(["train", "others.npz", "--epochs", "2"])
     capsys.readouterr()
-    main(["attack", "slowdown", "photos.npz", "--attacked", "20", "--steps", "2", "--max-accuracy-drop", "0.3"])
+    words = ["--attacked", "20", "--steps", "2", "--max-accuracy-drop", "0.3", "--second-look", "mirror"]
+    main(["attack", "slowdown", "photos.npz", *words])
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert last["verb"] == "attack"
     assert 0 < last["clean"]["mean_cost"] < 1.2
     run = json.loads(Path("runs/attack/run.json").read_text())
     assert run["choices"]["rows"] == 20
-    assert "slowdown" in Path("runs/attack/table.txt").read_text()
+    assert "slowdown, full exit too" in Path("runs/attack/table.txt").read_text()
     with pytest.raises(SystemExit):
         main(["attack", "slowdown", "photos.npz", "--eps", "-1"])
     assert "eps >= 0" in capsys.readouterr().err

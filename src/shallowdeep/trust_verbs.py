@@ -43,6 +43,7 @@ def attack_verb(
     attack: Attack,
     rows: int,
     max_accuracy_drop: float,
+    second_look: str | None,
     training: DataChoice | None,
     seed: int,
 ) -> dict[str, Any]:
@@ -64,6 +65,7 @@ def attack_verb(
         attack=attack,
         pixels=Pixels() if preprocessing is None else Pixels.of(preprocessing),
         max_accuracy_drop=max_accuracy_drop,
+        second_look=second_look,
         seed=seed,
     )
     found = dict[str, Any]()
