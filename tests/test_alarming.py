@@ -147,6 +147,40 @@ def test_labels_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fit_alarm(trace) == dataclasses.replace(fit_alarm(trace.rows(torch.arange(0, 400, 2))))
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Confidence(threshold=0.8),
+        Confidence(threshold=0.99, enabled_E=(True, False, True, True), fallback="most_confident"),
+    ],
+)
+def test_what_is_fitted_is_a_line_for_every_exit_passed(policy: Policy) -> None:
+    trace = oracle.bed(40, exits=4, seed=3)
+    outcome = simulate(policy, trace)
+    exits = [e for e, on in enumerate(policy.asks(4, 3)) if on]
+    recalled = 0
+    expected = []
+    for place, exit in enumerate(exits):
+        for n in range(40):
+            stop = int(outcome.exit_N[n])
+            if exit > stop:
+                continue
+            said = int(trace.logits_ENC[exit, n].argmax())
+            label = int(outcome.labels_N[n]) if exit == stop else said
+            recalled += label != said
+            odds = [slow_odds(trace.logits_ENC[e, n].tolist(), label) for e in exits[: place + 1]]
+            none = [0.0] * (len(exits) - place - 1)
+            level = [float(other == place) for other in range(len(exits))]
+            own = [odds[-1] * one for one in level]
+            line = [*odds, *none, *reversed(odds), *none, *own, *level]
+            expected.append((line, label != int(trace.labels_N[n]), 1.0 if exit == stop else alarming.PASSED))
+    columns, wrong, weight = alarming._examples(trace, outcome, exits)
+    np.testing.assert_allclose(columns, np.array([line for line, _, _ in expected]), rtol=1e-6, atol=1e-6)
+    assert wrong.tolist() == [one for _, one, _ in expected]
+    np.testing.assert_allclose(weight, [one for _, _, one in expected])
+    assert (recalled > 0) == (policy.fallback == "most_confident")
+
+
 def test_what_lies_behind_the_full_exit_is_not_asked() -> None:
     trace = oracle.bed(300, exits=4, full_exit=2)
     assert fit_alarm(trace).asked_E == (True, True, True, False)

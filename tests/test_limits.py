@@ -106,6 +106,14 @@ def test_clients_do_not_pay_for_each_other_and_old_ones_are_forgotten() -> None:
     assert window.mean_cost("a") == pytest.approx(FIRST)
 
 
+def test_the_client_seen_least_lately_is_forgotten() -> None:
+    window = CostWindow(Spending(), max_mean_cost=FULL, rows=1, clients=2)
+    for client in ("often", "once", "often"):
+        window(rows_wanting(LAST), client=client)
+    window(rows_wanting(LAST), client="new")
+    assert list(window._spent) == ["often", "new"]
+
+
 def test_refusing_windows_refuse_and_recover() -> None:
     engine = Spending()
     window = CostWindow(engine, max_mean_cost=0.5, rows=10, over="refuse")
