@@ -161,9 +161,11 @@ class _Choosing(_Forgetful):
             object.__setattr__(self, "enabled_E", tuple(bool(e) for e in self.enabled_E))
 
     def asks(self, num_exits: int, full_exit: int) -> tuple[bool, ...]:
-        if self.ensemble is not None and len(self.ensemble.weight_EE) != num_exits:
+        asked = asked_exits(self.enabled_E, num_exits, full_exit)
+        known = num_exits if self.enabled_E is None else len(self.enabled_E)  # with those that need not be there
+        if self.ensemble is not None and len(self.ensemble.weight_EE) not in (num_exits, known):
             raise ValueError(f"The ensemble speaks of {len(self.ensemble.weight_EE)} exits, not of {num_exits}.")
-        return asked_exits(self.enabled_E, num_exits, full_exit)
+        return asked
 
 
 @dataclass(frozen=True, kw_only=True)
