@@ -77,7 +77,7 @@ def attack_study(
 
     Policy and alarm come from ``calibration`` rows, as does the universal perturbation; with ``training`` rows ICs are
     hardened on them, thresholds chosen anew, and the attack is repeated against the result. With a second look the
-    policy aims at no loss, and an attack that pushes the full exit, too, is made. Images made so far lie in
+    policy aims to gain as much, and an attack that pushes the full exit, too, is made. Images made so far lie in
     ``out/parts``; a later call with the same choices, network and rows goes on from there.
     """
     parts = _Parts(out, choices, sdn, (calibration, reported, training))
@@ -117,10 +117,10 @@ def _undefended(
 ) -> tuple[Policy, dict[str, Any], list[str]]:
     """A policy, what ``kinds`` of attacked images do to it, and what limits make of the last kind.
 
-    With a second look the policy aims at no loss: else it would hardly ever look twice.
+    With a second look the policy aims to gain what it may lose without: else it would hardly ever look twice.
     """
     known = collect(sdn, calibration, second_look=look)
-    policy = calibrate(known, max_accuracy_drop=choices.max_accuracy_drop if look is None else 0.0)
+    policy = calibrate(known, max_accuracy_drop=choices.max_accuracy_drop * (1 if look is None else -1))
     clean = collect(sdn, reported, second_look=look)
     attacked = {kind: collect(sdn, (moved, reported[1]), second_look=look) for kind, moved in kinds.items()}
     found = resistance(policy, clean, attacked, _alarm(known, policy))
