@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check format gpu-paper bench report docs clean
+.PHONY: demo test check format gpu-paper bench report trust docs clean
 
 demo: .venv/core
 	$(BIN)/sdn demo
@@ -56,6 +56,30 @@ report: .venv/dev
 docs: .venv/docs
 	$(BIN)/python -m pytest tests/test_site.py
 	$(BIN)/zensical build --strict --clean
+
+# Everything in results/trust again. The committed traces suffice for all but drift, attacks and other inputs; those take DATA (a folder with
+# cifar-10-batches-py and cifar-100-python) and WEIGHTS (one with resnet20-12fca82f.th and resnet56-4bfd9763.th). What takes long goes on if killed.
+TRUST ?= results/trust
+TRACE := results/demo-cifar10
+FRESH := runs/trust
+PY := OMP_NUM_THREADS=1 $(BIN)/python -W ignore
+WEIGHTS56 = $(WEIGHTS)/resnet56-4bfd9763.th
+trust: .venv/dev
+	$(SDN) compare --trace $(TRACE) --out $(FRESH)/compare
+	$(SDN) reliability --trace $(TRUST)/second-look --out $(FRESH)/reliability
+	cp $(FRESH)/compare/compare.json $(FRESH)/reliability/reliability.json $(TRUST)
+	$(PY) benchmarks/policies.py $(TRACE)/trace.safetensors $(TRUST)/policies.json
+	$(PY) benchmarks/policies.py $(TRUST)/second-look/trace.safetensors $(TRUST)/policies-second-look.json
+	$(if $(DATA),test -f $(FRESH)/sdn/sdn.json || $(SDN) demo --data cifar10 --data-dir $(DATA)/cifar-10-batches-py --weights $(WEIGHTS56) \
+	  --at 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 --out $(FRESH)/sdn)
+	$(if $(DATA),$(PY) benchmarks/victims.py $(DATA)/cifar-10-batches-py $(DATA)/cifar-100-python $(WEIGHTS)/resnet20-12fca82f.th $(WEIGHTS56) \
+	  $(FRESH)/sdn $(FRESH)/networks)
+	$(PY) benchmarks/alarms.py $(TRACE)/trace.safetensors $(TRUST)/alarms.json --second $(TRUST)/second-look/trace.safetensors \
+	  $(if $(DATA),--networks $(FRESH)/networks)
+	OMP_NUM_THREADS=1 $(SDN) prove-guarantee $(TRACE)/trace.safetensors --out $(FRESH)/proof
+	cp $(FRESH)/proof/proof.json $(TRUST)
+	$(if $(DATA),$(PY) benchmarks/drift.py $(FRESH)/sdn $(WEIGHTS56) $(DATA)/cifar-10-batches-py $(TRUST)/drift.json)
+	$(if $(DATA),$(PY) benchmarks/attack.py $(DATA)/cifar-10-batches-py $(WEIGHTS56) $(FRESH)/sdn $(FRESH)/attack $(TRUST)/attack.json)
 
 clean:
 	rm -rf .venv runs demo-run site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

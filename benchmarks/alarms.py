@@ -1,8 +1,9 @@
 """Which score finds wrong answers, and which inputs from elsewhere: on traces, by cross-fitting and over 20 splits.
 
-    python benchmarks/alarms.py TRACE OUT.json [--against OTHER_TRACE] [--second TRACE_WITH_SECOND_LOOK]
+    python benchmarks/alarms.py TRACE OUT.json [--second TRACE_WITH_SECOND_LOOK] [--networks FOLDER]
 
-Traces are those of `sdn collect`, of rows that neither the network nor its exits trained on. A few minutes on one core.
+Traces are those of `sdn collect`, of rows that neither the network nor its exits trained on; FOLDER is what
+`benchmarks/victims.py` wrote (without it, what OUT.json says of other inputs stays). A few minutes of one core.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 
 from shallowdeep.abstention import Judged, calibrate_alarm, judged, last_passing
 from shallowdeep.alarming import alarms, fit_alarm, full_network, suspicions, wrong_answers
-from shallowdeep.calibration import evaluate
-from shallowdeep.files import write_text
+from shallowdeep.calibration import calibrate, evaluate
+from shallowdeep.files import read_json, write_text
 from shallowdeep.finding import error_scores, risk_coverage
 from shallowdeep.policies import Confidence, Policy
 from shallowdeep.runs import describe_device, plain
@@ -32,11 +33,11 @@ from shallowdeep.walking import simulate
 
 BARS = (0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.9965, 0.999)
 """Global confidence thresholds of plain policies, from cheap to dear."""
-PLAIN, SPLITS, DRAWS = 0.9965, 20, 1000
+PLAIN, AIM, SPLITS, DRAWS = 0.9965, 0.005, 20, 1000
 COVERAGES = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 
-def crossfitted(trace: Trace, against: Trace | None) -> dict[str, Any]:
+def crossfitted(trace: Trace) -> dict[str, Any]:
     """All scores, every row judged by an alarm fitted without it; paired bootstrap over rows."""
     full = float((trace.logits_ENC[trace.full_exit].argmax(1) == trace.labels_N).double().mean())
     found: dict[str, Any] = {}
@@ -44,11 +45,24 @@ def crossfitted(trace: Trace, against: Trace | None) -> dict[str, Any]:
         scored = alarms(trace, policy)
         print(f"\n{name}\n{scored}", flush=True)
         found[name] = dataclasses.asdict(scored) | {"drop": full - scored.accuracy}
-    other = {}
-    for name, policy in {"full": None, str(PLAIN): Confidence(threshold=PLAIN)}.items():
-        if against is not None:
-            other[name] = dataclasses.asdict(alarms(trace, policy, against=against))
-    return {"errors": found, "other_inputs": other}
+    return found
+
+
+def other_inputs(folder: Path) -> dict[str, Any]:
+    """How well scores tell a network's own rows from others. One half of its own chooses a policy for an aim of half a
+    point; the other half, which also cross-fits the alarm, and the other inputs are reported.
+    """
+    own, other = (Trace.load(folder / f"{name}.safetensors") for name in ("own", "other"))
+    chosen, reported = halves(own.num_samples)
+    policy, found = calibrate(own.rows(chosen), max_accuracy_drop=AIM), dict[str, Any](read_json(folder / "facts.json"))
+    for name, one in {"full": None, "policy": policy}.items():
+        scored = alarms(own.rows(reported), one, against=other)
+        print(f"\n{folder.name}, {name}\n{scored}", flush=True)
+        answers_N = simulate(one or full_network(other), other).labels_N
+        said = answers_N.bincount(minlength=other.num_classes).double() / other.num_samples
+        right = float((answers_N == other.labels_N).double().mean())
+        found[name] = dataclasses.asdict(scored) | {"other_said_C": said, "other_accuracy": right}
+    return found
 
 
 def splits(trace: Trace, policy: Policy | None) -> dict[str, Any]:
@@ -108,14 +122,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("trace", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--against", type=Path)
     parser.add_argument("--second", type=Path)
+    parser.add_argument("--networks", type=Path)
     given = parser.parse_args()
     warnings.simplefilter("ignore")  # thresholds that keep nothing are counted
     torch.set_num_threads(1)
     trace, plain_policy = Trace.load(given.trace), Confidence(threshold=PLAIN)
     result = {"rows": trace.num_samples, "draws": DRAWS, "device": describe_device(), "info": dict(trace.info)}
-    result |= crossfitted(trace, Trace.load(given.against) if given.against else None)
+    result["errors"] = crossfitted(trace)
+    if given.networks:
+        result["other_inputs"] = {folder.name: other_inputs(folder) for folder in sorted(given.networks.iterdir())}
+    elif given.out.is_file():
+        result["other_inputs"] = read_json(given.out)["other_inputs"]
     result["splits"] = {"full": splits(trace, None), str(PLAIN): splits(trace, plain_policy)}
     result["violations"] = violations(trace, plain_policy)
     if given.second:

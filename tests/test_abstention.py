@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import json
 import math
 
 import numpy as np
@@ -16,6 +17,7 @@ from shallowdeep import abstention
 from shallowdeep.abstention import Judged, calibrate_alarm, last_passing
 from shallowdeep.alarming import fit_alarm, wrong_answers
 from shallowdeep.policies import CalibrationRecord, Confidence
+from shallowdeep.trajectory import Alarm
 from shallowdeep.types import Trace
 from shallowdeep.walking import simulate
 
@@ -40,7 +42,8 @@ def test_it_keeps_many_answers_and_few_errors() -> None:
     assert alarm.fitted_on is not None
     info = alarm.fitted_on.info
     assert info["coverage"] == pytest.approx(coverage, abs=0.05)
-    assert "With probability 0.95" in info["note"]
+    assert "With probability at least 0.95" in info["note"]
+    assert "at most 2.00% of the answers that the alarm keeps are wrong" in info["note"]
     # By the definition of the exact limit: were 2 % wrong, so few wrong ones would be rarer than 5 %.
     assert binom.cdf(info["wrong_rows"], info["kept_rows"], 0.02) <= 0.05
     looser = calibrate_alarm(trace, POLICY, max_error=0.03)
@@ -105,6 +108,28 @@ def test_too_few_rows_get_a_sentence_and_keep_nothing() -> None:
 def test_the_impossible_is_refused(given: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         calibrate_alarm(oracle.bed(100), **given)  # type: ignore[arg-type]
+
+
+def test_the_certificate_says_what_was_proved_and_where_it_holds() -> None:
+    about = {"backend": "torch", "precision": "torch.float32"}
+    trace = dataclasses.replace(oracle.bed(6000, seed=1), info=about)
+    alarm = calibrate_alarm(trace, POLICY, max_error=0.02)
+    proved = alarm.certificate
+    assert proved is not None
+    assert alarm.fitted_on is not None
+    info = alarm.fitted_on.info
+    assert (proved.risk, proved.bound, proved.delta, proved.tested_rows) == ("kept", 0.02, 0.05, info["tested_rows"])
+    assert proved.observed == pytest.approx(info["wrong_rows"] / info["kept_rows"])
+    names = trace.exit_names
+    assert proved.void_for(**about, exit_names=names) is None
+    assert "'openvino' runs" in str(proved.void_for(**about | {"backend": "openvino"}, exit_names=names))
+    assert "hard cap" in str(proved.void_for(**about, exit_names=names, capped=True))
+    again = Alarm.from_json(json.loads(json.dumps(alarm.to_json())))
+    assert again.certificate == proved
+    assert again.fitted_on == alarm.fitted_on
+    with pytest.warns(UserWarning, match="nothing is kept"):
+        assert calibrate_alarm(trace, POLICY, max_error=0.0001).certificate is None
+    assert fit_alarm(trace, POLICY).certificate is None
 
 
 def test_rows_that_were_seen_are_refused() -> None:

@@ -17,16 +17,18 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 import oracle
+import shallowdeep as sd
 from shallowdeep import alarming, trajectory
 from shallowdeep.alarming import alarms, fit_alarm, full_network, suspicions, wrong_answers
 from shallowdeep.export import _runner, export_file, export_folder
 from shallowdeep.host import EarlyExits
-from shallowdeep.policies import Confidence, Fixed, Patience, Policy
+from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Patience, Policy
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.trajectory import Alarm
 from shallowdeep.types import DataError, Trace
 from shallowdeep.walking import simulate
 from test_backends import policies, rows, tiny
+from test_certificates import PROVED
 
 
 def some_alarm(asked: tuple[bool, ...], seed: int = 0) -> Alarm:
@@ -144,6 +146,40 @@ def test_labels_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fit_alarm(trace) == whole
     monkeypatch.setattr(alarming, "FIT_ROWS", 200)
     assert fit_alarm(trace) == dataclasses.replace(fit_alarm(trace.rows(torch.arange(0, 400, 2))))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Confidence(threshold=0.8),
+        Confidence(threshold=0.99, enabled_E=(True, False, True, True), fallback="most_confident"),
+    ],
+)
+def test_what_is_fitted_is_a_line_for_every_exit_passed(policy: Policy) -> None:
+    trace = oracle.bed(40, exits=4, seed=3)
+    outcome = simulate(policy, trace)
+    exits = [e for e, on in enumerate(policy.asks(4, 3)) if on]
+    recalled = 0
+    expected = []
+    for place, exit in enumerate(exits):
+        for n in range(40):
+            stop = int(outcome.exit_N[n])
+            if exit > stop:
+                continue
+            said = int(trace.logits_ENC[exit, n].argmax())
+            label = int(outcome.labels_N[n]) if exit == stop else said
+            recalled += label != said
+            odds = [slow_odds(trace.logits_ENC[e, n].tolist(), label) for e in exits[: place + 1]]
+            none = [0.0] * (len(exits) - place - 1)
+            level = [float(other == place) for other in range(len(exits))]
+            own = [odds[-1] * one for one in level]
+            line = [*odds, *none, *reversed(odds), *none, *own, *level]
+            expected.append((line, label != int(trace.labels_N[n]), 1.0 if exit == stop else alarming.PASSED))
+    columns, wrong, weight = alarming._examples(trace, outcome, exits)
+    np.testing.assert_allclose(columns, np.array([line for line, _, _ in expected]), rtol=1e-6, atol=1e-6)
+    assert wrong.tolist() == [one for _, one, _ in expected]
+    np.testing.assert_allclose(weight, [one for _, _, one in expected])
+    assert (recalled > 0) == (policy.fallback == "most_confident")
 
 
 def test_what_lies_behind_the_full_exit_is_not_asked() -> None:
@@ -305,3 +341,29 @@ def test_law_3_with_a_second_look() -> None:
     assert outcome.alarm_N is not None
     assert 3 in found.exit_B.tolist()
     torch.testing.assert_close(found.alarm_B, outcome.alarm_N, rtol=1e-4, atol=1e-6)
+
+
+def test_an_alarm_runs_with_its_own_view_only() -> None:
+    sdn, policy = tiny(), Confidence(threshold=0.9)
+    again = sd.collect(sdn, (rows(200), torch.arange(200) % sdn.plan.num_classes), second_look=turned)
+    alarm = fit_alarm(again, policy)
+    assert alarm.fitted_on is not None
+    assert str(alarm.fitted_on.info["second_look"]).endswith("turned")
+    Engine(sdn, policy, second_look=turned, alarm=alarm, backend="torch")
+    with pytest.raises(ValueError, match=r"alarm was calibrated with the second look '.*turned' and shall run with"):
+        Engine(sdn, policy, second_look=lambda x: x.flip(2), alarm=alarm, backend="torch")
+    unseen = Confidence(threshold=0.9, enabled_E=(True, True, True, False))
+    assert "second_look" not in fit_alarm(again, unseen).fitted_on.info  # type: ignore[union-attr]
+
+
+def test_what_was_proved_of_kept_answers_holds_on_its_backend_alone() -> None:
+    sdn, policy = tiny(), Confidence(threshold=0.9)
+    proved = dataclasses.replace(PROVED, risk="kept", exit_names=sdn.plan.exit_names, asked_E=(True,) * 3)
+
+    def alarm(backend: str) -> Alarm:
+        record = CalibrationRecord(certificate=dataclasses.replace(proved, backend=backend))
+        return dataclasses.replace(some_alarm((True,) * 3), fitted_on=record)
+
+    assert Engine(sdn, policy, alarm=alarm("torch")).backend == "torch"
+    with pytest.warns(UserWarning, match="alarm's certificate is void here: it was tested on backend 'openvino'"):
+        Engine(sdn, policy, alarm=alarm("openvino"), backend="torch")

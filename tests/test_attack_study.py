@@ -25,14 +25,16 @@ CHOICES = StudyChoices(
     pixels=PIXELS,
     universal_steps=4,
     max_accuracy_drop=0.02,
+    second_look="mirror",
 )
 
 
 def study(out: Path, choices: StudyChoices = CHOICES) -> dict[str, object]:
     rows = pictures(120, seed=2)
-    return attack_study(
-        victim(), out, choices, calibration=pictures(300, seed=3), reported=rows, training=pictures(40, seed=4)
-    )
+    known, others = pictures(300, seed=3), pictures(40, seed=4)
+    *parts, found = attack_study(victim(), out, choices, calibration=known, reported=rows, training=others)
+    assert [len(part) for part in parts] == [5, 6], "what is known is told before the next part begins"
+    return found
 
 
 def test_a_study_measures_every_defence_and_goes_on_where_it_was(
@@ -51,8 +53,14 @@ def test_a_study_measures_every_defence_and_goes_on_where_it_was(
         assert line["greatest_window"] is None or line["greatest_window"] <= line["value"] + 1e-9
     assert {line["rows"] for line in limits} == {"clean", "slowdown"}
     assert "hardened, thresholds chosen anew" in found
+    twice = found["second look"]
+    kinds = twice["undefended"]["found"]  # type: ignore[index]
+    assert list(kinds) == ["clean", "noise", "universal", "slowdown", "slowdown, full exit too"]
+    assert kinds["slowdown"]["mean_cost"] >= kinds["clean"]["mean_cost"]
+    assert len(kinds["clean"]["share_E"]) == victim().num_exits + 1
+    assert {line["rows"] for line in twice["limits"]} == {"clean", "slowdown, full exit too"}  # type: ignore[index]
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    assert len(files) == 3 + 3 + 2, "120 rows in parts of 50, twice; the universal one; hardened exits"
+    assert len(files) == 3 * 3 + 2, "120 rows in parts of 50, thrice; the universal one; hardened exits"
     lost = next(path for path in files if path.name == "slowdown-50.safetensors")
     lost.unlink()
     again = study(tmp_path)
@@ -82,13 +90,14 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     main(["plan", "test_cli:tiny", "photos.npz", "--at", "0.3", "0.6"])
     main(["train", "others.npz", "--epochs", "2"])
     capsys.readouterr()
-    main(["attack", "slowdown", "photos.npz", "--attacked", "20", "--steps", "2", "--max-accuracy-drop", "0.3"])
+    words = ["--attacked", "20", "--steps", "2", "--max-accuracy-drop", "0.3", "--second-look", "mirror"]
+    main(["attack", "slowdown", "photos.npz", *words])
     last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert last["verb"] == "attack"
     assert 0 < last["clean"]["mean_cost"] < 1.2
     run = json.loads(Path("runs/attack/run.json").read_text())
     assert run["choices"]["rows"] == 20
-    assert "slowdown" in Path("runs/attack/table.txt").read_text()
+    assert "slowdown, full exit too" in Path("runs/attack/table.txt").read_text()
     with pytest.raises(SystemExit):
         main(["attack", "slowdown", "photos.npz", "--eps", "-1"])
     assert "eps >= 0" in capsys.readouterr().err

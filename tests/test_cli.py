@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ from cyclopts import App
 from torch import nn
 
 from shallowdeep.cli import app, main
+from shallowdeep.files import write_text
+from shallowdeep.trajectory import Alarm
 
 SIDE = 12
 
@@ -116,8 +119,21 @@ def test_all_verbs_one_after_another(
     for kind, file in (("folder", "host.py"), ("file", "model.onnx"), ("programs", "step0.pt2")):
         run(capsys, "export", photos, "--half", "b", "--kind", kind, "--out", f"runs/export-{kind}")
         assert (tmp_path / f"runs/export-{kind}" / file).is_file()
-    predicted = run(capsys, "predict", photos, "--half", "b", "--backend", "torch")
+    alarm = Alarm(
+        asked_E=(True,) * 3,
+        bias_E=(0.0,) * 3,
+        weight_EE=((-1.0, 0.0, 0.0), (-0.5, -0.5, 0.0), (0.0, 0.0, -1.0)),
+        threshold=0.2,
+    )
+    write_text(tmp_path / "runs/alarms/alarm.json", json.dumps(alarm.to_json()))
+    predicted = run(capsys, "predict", photos, "--half", "b", "--backend", "torch", "--alarm", "runs/alarms")
     assert predicted["rows"] == 120
+    with (tmp_path / "runs/predict/predictions.csv").open(newline="") as file:
+        answers = list(csv.DictReader(file))
+    kept = [float(line["alarm"]) <= 0.2 for line in answers]
+    assert 0 < sum(kept) < 120
+    assert [line["kept"] == "1" for line in answers] == kept
+    assert predicted["kept"] == sum(kept) / 120
     watched = run(capsys, "watch")
     assert (watched["action"], watched["rows"]) == ("keep", 120), "predictions and reference scale confusion alike"
     assert json.loads((tmp_path / "runs/watch/monitor.json").read_text())["reference"]["standardised"]

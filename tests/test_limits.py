@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from shallowdeep.attacks import slowdown
-from shallowdeep.limits import CostWindow, OverBudget
+from shallowdeep.limits import CostWindow, OverBudget, costs_asked
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Confidence, Policy
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.types import Answer
+from shallowdeep.views import SecondLook
 from test_attacks import STRONG
 from victim import PIXELS, POLICY, pictures, victim
 
@@ -24,6 +25,7 @@ class Spending:
     def __init__(self, policy: Policy = POLICY) -> None:
         self.sdn: ShallowDeepNetwork = victim()
         self.policy = policy
+        self.second_look: SecondLook | None = None
         self.caps: list[float | None] = []
 
     def __call__(self, inputs: object, *, max_cost: float | None = None) -> Answer:
@@ -104,6 +106,14 @@ def test_clients_do_not_pay_for_each_other_and_old_ones_are_forgotten() -> None:
     assert window.mean_cost("a") == pytest.approx(FIRST)
 
 
+def test_the_client_seen_least_lately_is_forgotten() -> None:
+    window = CostWindow(Spending(), max_mean_cost=FULL, rows=1, clients=2)
+    for client in ("often", "once", "often"):
+        window(rows_wanting(LAST), client=client)
+    window(rows_wanting(LAST), client="new")
+    assert list(window._spent) == ["often", "new"]
+
+
 def test_refusing_windows_refuse_and_recover() -> None:
     engine = Spending()
     window = CostWindow(engine, max_mean_cost=0.5, rows=10, over="refuse")
@@ -148,6 +158,22 @@ def test_threads_cannot_overdraw() -> None:
             answers = list(pool.map(lambda _: window(rows_wanting(LAST), client="a"), range(4)))
             assert sum(float(a.cost_B) for a in answers) <= 0.5 * 4 + 1e-9
     assert all(cap is not None and cap >= FIRST for cap in engine.caps)
+
+
+def test_a_second_look_is_the_most_that_a_row_may_cost() -> None:
+    engine = Engine(victim(), Confidence(threshold=0.9999), second_look="mirror", backend="torch")
+    assert costs_asked(engine) == pytest.approx([*victim().plan.cost_E, FULL + 1])
+    window = CostWindow(engine, max_mean_cost=1.2, rows=10)
+    assert window.full_cost == pytest.approx(FULL + 1)
+    noise = torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    answers = [window(noise[i : i + 1], client="c") for i in range(60)]
+    cost = torch.cat([answer.cost_B for answer in answers])
+    assert int((cost > FULL).sum()) > 0, "somebody looked twice"
+    assert bool(torch.cat([answer.capped_B for answer in answers]).any())
+    padded = torch.cat([torch.full((10,), FIRST, dtype=torch.float64), cost])
+    assert float(padded.unfold(0, 10, 1).mean(1).max()) <= 1.2 + 1e-9
+    with pytest.raises(OverBudget, match=f"to the end it takes {FULL + 1:.3f}"):
+        CostWindow(engine, max_mean_cost=FIRST, rows=2, over="refuse")(noise[:1], client="c")
 
 
 def test_a_real_engine_under_attack_keeps_the_budget() -> None:

@@ -448,3 +448,23 @@ def test_a_tempered_policy_keeps_its_record_and_refuses_what_does_not_fit() -> N
     mixed = Confidence(threshold=0.5, ensemble=policies.Ensemble(weight_EE=((), (0.5, 1.0))))
     with pytest.raises(ValueError, match="its policies take no temperatures"):
         Tempered(policy=mixed, temperature_E=(2, 1))
+
+
+def test_an_ensemble_of_a_second_look_that_is_not_asked_runs_without_it() -> None:
+    weight_EE = ((), (), (0.2, 0.3, 1.0), (0.1, 0.1, 0.5, 0.5))
+    asked = (True, True, True, False)
+    policy = Confidence(threshold=0.9, enabled_E=asked, ensemble=Ensemble(weight_EE=weight_EE))
+    twice = dataclasses.replace(oracle.bed(200, exits=4, seed=1), full_exit=2)
+    plain = dataclasses.replace(
+        twice,
+        logits_ENC=twice.logits_ENC[:3],
+        cost_E=twice.cost_E[:3],
+        exit_names=twice.exit_names[:3],
+        own_cost_E=None,
+        feeds_EE=None,
+    )
+    one, other = (simulate(policy, trace) for trace in (twice, plain))
+    assert torch.equal(one.labels_N, other.labels_N)
+    assert torch.equal(one.exit_N, other.exit_N)
+    with pytest.raises(ValueError, match="ensemble speaks of 4 exits, not of 3"):
+        dataclasses.replace(policy, enabled_E=None).asks(3, 2)

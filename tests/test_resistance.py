@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import doctest
-import math
 
 import pytest
 import torch
 from sklearn.metrics import auc, roc_auc_score
 
 from shallowdeep import resistance as module
-from shallowdeep.policies import Confidence, Policy
-from shallowdeep.resistance import efficacy, mean_log_odds, resistance, suspicion
+from shallowdeep.alarming import fit_alarm, suspicions
+from shallowdeep.policies import Confidence
+from shallowdeep.resistance import FALSE_ALARMS, efficacy, resistance
 from shallowdeep.types import Trace
 from shallowdeep.walking import simulate
 
@@ -32,39 +32,30 @@ def test_efficacy_is_the_area_under_the_exits() -> None:
     assert efficacy(torch.tensor([1.0, 0, 0, 0]), COST) > efficacy(torch.tensor([0.0, 1, 0, 0]), COST)
 
 
-@pytest.mark.parametrize("policy", [Confidence(threshold=0.7), Confidence(threshold=0.7, enabled_E=(True, False) * 2)])
-def test_mean_log_odds_of_the_exits_passed(policy: Policy) -> None:
-    rows = trace(50, 2.0, seed=0)
-    outcome = simulate(policy, rows)
-    asked = policy.asks(4, 3)
-    found = mean_log_odds(rows, outcome, torch.tensor(asked))
-    for n in range(50):
-        passed = [e for e in range(int(outcome.exit_N[n]) + 1) if asked[e]]
-        odds = []
-        for exit in passed:
-            p = float(torch.softmax(rows.logits_ENC[exit, n], 0)[outcome.labels_N[n]])
-            odds.append(math.log(p / (1 - p)))
-        assert float(found[n]) == pytest.approx(sum(odds) / len(odds))
-
-
 def test_behaviour_and_scores_of_each_kind() -> None:
     clean, slow = trace(200, 4.0, seed=1), trace(100, 1.0, seed=2)
     policy = Confidence(threshold=0.9)
-    found = resistance(policy, clean, {"slow": slow, "same": clean})
+    alarm = fit_alarm(trace(300, 4.0, seed=3), policy)
+    found = resistance(policy, clean, {"slow": slow, "same": clean}, alarm)
     outcome = simulate(policy, slow)
     assert found.found["slow"].mean_cost == pytest.approx(float(outcome.cost_N.mean()))
     assert found.found["slow"].accuracy == pytest.approx(float((outcome.labels_N == slow.labels_N).double().mean()))
     assert found.found["slow"].mean_cost > found.found["clean"].mean_cost
     assert found.found["slow"].efficacy < found.found["clean"].efficacy
     assert torch.equal(found.found["same"].share_E, found.found["clean"].share_E)
-    usual, odd = suspicion(policy, clean), suspicion(policy, slow)
-    for score, value in found.told["slow"].items():
+    usual, odd = ({"cost": simulate(policy, rows).cost_N, **suspicions(rows, policy, alarm)} for rows in (clean, slow))
+    assert found.told["slow"].keys() == usual.keys() >= {"cost", "alarm", "confusion", "log-odds"}
+    for score, one in found.told["slow"].items():
         both = torch.cat([usual[score], odd[score]])
-        assert value == pytest.approx(roc_auc_score([0] * 200 + [1] * 100, both))
-        assert found.told["same"][score] == pytest.approx(0.5)
-    assert found.told["slow"]["cost"] > 0.6
+        assert one.auroc == pytest.approx(roc_auc_score([0] * 200 + [1] * 100, both))
+        bar = sorted(usual[score].tolist())[189]  # ten of the 200 clean rows lie above, if none are equal
+        assert one.caught == pytest.approx(sum(value > bar for value in odd[score].tolist()) / 100)
+        assert found.told["same"][score].auroc == pytest.approx(0.5)
+        assert found.told["same"][score].caught <= FALSE_ALARMS
+    assert found.told["slow"]["cost"].auroc > 0.6
+    assert max(one.caught for one in found.told["slow"].values()) > 2 * FALSE_ALARMS
     assert "slow" in str(found)
-    assert "mean log-odds, all exits" in str(found)
+    assert f"{found.told['slow']['alarm'].caught:.1%}" in str(found)
 
 
 def test_a_trace_of_one_exit() -> None:

@@ -130,7 +130,7 @@ def test_files_that_are_no_trace(tmp_path: Path) -> None:
     assert Trace.load(written(path, parts, about)).num_exits == 1, "the file that is damaged below is whole"
     with pytest.raises(FormatError, match=r"x\.safetensors has trace format 2; this version reads up to 1"):
         Trace.load(written(path, parts, about | {"format": 2}))
-    with pytest.raises(FormatError, match=r"x\.safetensors is damaged: 'logits_ENC'"):
+    with pytest.raises(FormatError, match=r"x\.safetensors holds no logits_ENC, cost_E: a trace is what"):
         Trace.load(written(path, {"labels_N": parts["labels_N"]}, about))
     with pytest.raises(FormatError, match=r"x\.safetensors is damaged: .*0\.\.1, found 7\.\.7"):
         Trace.load(written(path, parts | {"labels_N": torch.tensor([7])}, about))

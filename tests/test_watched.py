@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import oracle
 import shallowdeep as sd
@@ -89,6 +90,30 @@ def test_a_reference_of_something_else_is_refused() -> None:
         Watched(one.engine, Monitor(refer(one.engine.policy, raw)))
     with pytest.raises(ValueError, match="from 0 to 1; found 2"):
         Watched(one.engine, one.monitor, share=2)
+
+
+def test_an_engine_that_looks_twice() -> None:
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(2, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 6, 3, padding=1), nn.Tanh(), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(150, 5)).eval()
+    inputs = 3 * torch.randn(600, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    sdn = sd.attach(model, sd.plan(model, inputs[:2], at=(0.5,))).eval()
+    trace = sd.collect(sdn, (inputs, CALM[:600]), second_look="mirror")
+    bars_E = trace.logits_ENC.softmax(-1).amax(-1).double().median(1).values.tolist()
+    policy = Confidence(threshold=tuple(bars_E[:-1]))
+    one = Watched(
+        Engine(sdn, policy, second_look="mirror", backend="torch"), Monitor(refer(policy, trace)), share=1.0, seed=0
+    )
+    answer, audit = one.audited(inputs)
+    assert set(answer.exit_B.tolist()) == {0, 1, 2}
+    with torch.no_grad():
+        assert torch.equal(audit.full_S, model(inputs).argmax(1)), "an audit asks the network as it was given"
+    verdict = one.monitor.verdict()
+    assert [statistic.name for statistic in verdict.statistics][2] == "share of full+mirror"
+    assert (verdict.action, verdict.rows) == ("keep", 600)
+    plain = Confidence(threshold=bars_E[0])
+    with pytest.raises(ValueError, match="exits asked"):
+        Watched(Engine(sdn, plain, backend="torch"), one.monitor)
 
 
 def test_several_threads() -> None:

@@ -6,7 +6,6 @@ It refuses to promise what its rows cannot show: the alarm, the path of threshol
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -15,9 +14,11 @@ import torch
 from scipy.stats import beta
 
 from shallowdeep.alarming import fit_alarm, full_network, wrong_answers
-from shallowdeep.bounds import Bools, Counts, Floats, binomial_upper, last_proved
+from shallowdeep.bounds import Bools, Counts, Floats, binomial_upper, last_proved, rows_needed
 from shallowdeep.calibration import OVERLAP
+from shallowdeep.certificates import Certificate
 from shallowdeep.effects import share
+from shallowdeep.guarantees import Aim, certificate_of
 from shallowdeep.policies import CalibrationRecord, Policy
 from shallowdeep.trajectory import Alarm
 from shallowdeep.types import Trace
@@ -46,7 +47,7 @@ def calibrate_alarm(
     The statement speaks of all the answers kept together, on fresh rows drawn as these were, from the same backend and
     precision; not of a class, nor of one answer. ``alarm`` is one fitted elsewhere (None: it is fitted on 30 % of the
     rows). Where nothing can be shown, the threshold keeps no answer, with a warning that says how many rows it takes.
-    ``fitted_on.info`` holds statement and counts.
+    ``certificate`` holds the statement and what it is void for, ``fitted_on.info`` the counts.
 
     Raises ``ValueError`` on impossible targets, and on rows that policy or alarm have seen: the bound would be void.
 
@@ -72,24 +73,19 @@ def calibrate_alarm(
         choosing, testing = order.tensor_split([round(trace.num_samples * UPTO[0])])
     choose, test = (judged(trace.rows(part), policy, alarm) for part in (choosing, testing))
     found = last_passing(choose, test, max_error, confidence)
-    facts: dict[str, Any] = {
-        "max_error": max_error,
-        "confidence": confidence,
-        "method": "exact binomial, fixed sequence",
-    }
-    facts |= {"tested_rows": len(testing), "kept_rows": 0, "wrong_rows": 0, "coverage": 0.0}
+    facts: dict[str, Any] = {"max_error": max_error, "confidence": confidence, "tested_rows": len(testing)}
+    certificate: Certificate | None = None
     if found.passed:
         facts |= {"kept_rows": found.kept, "wrong_rows": found.wrong, "coverage": found.kept / len(testing)}
-        facts["note"] = (
-            f"With probability {confidence:g} over the draw of calibration rows, at most {max_error:.2%} of the "
-            f"answers whose alarm is at most {found.threshold:.4g} are wrong, on fresh rows like these."
-        )
+        aim = Aim("kept", max_error, round(1 - confidence, 12), "ltt")
+        certificate = certificate_of(trace, alarm.asked_E, aim, found.wrong / found.kept, len(testing))
+        facts["note"] = certificate.sentence
     else:
+        facts |= {"kept_rows": 0, "wrong_rows": 0, "coverage": 0.0}
         facts["note"] = _too_few(max_error, confidence, len(testing), found)
         warnings.warn(facts["note"], stacklevel=2)
     info = {**(alarm.fitted_on.info if alarm.fitted_on else {}), **facts}
-    hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
-    record = CalibrationRecord(hash_N=hash_N, info=info)
+    record = CalibrationRecord.of(trace, alarm.asked_E, info, certificate)
     return dataclasses.replace(alarm, threshold=found.threshold if found.passed else NOTHING, fitted_on=record)
 
 
@@ -106,19 +102,16 @@ def _check(trace: Trace, policy: Policy | None, alarm: Alarm | None, max_error: 
 
 
 def _too_few(max_error: float, confidence: float, testing: int, found: Found) -> str:
-    needed = math.ceil(math.log(1 - confidence) / math.log(1 - max_error))
+    least = rows_needed(max_error, 1 - confidence)
     return (
         f"No threshold could be shown to keep errors at {max_error:.2%} of the answers kept: nothing is kept. It takes "
-        f"at least {needed} kept answers without any error among the rows that test, of which there are {testing} "
+        f"at least {least} kept answers without any error among the rows that test, of which there are {testing} "
         f"here; the most promising threshold keeps {found.kept}, {found.wrong} of them wrong."
     )
 
 
 def _refuse_seen(trace: Trace, name: str, record: CalibrationRecord | None) -> None:
-    if record is None or not record.hash_N or trace.hash_N is None:
-        return
-    seen = share(torch.isin(trace.hash_N, torch.tensor(record.hash_N, dtype=trace.hash_N.dtype)))
-    if seen > OVERLAP:
+    if record is not None and (seen := share(record.seen(trace))) > OVERLAP:
         raise ValueError(
             f"The {name} has seen {seen:.1%} of these rows, so no bound on errors would hold: calibrate the alarm on "
             "other rows, say one half of a trace for the policy and the other for the alarm."

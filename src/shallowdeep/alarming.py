@@ -90,12 +90,11 @@ def fit_alarm(trace: Trace, policy: Policy | None = None) -> Alarm:
         weight_EE[exit, exits[: place + 1]] = own_K[: place + 1] + back_K[: place + 1][::-1]
         weight_EE[exit, exit] += last_K[place]
     rule = {name: value for name, value in to_json(policy).items() if name != "calibrated_on"}
-    hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
     return Alarm(
         asked_E=asked_E,
         bias_E=tuple(bias_E.tolist()),
         weight_EE=tuple(map(tuple, weight_EE.tolist())),
-        fitted_on=CalibrationRecord(hash_N=hash_N, info={"rows": len(wrong_N), "errors": errors, "policy": rule}),
+        fitted_on=CalibrationRecord.of(trace, asked_E, {"rows": len(wrong_N), "errors": errors, "policy": rule}),
     )
 
 

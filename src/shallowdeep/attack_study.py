@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from shallowdeep.alarming import fit_alarm, wrong_answers
 from shallowdeep.attacks import DEEPSLOTH, PLAIN, Attack, Pixels, added, noise, slowdown, universal
 from shallowdeep.calibration import calibrate
 from shallowdeep.collection import collect
 from shallowdeep.files import read_tensors, write_tensors, write_text
 from shallowdeep.hardening import HARDENING, harden
 from shallowdeep.inputs import row_hashes
-from shallowdeep.limits import CostWindow
+from shallowdeep.limits import CostWindow, costs_asked
 from shallowdeep.network import ShallowDeepNetwork, fingerprint
 from shallowdeep.policies import Policy
 from shallowdeep.progress import steps
@@ -33,7 +34,10 @@ from shallowdeep.resistance import Limited, Resistance, resistance, under_cap, u
 from shallowdeep.runs import plain
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.spelling import to_json
-from shallowdeep.types import table
+from shallowdeep.trajectory import Alarm
+from shallowdeep.types import Trace, table
+from shallowdeep.views import view_of
+from shallowdeep.walking import simulate
 
 Rows: TypeAlias = tuple[Tensor, Tensor]
 """Images (inputs) and their labels."""
@@ -45,7 +49,8 @@ WINDOW_ROWS = 100
 @dataclass(frozen=True, kw_only=True)
 class StudyChoices:
     """What is measured: the attack, how pixels became inputs, the aim of the policy under attack, the windows' budget
-    as a multiple of the policy's mean cost on clean rows, and the attack that ICs are hardened with.
+    as a multiple of the policy's mean cost on clean rows, the attack that ICs are hardened with, and the view of a
+    second look, of which the attack is then measured, too.
     """
 
     attack: Attack = DEEPSLOTH
@@ -54,6 +59,7 @@ class StudyChoices:
     hardening: Attack = HARDENING
     max_accuracy_drop: float = 0.005
     window_budget: float = 1.1
+    second_look: str | None = None
     seed: int = 0
 
 
@@ -65,33 +71,69 @@ def attack_study(
     calibration: Rows,
     reported: Rows,
     training: Rows | None = None,
-) -> dict[str, Any]:
-    """What the attack does to ``reported`` rows and what defences make of it: figures, and ``text`` for people.
+) -> Iterator[dict[str, Any]]:
+    """What the attack does to ``reported`` rows and what defences make of it: figures, and ``text`` for people; again
+    and more after each part of the study, because the next may take long.
 
-    A policy is calibrated on ``calibration`` rows, from which the universal perturbation is made, too; with
-    ``training`` rows ICs are hardened on them, thresholds chosen anew, and the attack is repeated against the result.
-    Images made so far lie in ``out/parts``; a later call with the same choices, network and rows goes on from there.
+    Policy and alarm come from ``calibration`` rows, as does the universal perturbation; with ``training`` rows ICs are
+    hardened on them, thresholds chosen anew, and the attack is repeated against the result. With a second look the
+    policy aims to gain as much, and an attack that pushes the full exit, too, is made. Images made so far lie in
+    ``out/parts``; a later call with the same choices, network and rows goes on from there.
     """
     parts = _Parts(out, choices, sdn, (calibration, reported, training))
-    policy = calibrate(collect(sdn, calibration), max_accuracy_drop=choices.max_accuracy_drop)
-    images, labels = reported
+    images = reported[0]
     kinds = {
         "noise": noise(images, choices.attack.eps, pixels=choices.pixels, seed=choices.seed),
         "universal": parts.universal(sdn, calibration[0], images),
-        "slowdown": parts.slowdown("slowdown", sdn, images),
+        "slowdown": parts.slowdown("slowdown", sdn, images, choices.attack),
     }
-    clean = collect(sdn, reported)
-    found = resistance(policy, clean, {kind: collect(sdn, (moved, labels)) for kind, moved in kinds.items()})
-    limits = _limits(Engine(sdn, policy, backend="torch"), reported, kinds["slowdown"], choices, found)
-    told: dict[str, Any] = {"policy": _brief(policy), "undefended": dataclasses.asdict(found), "limits": limits}
-    text = [f"without defence\n{found}", _limits_table(limits)]
+    policy, told, text = _undefended(sdn, kinds, calibration, reported, choices, None)
+
+    def so_far() -> dict[str, Any]:
+        return {**dict(plain(told)), "processor_seconds": dict(parts.seconds), "text": "\n\n".join(text)}
+
+    yield so_far()
+    if choices.second_look is not None:
+        pushed = dataclasses.replace(choices.attack, exits=tuple(range(sdn.num_exits)))
+        kinds["slowdown, full exit too"] = parts.slowdown("full-too", sdn, images, pushed)
+        _, told["second look"], more = _undefended(sdn, kinds, calibration, reported, choices, choices.second_look)
+        text += [f"with the second look {choices.second_look!r}", *more]
+        yield so_far()
     if training is not None:
         tough = parts.hardened(sdn, training)
         for name, one in _hardened(parts, tough, policy, kinds["slowdown"], calibration, reported, choices).items():
             told[name] = dataclasses.asdict(one)
-            text.append(f"{name}\n{one}")
-    told["processor_seconds"] = parts.seconds
-    return {**dict(plain(told)), "text": "\n\n".join(text)}
+            text += [name, str(one)]
+        yield so_far()
+
+
+def _undefended(
+    sdn: ShallowDeepNetwork,
+    kinds: Mapping[str, Tensor],
+    calibration: Rows,
+    reported: Rows,
+    choices: StudyChoices,
+    look: str | None,
+) -> tuple[Policy, dict[str, Any], list[str]]:
+    """A policy, what ``kinds`` of attacked images do to it, and what limits make of the last kind.
+
+    With a second look the policy aims to gain what it may lose without: else it would hardly ever look twice.
+    """
+    known = collect(sdn, calibration, second_look=look)
+    policy = calibrate(known, max_accuracy_drop=choices.max_accuracy_drop * (1 if look is None else -1))
+    clean = collect(sdn, reported, second_look=look)
+    attacked = {kind: collect(sdn, (moved, reported[1]), second_look=look) for kind, moved in kinds.items()}
+    found = resistance(policy, clean, attacked, _alarm(known, policy))
+    engine = Engine(sdn, policy, second_look=view_of(policy), backend="torch")
+    limits = _limits(engine, reported, list(kinds.items())[-1], choices, found)
+    facts = {"policy": _brief(policy), "undefended": dataclasses.asdict(found), "limits": limits}
+    return policy, facts, [str(found), _limits_table(limits)]
+
+
+def _alarm(trace: Trace, policy: Policy) -> Alarm | None:
+    """The alarm that ``trace`` teaches, if any of its answers is wrong."""
+    wrong_N = wrong_answers(simulate(policy, trace), trace)
+    return fit_alarm(trace, policy) if 0 < int(wrong_N.sum()) < len(wrong_N) else None
 
 
 def _hardened(
@@ -106,7 +148,7 @@ def _hardened(
     """The hardened SDN under the old images and under an attack on itself, with the old thresholds and with its own."""
     images, labels = reported
     anew = calibrate(collect(tough, calibration), max_accuracy_drop=choices.max_accuracy_drop)
-    kinds = {"old slowdown": old, "slowdown": parts.slowdown("hardened", tough, images)}
+    kinds = {"old slowdown": old, "slowdown": parts.slowdown("hardened", tough, images, choices.attack)}
     clean = collect(tough, reported)
     attacked = {kind: collect(tough, (moved, labels)) for kind, moved in kinds.items()}
     return {
@@ -116,21 +158,19 @@ def _hardened(
 
 
 def _limits(
-    engine: Engine, reported: Rows, moved: Tensor, choices: StudyChoices, found: Resistance
+    engine: Engine, reported: Rows, attacked: tuple[str, Tensor], choices: StudyChoices, found: Resistance
 ) -> list[dict[str, Any]]:
     """Caps at every second exit asked, and a window per client, on clean and on attacked rows, by the engine itself."""
     images, labels = reported
     budget = choices.window_budget * found.found["clean"].mean_cost
     window = CostWindow(engine, max_mean_cost=budget, rows=WINDOW_ROWS)
-    asked = engine.policy.asks(engine.sdn.num_exits, engine.sdn.num_exits - 1)
-    costs = [cost for cost, on in zip(engine.sdn.plan.cost_E, asked, strict=True) if on]
     lines: list[dict[str, Any]] = []
 
     def add(limit: str, value: float, kind: str, one: Limited) -> None:
         lines.append({"limit": limit, "value": value, "rows": kind, **dataclasses.asdict(one)})
 
-    for kind, rows in (("clean", images), ("slowdown", moved)):
-        for cap in costs[1:-1:2]:
+    for kind, rows in (("clean", images), attacked):
+        for cap in costs_asked(engine)[1:-1:2]:
             add("cap a row", cap, kind, under_cap(engine, rows, labels, cap))
         add(f"window of {WINDOW_ROWS}", budget, kind, under_window(window, rows, labels))
     return lines
@@ -157,7 +197,8 @@ class _Parts:
     def __init__(self, out: Path, choices: StudyChoices, sdn: ShallowDeepNetwork, rows: Sequence[Rows | None]) -> None:
         self.choices = choices
         self.seconds: dict[str, float] = {}
-        made_from = [json.dumps(dataclasses.asdict(choices)), fingerprint(sdn)]
+        unseen = dict.fromkeys(("max_accuracy_drop", "window_budget", "second_look"))  # no image depends on them
+        made_from = [json.dumps(dataclasses.asdict(choices) | unseen), fingerprint(sdn)]
         made_from += [str(one and [row_hashes(one[0]).tolist(), one[1].tolist()]) for one in rows]
         self.folder = out / "parts" / hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:16]
 
@@ -172,13 +213,13 @@ class _Parts:
         self.seconds[group] = round(self.seconds.get(group, 0.0) + float(about["seconds"]), 1)
         return tensors
 
-    def slowdown(self, name: str, sdn: ShallowDeepNetwork, images: Tensor) -> Tensor:
+    def slowdown(self, name: str, sdn: ShallowDeepNetwork, images: Tensor, attack: Attack) -> Tensor:
         """``images`` attacked, some at a time."""
         choices = self.choices
 
         def part(start: int) -> dict[str, Tensor]:
             some, seed = images[start : start + PART], choices.seed + start
-            return {"images": slowdown(sdn, some, choices.attack, pixels=choices.pixels, seed=seed)}
+            return {"images": slowdown(sdn, some, attack, pixels=choices.pixels, seed=seed)}
 
         starts = steps(range(0, len(images), PART), f"attack ({name})", -(-len(images) // PART))
         return torch.cat([self.find(f"{name}-{i}", name, partial(part, i))["images"] for i in starts])

@@ -86,11 +86,8 @@ def calibrate(
         warnings.warn(str(facts["note"]), stacklevel=2)
     info: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
     info |= {"rows": trace.num_samples} | facts
-    if any(policy.asks(trace.num_exits, trace.full_exit)[trace.full_exit + 1 :]) and "second_look" in trace.info:
-        info["second_look"] = trace.info["second_look"]
-    hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
     frozen: Any = policy  # every policy is a dataclass, which a protocol cannot say
-    record = CalibrationRecord(hash_N=hash_N, info=info, certificate=certificate)
+    record = CalibrationRecord.of(trace, policy.asks(trace.num_exits, trace.full_exit), info, certificate)
     found: Policy = dataclasses.replace(frozen, calibrated_on=record)
     return found
 
@@ -229,10 +226,8 @@ def evaluate(policy: Policy, trace: Trace) -> Evaluation:
     0.5
     """
     record = policy.calibrated_on
-    if record is not None and record.hash_N and trace.hash_N is not None:
-        seen = share(torch.isin(trace.hash_N, torch.tensor(record.hash_N, dtype=trace.hash_N.dtype)))
-        if seen > OVERLAP:
-            warnings.warn(f"The policy was calibrated on {seen:.1%} of these rows: they flatter it.", stacklevel=2)
+    if record is not None and (seen := share(record.seen(trace))) > OVERLAP:
+        warnings.warn(f"The policy was calibrated on {seen:.1%} of these rows: they flatter it.", stacklevel=2)
     outcome = simulate(policy, trace)
     full_N = answers(trace)[trace.full_exit] == trace.labels_N
     right_N = (outcome.labels_N == trace.labels_N) & finite_rows(outcome.logits_NC)

@@ -14,6 +14,9 @@ Risk = Literal["drop", "harm", "disagreement", "error", "brier"]
 """What is bounded, in the mean over rows. drop: right at the full exit less right where it stops (1, 0 or -1). harm:
 right at the full exit and wrong where it stops. disagreement: another label than the full exit's. error: wrong where it
 stops. brier: half the squared distance of the softmax to the truth, less the full exit's."""
+Claim = Risk | Literal["kept"]
+"""What a certificate speaks of: a risk of all answers, or of those that an alarm keeps (kept: the share of wrong ones
+among these)."""
 Method = Literal["auto", "ltt", "betting", "crc", "split"]
 """How. ltt: Learn then Test by the risk's exact test (betting for brier, which has none); betting: the same by betting;
 crc: conformal risk control; split: looked at and not proved; auto: ltt, whatever the rows say."""
@@ -31,7 +34,7 @@ class Certificate:
 
     method: Literal["ltt", "betting", "crc"]
     test: str
-    risk: Risk
+    risk: Claim
     bound: float
     delta: float | None
     observed: float
@@ -96,7 +99,7 @@ class Certificate:
 _LIMITS = "It speaks of fresh rows drawn like these."
 
 
-def claim_of(risk: Risk, bound: float) -> str:
+def claim_of(risk: Claim, bound: float) -> str:
     """What it means that ``risk`` is at most ``bound``, as the end of a sentence.
 
     >>> claim_of("drop", 0.0)
@@ -111,6 +114,7 @@ def claim_of(risk: Risk, bound: float) -> str:
         "harm": f"at most {part} of the rows are right at the full exit and wrong where they stop",
         "disagreement": f"at most {part} of the rows get another label than the full network's",
         "error": f"at most {part} of the rows get a wrong label",
+        "kept": f"at most {part} of the answers that the alarm keeps are wrong",
         "brier": f"the Brier score is at most {bound:.4g} above the full network's",
     }[risk]
 

@@ -15,8 +15,11 @@ from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Policy
 from shallowdeep.trajectory import Alarm
 from shallowdeep.types import ConfusionReference, Costs, table
-from shallowdeep.views import SecondLook
+from shallowdeep.views import SecondLook, check_record
 from shallowdeep.walking import Rule, costs_when_asking, rule_of
+
+LOOKED = "full+"
+"""How the name of a second look's exit begins; the view's follows."""
 
 
 def costs_of(sdn: ShallowDeepNetwork) -> Costs:
@@ -61,7 +64,12 @@ class Exits:
     confusion_reference: ConfusionReference | None
 
     def rule(self, policy: Policy, alarm: Alarm | None = None) -> Rule:
-        """What ``policy`` means on them. Raises ``ValueError`` where it, or ``alarm``, speaks of other exits."""
+        """What ``policy`` means on them. Raises ``ValueError`` where it, or ``alarm``, speaks of other exits, or
+        ``alarm`` of another second look.
+        """
+        if alarm is not None:
+            behind = self.exit_names[self.full_exit + 1 :]
+            check_record("alarm", alarm.fitted_on, behind[0].removeprefix(LOOKED) if behind else None)
         return rule_of(policy, len(self.exit_names), self.full_exit, self.confusion_reference, alarm)
 
     def costs(self, rule: Rule) -> Tensor:
@@ -75,7 +83,7 @@ def exits_of(sdn: ShallowDeepNetwork, look: SecondLook | None = None) -> Exits:
     cost_E = torch.tensor([*sdn.plan.cost_E, *[sdn.plan.cost_E[-1] + 1] * again], dtype=torch.float64)
     reference = sdn.confusion_reference
     return Exits(
-        exit_names=(*sdn.plan.exit_names, *([f"full+{look.name}"] if look is not None else [])),
+        exit_names=(*sdn.plan.exit_names, *([LOOKED + look.name] if look is not None else [])),
         full_exit=sdn.num_exits - 1,
         cost_E=cost_E,
         own_cost_E=F.pad(own_costs(sdn), (0, again)),

@@ -144,6 +144,7 @@ def predict(
     *,
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
     policy: Path = RUNS / "calibrate",
+    alarm: Path | None = None,
     out: Folder = RUNS / "predict",
     batch_size: Count = 64,
     backend: Backend = "auto",
@@ -157,6 +158,9 @@ def predict(
         Folder of `sdn train`.
     policy
         Folder of `sdn calibrate`.
+    alarm
+        Folder of `sdn alarms` for the same policy: also say how probably each answer is wrong and, where it was made
+        with --max-error, which answers are kept.
     out
         Folder to write.
     batch_size
@@ -169,7 +173,14 @@ def predict(
     from shallowdeep import verbs
 
     return verbs.predict_verb(
-        sdn_dir, policy, rows.choice(), out, batch_size=batch_size, backend=backend, threads=threads
+        sdn_dir,
+        policy,
+        rows.choice(),
+        out,
+        alarm_dir=alarm,
+        batch_size=batch_size,
+        backend=backend,
+        threads=threads,
     )
 
 

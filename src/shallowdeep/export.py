@@ -217,6 +217,8 @@ def _about(what: _What, runtime: str) -> dict[str, Any]:
     watched = None if what.alarm is None else what.alarm.to_json()
     if watched is not None and "fitted_on" in watched:
         del watched["fitted_on"]["hash_N"]
+        if watched["fitted_on"].get("certificate", {}).get("backend") != runtime:
+            watched["fitted_on"].pop("certificate", None)
     signature = sdn.plan.inputs
     leaves = zip(signature.names, signature.shapes, signature.dtypes, strict=True)
     return {

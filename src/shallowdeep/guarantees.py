@@ -29,7 +29,7 @@ from shallowdeep.bounds import (
     paired_passes,
     rows_needed,
 )
-from shallowdeep.certificates import Certificate, Method, Risk, claim_of
+from shallowdeep.certificates import Certificate, Claim, Method, claim_of
 from shallowdeep.paths import Brings, Path, Rows, Steps, along, read_rows
 from shallowdeep.policies import Ensemble, Policy, finite_rows
 from shallowdeep.thresholds import Choice, choose, fits
@@ -37,7 +37,7 @@ from shallowdeep.types import Trace
 from shallowdeep.walking import policy_costs
 
 CHOOSING = 0.2
-"""The part of the rows that chooses; measured in docs/trust.md."""
+"""The part of the rows that chooses; others were measured (docs/decisions.md)."""
 PAIRED, BINOMIAL = "exact paired test, fixed sequence", "exact binomial test, fixed sequence"
 BETTING, CONFORMAL = "betting, fixed sequence", "conformal risk control, losses made monotone"
 BLOCK = 16
@@ -56,7 +56,7 @@ class Proof(NamedTuple):
 class Aim(NamedTuple):
     """What is to be proved: the mean of ``risk`` <= ``bound``, by ``method``, at level ``delta`` (None: in mean)."""
 
-    risk: Risk
+    risk: Claim
     bound: float
     delta: float | None
     method: Method
@@ -87,7 +87,7 @@ class Parts:
         self.fits = fits(self.choose_on, ensembles=ensembles)
         self._tested: dict[str, Tested] = {}
 
-    def tested(self, choice: Choice, risk: Risk) -> Tested:
+    def tested(self, choice: Choice, risk: Claim) -> Tested:
         """What the path of ``choice`` does with tested rows, worked out once."""
         key = f"{choice.family}: {risk}"
         if key not in self._tested:
@@ -100,7 +100,7 @@ class Parts:
 _PARTS: WeakKeyDictionary[Trace, dict[tuple[tuple[bool, ...], bool], Parts]] = WeakKeyDictionary()
 
 
-def parts_of(trace: Trace, asked: Sequence[bool], risk: Risk = "drop") -> Parts:
+def parts_of(trace: Trace, asked: Sequence[bool], risk: Claim = "drop") -> Parts:
     """The ``Parts`` of a trace, made once for all that is asked of it. An ensemble gives other answers than the full
     network, so it is left out where those count as a loss.
     """
@@ -142,7 +142,7 @@ def certify(trace: Trace, asked: Sequence[bool], aim: Aim) -> Proof:
             f"No statement about fresh rows: {tested} rows that did not choose saw a mean {aim.risk} of {observed:.2%}."
         )
         return Proof(policy, None, note, facts)
-    certificate = _certificate(trace, policy.asks(trace.num_exits, trace.full_exit), aim, observed, tested)
+    certificate = certificate_of(trace, policy.asks(trace.num_exits, trace.full_exit), aim, observed, tested)
     return Proof(policy, certificate, certificate.sentence, facts)
 
 
@@ -152,8 +152,8 @@ def full_cost_of(trace: Trace) -> float:
     return float(policy_costs(trace, only)[trace.full_exit])
 
 
-def losses(path: Path, rows: Rows, risk: Risk) -> Floats:
-    """The loss of every row at each exit where it can stop ([L, N]), as ``Risk`` defines it, by the path's answers."""
+def losses(path: Path, rows: Rows, risk: Claim) -> Floats:
+    """The loss of every row at each exit where it can stop ([L, N]), as ``Claim`` defines it, by the path's answers."""
     if risk in ("disagreement", "brier"):
         return _losses_of_answers(path.ensemble, rows, risk)
     right_LN = path.seen(rows).right_LN
@@ -161,7 +161,7 @@ def losses(path: Path, rows: Rows, risk: Risk) -> Floats:
     return np.asarray(found[risk], np.float64)
 
 
-def _losses_of_answers(ensemble: Ensemble | None, rows: Rows, risk: Risk) -> Floats:
+def _losses_of_answers(ensemble: Ensemble | None, rows: Rows, risk: Claim) -> Floats:
     loss_LN = np.empty(rows.right_LN.shape)
     for chunk, logits, labels_B in rows.chunks(len(rows.exits)):
         softmax = [torch.softmax(logits_BC, 1, dtype=torch.float64) for logits_BC in logits]
@@ -175,7 +175,7 @@ def _losses_of_answers(ensemble: Ensemble | None, rows: Rows, risk: Risk) -> Flo
     return loss_LN
 
 
-def _loss(logits_BC: Tensor, softmax_BC: Tensor, labels_B: Tensor, risk: Risk) -> Tensor:
+def _loss(logits_BC: Tensor, softmax_BC: Tensor, labels_B: Tensor, risk: Claim) -> Tensor:
     """The label (-1: not finite), or half the squared distance to the truth."""
     if risk == "disagreement":
         return torch.where(finite_rows(logits_BC), logits_BC.argmax(1), -1)
@@ -321,7 +321,8 @@ def _rows_hoped(parts: Parts, aim: Aim, full_cost: float) -> int | None:
     return math.ceil(((_level(aim) + 1) / most) ** 2) if most > 0 else None
 
 
-def _certificate(trace: Trace, asked: Sequence[bool], aim: Aim, observed: float, tested: int) -> Certificate:
+def certificate_of(trace: Trace, asked: Sequence[bool], aim: Aim, observed: float, tested: int) -> Certificate:
+    """What ``tested`` rows of ``trace``, where ``asked`` exits were, prove: ``aim``, of which they saw ``observed``."""
     last = max(exit for exit, on in enumerate(asked) if on or exit == trace.full_exit)
     digest = hashlib.sha256(trace.labels_N.numpy().tobytes())
     rows = trace.logits_ENC.detach().contiguous() if trace.hash_N is None else trace.hash_N.contiguous()

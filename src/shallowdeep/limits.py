@@ -12,14 +12,12 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import torch
-
-from shallowdeep.costs import feeds, own_costs
+from shallowdeep.costs import exits_of
 from shallowdeep.inputs import as_inputs, num_rows
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Policy
 from shallowdeep.types import Answer
-from shallowdeep.walking import costs_when_asking
+from shallowdeep.views import SecondLook
 
 CLIENTS = 10_000
 
@@ -29,6 +27,7 @@ class Answers(Protocol):
 
     sdn: ShallowDeepNetwork
     policy: Policy
+    second_look: SecondLook | None
 
     def __call__(self, inputs: object, *, max_cost: float | None = None) -> Answer:
         """The answers to a batch, no row of which spends more than ``max_cost``."""
@@ -67,7 +66,8 @@ class CostWindow:
         clients: int = CLIENTS,
     ) -> None:
         self.engine, self.max_mean_cost, self.rows, self.over, self.clients = engine, max_mean_cost, rows, over, clients
-        self.first_cost, self.full_cost = _first_and_full(engine)
+        costs = costs_asked(engine)
+        self.first_cost, self.full_cost = costs[0], costs[-1]
         if rows < 1 or clients < 1 or over not in ("cap", "refuse"):
             raise ValueError(
                 f"Need rows >= 1, clients >= 1, over 'cap' or 'refuse'; found {rows}, {clients}, {over!r}."
@@ -133,15 +133,8 @@ class CostWindow:
         return min(max(allowed, 0.0 if self.over == "refuse" else self.first_cost), self.full_cost)
 
 
-def _first_and_full(engine: Answers) -> tuple[float, float]:
-    """Cost of stopping at the first exit that the engine's policy asks, and at the last."""
-    sdn = engine.sdn
-    asked = engine.policy.asks(sdn.num_exits, sdn.num_exits - 1)
-    cost_E = costs_when_asking(
-        asked,
-        cost_E=torch.tensor(sdn.plan.cost_E, dtype=torch.float64),
-        own_cost_E=own_costs(sdn),
-        feeds_EE=feeds(sdn),
-    )
-    paid = [float(cost) for cost, on in zip(cost_E, asked, strict=True) if on]
-    return paid[0], paid[-1]
+def costs_asked(engine: Answers) -> list[float]:
+    """What stopping costs at each exit that the engine's policy asks, from the first to the last."""
+    exits = exits_of(engine.sdn, engine.second_look)
+    rule = exits.rule(engine.policy)
+    return [cost for cost, on in zip(exits.costs(rule).tolist(), rule.asked, strict=True) if on]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shallowdeep.certificates import Certificate
+from shallowdeep.types import Trace
 
 Fallback = Literal["last", "most_confident"]
 LEAST = 1e-12
@@ -32,6 +33,22 @@ class CalibrationRecord:
     hash_N: tuple[int, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
     certificate: Certificate | None = None
+
+    @classmethod
+    def of(
+        cls, trace: Trace, asked: Sequence[bool], info: Mapping[str, Any], certificate: Certificate | None = None
+    ) -> CalibrationRecord:
+        """The record of what all rows of ``trace`` taught; it names the second look, if that is among those asked."""
+        twice = any(asked[trace.full_exit + 1 :]) and "second_look" in trace.info
+        view = {"second_look": trace.info["second_look"]} if twice else {}
+        hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
+        return cls(hash_N=hash_N, info={**info, **view}, certificate=certificate)
+
+    def seen(self, trace: Trace) -> Tensor:
+        """Which rows of ``trace`` are among those (bool [N]); none where either does not know its rows' hashes."""
+        if trace.hash_N is None:
+            return torch.zeros(trace.num_samples, dtype=torch.bool)
+        return torch.isin(trace.hash_N, torch.tensor(self.hash_N, dtype=trace.hash_N.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +161,11 @@ class _Choosing(_Forgetful):
             object.__setattr__(self, "enabled_E", tuple(bool(e) for e in self.enabled_E))
 
     def asks(self, num_exits: int, full_exit: int) -> tuple[bool, ...]:
-        if self.ensemble is not None and len(self.ensemble.weight_EE) != num_exits:
+        asked = asked_exits(self.enabled_E, num_exits, full_exit)
+        known = num_exits if self.enabled_E is None else len(self.enabled_E)  # with those that need not be there
+        if self.ensemble is not None and len(self.ensemble.weight_EE) not in (num_exits, known):
             raise ValueError(f"The ensemble speaks of {len(self.ensemble.weight_EE)} exits, not of {num_exits}.")
-        return asked_exits(self.enabled_E, num_exits, full_exit)
+        return asked
 
 
 @dataclass(frozen=True, kw_only=True)

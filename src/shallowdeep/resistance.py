@@ -13,14 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shallowdeep.alarming import suspicions
 from shallowdeep.calibration import evaluate
-from shallowdeep.disagreement import confusion
 from shallowdeep.finding import error_auroc
 from shallowdeep.inputs import num_rows, take
 from shallowdeep.limits import Answers, CostWindow
 from shallowdeep.policies import Policy
-from shallowdeep.types import Answer, Outcome, Trace, table
+from shallowdeep.trajectory import Alarm
+from shallowdeep.types import Answer, Trace, table
 from shallowdeep.walking import simulate
+
+FALSE_ALARMS = 0.05
+"""The part of clean rows that an alarm may suspect where its catch is counted."""
 
 
 def efficacy(share_E: Tensor, cost_E: Tensor) -> float:
@@ -50,15 +54,25 @@ class Behaviour:
     share_E: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """How well a score tells attacked rows from clean ones: AUROC (half is luck), and the share of them ``caught`` when
+    a twentieth of the clean rows raises a false alarm.
+    """
+
+    auroc: float
+    caught: float
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Resistance:
     """What attacks do to a policy: its behaviour on each kind of rows, and how well scores of the answers given tell
-    each kind from clean rows (AUROC; half is luck). ``print`` gives tables.
+    each kind from clean rows. ``print`` gives tables.
     """
 
     exit_names: tuple[str, ...]
     found: Mapping[str, Behaviour]
-    told: Mapping[str, Mapping[str, float]]
+    told: Mapping[str, Mapping[str, Told]]
 
     def __str__(self) -> str:
         head = ("rows", "accuracy", "full exit", "mean cost", "efficacy", *self.exit_names)
@@ -71,13 +85,16 @@ class Resistance:
         scores = list(self.told[kinds[0]]) if kinds else []
         if not scores:
             return table(rows)
-        lines = [("AUROC against clean rows", *kinds)]
-        lines += [(score, *(f"{self.told[kind][score]:.3f}" for kind in kinds)) for score in scores]
+        lines = [("AUROC against clean rows, caught", *kinds)]
+        for score in scores:
+            told = (self.told[kind][score] for kind in kinds)
+            lines.append((score, *(f"{one.auroc:.3f}  {one.caught:6.1%}" for one in told)))
         return f"{table(rows)}\n\n{table(lines)}"
 
 
-def resistance(policy: Policy, clean: Trace, attacked: Mapping[str, Trace]) -> Resistance:
-    """What ``policy`` does with ``clean`` rows and with every kind of ``attacked`` rows, traces of one SDN.
+def resistance(policy: Policy, clean: Trace, attacked: Mapping[str, Trace], alarm: Alarm | None = None) -> Resistance:
+    """What ``policy`` does with ``clean`` rows and with every kind of ``attacked`` rows, traces of one SDN; rows are
+    told apart by what their answers cost and by the scores of ``alarming.suspicions``, ``alarm`` among them.
 
     >>> logits_ENC = torch.tensor([[[9.0, 0.0]], [[9.0, 0.0]]])
     >>> clean = Trace(logits_ENC=logits_ENC, labels_N=torch.tensor([0]), cost_E=torch.tensor([0.5, 1.0]))
@@ -86,12 +103,11 @@ def resistance(policy: Policy, clean: Trace, attacked: Mapping[str, Trace]) -> R
     >>> resistance(Confidence(threshold=0.9), clean, {"slow": slow}).found["slow"].mean_cost
     1.0
     """
-    usual = suspicion(policy, clean)
-    told = {}
+    usual = _scores(policy, clean, alarm)
+    told: dict[str, dict[str, Told]] = {}
     for kind, trace in attacked.items():
-        odd = suspicion(policy, trace)
-        attacked_N = torch.arange(clean.num_samples + trace.num_samples) >= clean.num_samples
-        told[kind] = {name: error_auroc(torch.cat([usual[name], odd[name]]), attacked_N) for name in usual}
+        odd = _scores(policy, trace, alarm)
+        told[kind] = {name: _told(usual[name], odd[name]) for name in usual}
     kinds = {"clean": clean, **attacked}
     return Resistance(
         exit_names=clean.exit_names,
@@ -100,39 +116,15 @@ def resistance(policy: Policy, clean: Trace, attacked: Mapping[str, Trace]) -> R
     )
 
 
-def suspicion(policy: Policy, trace: Trace) -> dict[str, Tensor]:
-    """Scores [N] of how odd each row of ``trace`` looks (higher: odder), from the exits its answer has paid for; and
-    two that need every exit.
-    """
-    outcome = simulate(policy, trace)
-    full_N = trace.logits_ENC[trace.full_exit].argmax(1)
-    everywhere_N = torch.full_like(outcome.exit_N, trace.full_exit)
-    asked = torch.ones(trace.num_exits, dtype=torch.bool)
-    return {
-        "cost": outcome.cost_N,
-        "confusion": outcome.confusion_N,
-        "max-softmax": -outcome.confidence_N,
-        "mean log-odds": -mean_log_odds(trace, outcome, torch.tensor(policy.asks(trace.num_exits, trace.full_exit))),
-        "confusion, all exits": confusion(trace),
-        "mean log-odds, all exits": -_mean_log_odds(trace, full_N, everywhere_N, asked),
-    }
+def _told(usual_N: Tensor, odd_M: Tensor) -> Told:
+    attacked = torch.arange(len(usual_N) + len(odd_M)) >= len(usual_N)
+    bar = usual_N.sort().values[math.ceil((1 - FALSE_ALARMS) * len(usual_N)) - 1]
+    auroc = error_auroc(torch.cat([usual_N, odd_M]), attacked)
+    return Told(auroc=auroc, caught=float((odd_M > bar).double().mean()))
 
 
-def mean_log_odds(trace: Trace, outcome: Outcome, asked_E: Tensor) -> Tensor:
-    """Log-odds of the label answered, averaged over the exits ``asked_E`` up to each row's stop (float64 [N])."""
-    return _mean_log_odds(trace, outcome.labels_N, outcome.exit_N, asked_E)
-
-
-def _mean_log_odds(trace: Trace, labels_N: Tensor, exit_N: Tensor, asked_E: Tensor) -> Tensor:
-    total_N, count_N = torch.zeros_like(exit_N, dtype=torch.float64), torch.zeros_like(exit_N)
-    for exit in asked_E.nonzero().flatten().tolist():
-        logits_NC = trace.logits_ENC[exit].double()
-        own_N = logits_NC.gather(1, labels_N[:, None])[:, 0]
-        others_N = logits_NC.scatter(1, labels_N[:, None], -math.inf).logsumexp(1)
-        passed_N = exit <= exit_N
-        total_N += torch.where(passed_N, own_N - others_N, 0.0)
-        count_N += passed_N
-    return total_N / count_N
+def _scores(policy: Policy, trace: Trace, alarm: Alarm | None) -> dict[str, Tensor]:
+    return {"cost": simulate(policy, trace).cost_N, **suspicions(trace, policy, alarm)}
 
 
 def _behaviour(policy: Policy, trace: Trace) -> Behaviour:

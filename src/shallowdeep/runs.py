@@ -20,8 +20,8 @@ from shallowdeep.files import read_json, write_text
 LIBRARIES = ("shallowdeep", "torch", "numpy", "lightning-fabric", "safetensors")
 
 
-def write_run(folder: Path, verb: str, choices: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """Write ``folder/run.json``."""
+def write_run(folder: Path, verb: str, choices: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """Write ``folder/run.json``; returns what the verb prints last: its name, the folder, the results."""
     about = {
         "verb": verb,
         "choices": plain(choices),
@@ -30,6 +30,7 @@ def write_run(folder: Path, verb: str, choices: Mapping[str, Any], results: Mapp
         "device": describe_device(),
     }
     write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
+    return {"verb": verb, "out": str(folder), **about["results"]}
 
 
 def read_run(folder: Path) -> dict[str, Any]:

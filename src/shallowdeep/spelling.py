@@ -45,10 +45,7 @@ def to_json(policy: Policy) -> dict[str, Any]:
     if "policy" in facts:
         facts["policy"] = to_json(facts["policy"])
     if record is not None:
-        facts["calibrated_on"] = {"hash_N": list(record.hash_N), "info": dict(record.info)}
-        if record.certificate is not None:
-            proved = dataclasses.asdict(record.certificate).items()
-            facts["calibrated_on"]["certificate"] = {name: _spelled(value) for name, value in proved}
+        facts["calibrated_on"] = record_to_json(record)
     return {"kind": type(policy).__name__} | {k: _spelled(v) for k, v in facts.items() if v is not None}
 
 
@@ -67,13 +64,7 @@ def from_json(facts: Mapping[str, Any]) -> Policy:
     if missing or not given.keys() <= fields.keys():
         raise ValueError(f"{name} has the fields {', '.join(fields)}; found {', '.join(given) or 'none'}.")
     if "calibrated_on" in given:
-        record = given["calibrated_on"]
-        proved = record.get("certificate")
-        given["calibrated_on"] = CalibrationRecord(
-            hash_N=tuple(record["hash_N"]),
-            info=record["info"],
-            certificate=None if proved is None else certificate_from_json(proved),
-        )
+        given["calibrated_on"] = record_from_json(given["calibrated_on"])
     if "ensemble" in given:
         given["ensemble"] = Ensemble(**given["ensemble"])
     if "policy" in given:
@@ -108,6 +99,22 @@ def in_words(policy: Policy, exit_names: Sequence[str], full_exit: int) -> str:
         drop = f"a drop of {info['expected_drop']:.2%}"
         lines.append(f"Expected of fresh rows: mean cost {info['expected_mean_cost']:.3f}, {drop} ({info['family']}).")
     return "\n".join([*lines, *([str(info["note"])] if "note" in info else [])])
+
+
+def record_to_json(record: CalibrationRecord) -> dict[str, Any]:
+    """The record as JSON-able facts."""
+    facts: dict[str, Any] = {"hash_N": list(record.hash_N), "info": dict(record.info)}
+    if record.certificate is not None:
+        proved = dataclasses.asdict(record.certificate).items()
+        facts["certificate"] = {name: _spelled(value) for name, value in proved}
+    return facts
+
+
+def record_from_json(facts: Mapping[str, Any]) -> CalibrationRecord:
+    """The record that ``record_to_json`` wrote."""
+    proved = facts.get("certificate")
+    certificate = None if proved is None else certificate_from_json(proved)
+    return CalibrationRecord(hash_N=tuple(facts["hash_N"]), info=facts["info"], certificate=certificate)
 
 
 def _fields(kind: type[Any]) -> dict[str, dataclasses.Field[Any]]:

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shallowdeep.certificates import Certificate
 from shallowdeep.policies import CalibrationRecord
+from shallowdeep.spelling import record_from_json, record_to_json
 
 Array: TypeAlias = Any
 """A torch tensor or a NumPy array."""
@@ -61,6 +63,11 @@ class Alarm:
                 f"{len(self.bias_E)} and {' x '.join(map(str, shape))}."
             )
 
+    @property
+    def certificate(self) -> Certificate | None:
+        """What was proved of the answers kept; None for an alarm that only ranks."""
+        return None if self.fitted_on is None else self.fitted_on.certificate
+
     def check(self, asked: Sequence[bool]) -> None:
         """Raise ``ValueError`` unless policies that ask the exits ``asked`` are those it was made for."""
         if tuple(asked) != self.asked_E:
@@ -100,7 +107,7 @@ class Alarm:
         """The alarm as JSON-able facts."""
         facts = {name: value for name, value in vars(self).items() if value is not None}
         if self.fitted_on is not None:
-            facts["fitted_on"] = {"hash_N": list(self.fitted_on.hash_N), "info": dict(self.fitted_on.info)}
+            facts["fitted_on"] = record_to_json(self.fitted_on)
         return facts
 
     @classmethod
@@ -116,5 +123,5 @@ class Alarm:
             bias_E=tuple(map(float, facts["bias_E"])),
             weight_EE=tuple(tuple(map(float, row)) for row in facts["weight_EE"]),
             threshold=facts.get("threshold"),
-            fitted_on=record and CalibrationRecord(hash_N=tuple(record["hash_N"]), info=record["info"]),
+            fitted_on=None if record is None else record_from_json(record),
         )

@@ -28,6 +28,7 @@ def attack(
     step_size: float = 0.002,
     bf16: bool = False,
     max_accuracy_drop: float = 0.005,
+    second_look: Literal["mirror"] | None = None,
     training_split: str | None = None,
     training_limit: int = 10_000,
     seed: int = 0,
@@ -54,6 +55,8 @@ def attack(
         Compute gradients in bf16: half of the time where the processor knows it.
     max_accuracy_drop
         What the thresholds under attack were chosen to lose, as a fraction.
+    second_look
+        Also attack a policy that asks the network once more on this view of the rows it is unsure of.
     training_split
         Split of the data on which exits are then hardened; none: they are not.
     training_limit
@@ -74,6 +77,7 @@ def attack(
         attack=Attack(eps=eps, steps=steps, step_size=step_size, bf16=bf16),
         rows=attacked,
         max_accuracy_drop=max_accuracy_drop,
+        second_look=second_look,
         training=training if training_split is not None else None,
         seed=seed,
     )

@@ -43,6 +43,7 @@ def attack_verb(
     attack: Attack,
     rows: int,
     max_accuracy_drop: float,
+    second_look: str | None,
     training: DataChoice | None,
     seed: int,
 ) -> dict[str, Any]:
@@ -64,17 +65,20 @@ def attack_verb(
         attack=attack,
         pixels=Pixels() if preprocessing is None else Pixels.of(preprocessing),
         max_accuracy_drop=max_accuracy_drop,
+        second_look=second_look,
         seed=seed,
     )
-    found = attack_study(
+    found = dict[str, Any]()
+    for found in attack_study(
         sdn,
         out,
         choices,
         calibration=pair(own.rows(half)),
         reported=pair(own.rows(spread(other, rows))),
         training=None if others is None else pair(others),
-    )
-    print(write_study(out, found))
+    ):
+        text = write_study(out, found)
+    print(text)
     about = {"sdn": sdn_dir, "data": data.__dict__, "data_fingerprint": own.fingerprint, "rows": rows}
     about |= {"training": training and training.__dict__, "choices": plain(choices.__dict__)}
     write_run(out, "attack", about, found)
@@ -96,11 +100,6 @@ def spread(positions_N: torch.Tensor, rows: int) -> torch.Tensor:
 Result = dict[str, Any]
 
 
-def _finish(out: Path, verb: str, choices: Result, result: Result) -> Result:
-    write_run(out, verb, choices, result)
-    return dict(plain({"verb": verb, "out": out, **result}))
-
-
 def reliability_verb(trace_dir: Path, out: Path) -> Result:
     """ECE, Brier and likelihood of every exit before and after temperatures: writes ``reliability.json``."""
     found = temper(Trace.load(trace_dir / "trace.safetensors"))
@@ -108,7 +107,7 @@ def reliability_verb(trace_dir: Path, out: Path) -> Result:
     write_text(out / "reliability.json", json.dumps(plain(dataclasses.asdict(found)), indent=1) + "\n")
     result = {"exits": found.before.exit_names, "temperature": found.temperature_E}
     result |= {"ece_before": found.before.ece_E, "ece_after": found.after.ece_E}
-    return _finish(out, "reliability", {"trace": trace_dir}, result)
+    return write_run(out, "reliability", {"trace": trace_dir}, result)
 
 
 def compare_verb(
@@ -131,7 +130,7 @@ def compare_verb(
     for one in found.differences:
         levels.setdefault(f"{one.what} at {one.drop:g}", {})[one.name] = one.level
     choices = {"trace": trace_dir, "splits": splits, "tuned": tuned}
-    return _finish(out, "compare", choices, {"default": found.default, **levels, "verdict": found.verdict()})
+    return write_run(out, "compare", choices, {"default": found.default, **levels, "verdict": found.verdict()})
 
 
 def _plane(found: Comparison, what: Literal["cost", "ms"]) -> Any:
@@ -195,9 +194,7 @@ def watch_verb(
     verdict = monitor.verdict()
     print(verdict)
     monitor.save(out / "monitor.json")
-    result = dataclasses.asdict(verdict)
-    write_run(out, "watch", choices, result)
-    return dict(plain({"verb": "watch", "out": out, **result}))
+    return write_run(out, "watch", choices, dataclasses.asdict(verdict))
 
 
 def read_predictions(path: Path, reference: Reference) -> SeenRows:
@@ -257,6 +254,4 @@ def alarms_verb(
     write_text(out / "alarms.json", json.dumps(plain(facts), indent=1))
     write_text(out / "alarm.json", json.dumps(alarm.to_json()))
     choices = {"trace": trace_dir, "policy": policy_dir, "against": against, "max_error": max_error}
-    write_run(out, "alarms", choices | {"confidence": confidence}, facts)
-    result = {"verb": "alarms", "out": out, **facts, "threshold": alarm.threshold}
-    return dict(plain(result))
+    return write_run(out, "alarms", choices | {"confidence": confidence}, facts | {"threshold": alarm.threshold})

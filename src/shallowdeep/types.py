@@ -325,6 +325,11 @@ class Trace:
     def _read(cls, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> Trace:
         if about["format"] > TRACE_FORMAT:
             raise FormatError(f"has trace format {about['format']}; this version reads up to {TRACE_FORMAT}.")
+        missing = [name for name in ("logits_ENC", "labels_N", "cost_E") if name not in tensors]
+        if missing:
+            raise FormatError(
+                f"holds no {', '.join(missing)}: a trace is what exits said of rows whose labels are known."
+            )
         mean, covariance = tensors.pop("confusion_mean_EE", None), tensors.pop("confusion_covariance_EEE", None)
         reference = None
         if mean is not None and covariance is not None:

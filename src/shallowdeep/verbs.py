@@ -112,7 +112,7 @@ def plan_verb(
         "data": data.__dict__,
     }
     result = {"exits": found.exit_names, "cost": found.cost_E, "macs": found.total_macs, "params": found.total_params}
-    return _finish(out, "plan", about, result)
+    return write_run(out, "plan", about, result)
 
 
 def train_verb(
@@ -164,7 +164,7 @@ def train_verb(
         "train_fingerprint": rows.fingerprint,
         "seed": seed,
     }
-    return _finish(out, "train", choices | {"augment": augment, "views": views, "lr": lr}, result)
+    return write_run(out, "train", choices | {"augment": augment, "views": views, "lr": lr}, result)
 
 
 def collect_verb(
@@ -192,7 +192,7 @@ def collect_verb(
     print(table(lines))
     about = {"sdn": sdn_dir, "data": data.__dict__, "data_fingerprint": rows.fingerprint, "reference": reference}
     about |= {"second_look": second_look}
-    return _finish(out, "collect", about, {"rows": len(rows), "exits": trace.exit_names, "accuracy": accuracy_E})
+    return write_run(out, "collect", about, {"rows": len(rows), "exits": trace.exit_names, "accuracy": accuracy_E})
 
 
 def analyze_verb(trace_dir: Path, out: Path) -> Result:
@@ -203,7 +203,7 @@ def analyze_verb(trace_dir: Path, out: Path) -> Result:
     print(f"{found}\n\n{errors}\n\n{curve}")
     facts = {name: value for name, value in found.__dict__.items() if name != "first_correct_N"} | errors.__dict__
     write_text(out / "overthinking.json", json.dumps(plain(facts), indent=1))
-    return _finish(out, "analyze", {"trace": trace_dir}, facts)
+    return write_run(out, "analyze", {"trace": trace_dir}, facts)
 
 
 def calibrate_verb(
@@ -237,7 +237,7 @@ def calibrate_verb(
     print(in_words(policy, trace.exit_names, trace.full_exit))
     choices: Result = {"trace": trace_dir, "max_accuracy_drop": max_accuracy_drop, "max_mean_cost": max_mean_cost}
     choices |= {"confidence": confidence, "method": method, "risk": risk, "exits_of": exits_of}
-    return _finish(out, "calibrate", choices, {**facts, "info": record["info"]})
+    return write_run(out, "calibrate", choices, {**facts, "info": record["info"]})
 
 
 def tune_verb(
@@ -274,7 +274,7 @@ def tune_verb(
     choices = {"sdn": sdn_dir, "trace": trace_dir, "max_accuracy_drop": max_accuracy_drop, "threads": threads}
     facts = {"backend": costs.backend, "batch_size": batch_size, "full_ms": costs.full_ms, "asked": asked}
     facts |= {"expected_time": tuned.expected_time, "plan_time": tuned.plan_time}
-    return _finish(out, "tune", choices, facts | {"reach_ms": costs.reach_ms_E, "own_ms": costs.own_ms_E})
+    return write_run(out, "tune", choices, facts | {"reach_ms": costs.reach_ms_E, "own_ms": costs.own_ms_E})
 
 
 def bench_verb(
@@ -319,7 +319,7 @@ def bench_verb(
     print(f"{table(lines)}\n\n{found['verdict']}")
     write_text(out / "bench.json", json.dumps(plain(found), indent=1))
     choices = {"sdn": sdn_dir, "policy": policy_dir, "data": data.__dict__, "data_fingerprint": rows.fingerprint}
-    return _finish(out, "bench", choices | {"rival": rival}, found)
+    return write_run(out, "bench", choices | {"rival": rival}, found)
 
 
 def evaluate_verb(policy_dir: Path, trace_dir: Path, out: Path) -> Result:
@@ -328,7 +328,7 @@ def evaluate_verb(policy_dir: Path, trace_dir: Path, out: Path) -> Result:
     found = evaluate(from_json(read_json(policy_dir / "policy.json")), trace)
     print(found)
     write_text(out / "evaluation.json", json.dumps(plain(found.__dict__), indent=1))
-    return _finish(out, "evaluate", {"policy": policy_dir, "trace": trace_dir}, found.__dict__)
+    return write_run(out, "evaluate", {"policy": policy_dir, "trace": trace_dir}, found.__dict__)
 
 
 def export_verb(
@@ -347,14 +347,14 @@ def export_verb(
     rows = ready(data.read(), preprocessing)
     ways = {"folder": export.export_folder, "file": export.export_file, "programs": export.export_programs}
     policy = _policy_for(sdn, policy_dir)
-    alarm = None if alarm_dir is None else Alarm.from_json(read_json(alarm_dir / "alarm.json"))
+    alarm = _alarm(alarm_dir)
     some, look = take(rows, slice(0, EXPORT_ROWS)), view_of(policy)
     with waiting("export, and compare with the engine"):
         ways[kind](sdn, policy, out, some, second_look=look, alarm=alarm)
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
     print(table([("file", "kB"), *((name, f"{size / 1000:,.0f}") for name, size in files.items())]))
     choices = {"sdn": sdn_dir, "policy": policy_dir, "data": data.__dict__, "kind": kind, "alarm": alarm_dir}
-    return _finish(out, "export", choices, {"kind": kind, "bytes": sum(files.values())})
+    return write_run(out, "export", choices, {"kind": kind, "bytes": sum(files.values())})
 
 
 def predict_verb(
@@ -363,40 +363,61 @@ def predict_verb(
     data: DataChoice,
     out: Path,
     *,
+    alarm_dir: Path | None = None,
     batch_size: int = 64,
     backend: BackendName = "auto",
     threads: int | None = None,
 ) -> Result:
     """Answers that stop early: writes ``predictions.csv``; measures seconds against the whole backbone on the same
-    rows.
+    rows. With an alarm there is a column of how probably each answer is wrong and, where the alarm has a threshold, one
+    of which answers it keeps.
     """
     sdn, preprocessing = load_sdn(sdn_dir)
-    policy = _policy_for(sdn, policy_dir)
+    policy, alarm = _policy_for(sdn, policy_dir), _alarm(alarm_dir)
     with waiting("start the engine"):
-        engine = Engine(sdn, policy, second_look=view_of(policy), backend=backend, threads=threads)
+        engine = Engine(sdn, policy, second_look=view_of(policy), alarm=alarm, backend=backend, threads=threads)
     rows = data.read()
     inputs = ready(rows, preprocessing)
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["row", "label", "class", "exit", "confidence", "confusion", "cost", "valid"])
+    more = [] if alarm is None else ["alarm"] if alarm.threshold is None else ["alarm", "kept"]
+    writer.writerow(["row", "label", "class", "exit", "confidence", "confusion", "cost", "valid", *more])
     names, exits = sdn.class_names or rows.class_names, exits_of(sdn, engine.second_look).exit_names
-    right, cost = 0, 0.0
+    right_N, kept_N, cost = list[bool](), list[bool](), 0.0
     for start in steps(range(0, len(rows), batch_size), "predict", -(-len(rows) // batch_size)):
         answer = engine(take(inputs, slice(start, start + batch_size)))
-        said = answer.labels_B, answer.exit_B, answer.confidence_B, answer.confusion_B, answer.cost_B, answer.valid_B
-        for i, (label, exit, sure, odd, paid, valid) in enumerate(zip(*(c.tolist() for c in said), strict=True)):
-            figures = [f"{sure:.6f}", f"{odd:.6f}", f"{paid:.6f}", int(valid)]
-            writer.writerow([start + i, label, names[label], exits[exit], *figures])
-        right += int((answer.labels_B.cpu() == rows.labels_N[start : start + batch_size]).sum())
+        told: list[list[Any]] = [_spelled(answer.confidence_B), _spelled(answer.confusion_B), _spelled(answer.cost_B)]
+        told.append(answer.valid_B.int().tolist())
+        right_N += (answer.labels_B.cpu() == rows.labels_N[start : start + batch_size]).tolist()
+        if alarm is not None and answer.alarm_B is not None:
+            told.append(_spelled(answer.alarm_B))
+            if alarm.threshold is not None:
+                kept_N += alarm.keeps(answer.alarm_B).tolist()
+                told.append([int(kept) for kept in kept_N[start:]])
+        lines = zip(answer.labels_B.tolist(), answer.exit_B.tolist(), *told, strict=True)
+        for row, (label, exit, *figures) in enumerate(lines, start):
+            writer.writerow([row, label, names[label], exits[exit], *figures])
         cost += float(answer.cost_B.sum())
     write_text(out / "predictions.csv", text.getvalue())
     with waiting("measure against the whole network"):
         timed = time_engine(engine, inputs, batch_size, rounds=5, limit=16 * batch_size)
-    result = {"rows": len(rows), "accuracy": right / len(rows), "mean_cost": cost / len(rows), **timed}
+    result = {"rows": len(rows), "accuracy": sum(right_N) / len(rows), "mean_cost": cost / len(rows), **timed}
+    if kept_N:
+        kept, right = sum(kept_N), sum(one for one, keep in zip(right_N, kept_N, strict=True) if keep)
+        result |= {"kept": kept / len(rows), "accuracy_kept": right / kept if kept else None}
+        print(f"{kept} of {len(rows)} answers are kept" + (f", {right / kept:.2%} of them right" if kept else ""))
     shown = f"{result['accuracy']:.2%}", f"{result['mean_cost']:.3f}", f"{timed['speedup_measured']:.2f}x"
     print(table([("rows", "accuracy", "mean cost", "speedup"), (str(len(rows)), *shown)]))
     about = {"sdn": sdn_dir, "policy": policy_dir, "data": data.__dict__, "data_fingerprint": rows.fingerprint}
-    return _finish(out, "predict", about | {"batch_size": batch_size}, result)
+    return write_run(out, "predict", about | {"batch_size": batch_size, "alarm": alarm_dir}, result)
+
+
+def _spelled(figure_B: Tensor) -> list[str]:
+    return [f"{figure:.6f}" for figure in figure_B.tolist()]
+
+
+def _alarm(folder: Path | None) -> Alarm | None:
+    return None if folder is None else Alarm.from_json(read_json(folder / "alarm.json"))
 
 
 def time_engine(engine: Engine, inputs: Inputs, batch_size: int, *, rounds: int, limit: int) -> Result:
@@ -420,11 +441,6 @@ def time_engine(engine: Engine, inputs: Inputs, batch_size: int, *, rounds: int,
 
 
 # ---------------------------------------------------------------- what the verbs share
-
-
-def _finish(out: Path, verb: str, choices: Result, result: Result) -> Result:
-    write_run(out, verb, choices, result)
-    return dict(plain({"verb": verb, "out": out, **result}))
 
 
 def _preprocessing(rows: Dataset, mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocessing | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shallowdeep.inputs import Inputs, each, join, num_rows, signature_of, take, tensors
-from shallowdeep.policies import Policy
+from shallowdeep.policies import CalibrationRecord, Policy
 from shallowdeep.types import DataError
 
 View: TypeAlias = Callable[[Inputs], Inputs]
@@ -109,15 +109,20 @@ def view_of(policy: Policy) -> str | None:
 
 def check_view(policy: Policy, look: SecondLook | None) -> None:
     """Raise ``ValueError`` where ``policy`` was calibrated with another second look than ``look``, or without."""
-    needs, has = view_of(policy), None if look is None else look.name
-    if policy.calibrated_on is None or needs == has:
+    check_record("policy", policy.calibrated_on, None if look is None else look.name)
+
+
+def check_record(name: str, record: CalibrationRecord | None, has: str | None) -> None:
+    """The same of anything with a record, by the view's name; what has none was made by hand and runs with any."""
+    needs = None if record is None else record.info.get("second_look")
+    if record is None or needs == has:
         return
     way = "leave second_look out, or calibrate on a trace that was collected with it"
     if needs is not None:
         way = f"give second_look={needs!r}" if needs in VIEWS else "give the view that its trace was collected with"
     was = "without a second look" if needs is None else f"with the second look {needs!r}"
     runs = "without one" if has is None else f"with {has!r}"
-    raise ValueError(f"The policy was calibrated {was} and shall run {runs}: {way}.")
+    raise ValueError(f"The {name} was calibrated {was} and shall run {runs}: {way}.")
 
 
 def _is_image(leaf: Tensor) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from shallowdeep.audits import Audit
+from shallowdeep.costs import exits_of
 from shallowdeep.inputs import as_inputs, take
 from shallowdeep.monitor import Monitor
 from shallowdeep.policies import Fixed
@@ -31,11 +32,10 @@ class Watched:
     def __init__(self, engine: Engine, monitor: Monitor, *, share: float = SHARE, seed: int | None = None) -> None:
         if not 0 <= share <= 1:
             raise ValueError(f"share is the part of rows that is audited, from 0 to 1; found {share}.")
-        sdn, known = engine.sdn, monitor.reference
-        full = sdn.num_exits - 1
-        known.check(engine.policy.asks(sdn.num_exits, full), sdn.confusion_reference is not None)
+        exits = exits_of(engine.sdn, engine.second_look)
+        monitor.reference.check(exits.rule(engine.policy).asked, exits.confusion_reference is not None)
         self.engine, self.monitor, self.share = engine, monitor, share
-        self._full = Engine(sdn, Fixed(exit=full), backend=engine.backend)
+        self._full = Engine(engine.sdn, Fixed(exit=exits.full_exit), backend=engine.backend)
         self._random, self._lock = np.random.default_rng(seed), threading.Lock()
 
     def __call__(self, inputs: object) -> Answer:

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from shallowdeep.certificates import Certificate
 from shallowdeep.collection import collect, collect_answers
 from shallowdeep.costs import exits_of
 from shallowdeep.inputs import (
@@ -68,10 +69,10 @@ class Engine:
     ``inputs`` is a batch as the backbone takes it, on any device; the answer is on the network's. ``backend`` is
     "torch" (any device), "torch-compile", "onnxruntime", "openvino" or "openvino-bf16", these with ``threads`` threads
     (None: as many as PyTorch has), or "auto": the quickest that is installed, by measurement, or the one that the
-    policy's certificate speaks of; ``certificate`` is None without one and, with a warning, where it is void. Weights
-    are snapshotted: a call soon after the SDN has changed raises ``BackboneMismatch``. A backbone that cannot be
-    exported runs through its own modules, in PyTorch alone. Several threads may call one engine. Rows whose logits are
-    not finite are answered by the backbone's own exit with ``valid_B`` False. An ``alarm``
+    certificate of policy or alarm speaks of; ``certificate`` is None without one and, with a warning, where it is void.
+    Weights are snapshotted: a call soon after the SDN has changed raises ``BackboneMismatch``. A backbone that cannot
+    be exported runs through its own modules, in PyTorch alone. Several threads may call one engine. Rows whose logits
+    are not finite are answered by the backbone's own exit with ``valid_B`` False. An ``alarm``
     (of ``fit_alarm`` or ``calibrate_alarm``, for policies that ask the same exits) adds ``alarm_B``, how probably each
     answer is wrong. Source: arXiv 1810.07052, section 5.1.
 
@@ -107,13 +108,17 @@ class Engine:
         self._programs: dict[tuple[InputSignature, bool], Program] = {}
         self._lock = threading.RLock()
         self.certificate = policy.calibrated_on.certificate if policy.calibrated_on is not None else None
-        if backend == "auto" and self.certificate is not None and self.certificate.backend:
-            backend = cast(BackendName, self.certificate.backend)
+        kept = None if alarm is None else alarm.certificate
+        proved = next((one.backend for one in (self.certificate, kept) if one is not None and one.backend), "")
+        if backend == "auto" and proved:
+            backend = cast(BackendName, proved)
         self._backend = self._chosen(backend, threads or torch.get_num_threads())
         self.backend: BackendName = self._backend.name
-        if self.certificate is not None and (reason := self._void()):
+        if self.certificate is not None and (reason := self._void(self.certificate)):
             warnings.warn(f"The policy's certificate is void here: {reason}.", stacklevel=2)
             self.certificate = None
+        if kept is not None and (reason := self._void(kept)):
+            warnings.warn(f"The alarm's certificate is void here: {reason}.", stacklevel=2)
         self._cost = self._backend.enter(self._cost_E)
         if self._exported:
             self._program(sdn.plan.inputs)
@@ -128,7 +133,8 @@ class Engine:
         batch, signature = self._checked(inputs)
         rows = num_rows(batch)
         if self.certificate is not None and (max_cost is not None or max_ms is not None):
-            warnings.warn(f"The policy's certificate is void for this call: {self._void(capped=True)}.", stacklevel=2)
+            reason = self._void(self.certificate, capped=True)
+            warnings.warn(f"The policy's certificate is void for this call: {reason}.", stacklevel=2)
         if rows == 0:
             return self._nothing()
         program = self._program(signature) if self._exported else None
@@ -150,12 +156,11 @@ class Engine:
             left += [some._replace(row_S=some.row_S + first) for some in found]
         return self._answer(left)
 
-    def _void(self, *, capped: bool = False) -> str | None:
-        """Why the policy's certificate does not hold here."""
-        assert self.certificate is not None
+    def _void(self, certificate: Certificate, *, capped: bool = False) -> str | None:
+        """Why ``certificate`` does not hold here."""
         floats = (p.dtype for p in self.sdn.parameters() if p.is_floating_point())
         look = self.second_look if self._rule.last > self._rule.full_exit else None
-        return self.certificate.void_for(
+        return certificate.void_for(
             backend=self.backend,
             precision=str(next(floats, torch.float32)),
             exit_names=self._names,
