@@ -33,6 +33,7 @@ from shallowdeep.progress import steps
 from shallowdeep.runs import plain, write_run
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.spelling import to_json
+from shallowdeep.timing import threads_of_torch
 from shallowdeep.training import train_exits
 from shallowdeep.types import DataError, Trace, table
 from shallowdeep.verbs import IMAGENET_MEAN, IMAGENET_STD, halves, time_engine
@@ -60,6 +61,7 @@ class SmallNet(nn.Module):
         return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
+@threads_of_torch(1)  # for a network this small a second one saves little, and minutes are lost where others hold it up
 def digits_demo(out: Path, *, classifier: Kind = "strong", seed: int = 0) -> dict[str, Any]:
     """Train a small CNN on scikit-learn's digits, convert it, choose thresholds, report on rows nobody has seen."""
     start = time.perf_counter()

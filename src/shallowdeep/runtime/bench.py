@@ -9,8 +9,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from shallowdeep.runtime.backends import Backend, BackendName
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.runtime.programs import make_backend
 from shallowdeep.steps import Joined, make_steps, named
+from shallowdeep.timing import threads_of_torch
 from shallowdeep.views import Look, SecondLook, second_look_of
 
 PARTS = ("full", "every", "twice")
@@ -87,7 +87,7 @@ def bench(
     answer_N = _answers(Engine(sdn, policy, second_look=look, backend=backends[0]), inputs)
     found: list[Facts] = []
     for count in threads:
-        with _threads(count):
+        with threads_of_torch(count):
             ways = _ways(sdn, policy, inputs, pieces, backends, max(batch_sizes), count, look)
             for size in batch_sizes:
                 order = random.Random(f"{seed} {count} {size}")
@@ -254,16 +254,6 @@ def _accuracy(piece: Joined, inputs: Inputs, labels_N: Tensor) -> float:
             logits = piece(*(leaves[name] for name in piece.takes))[-1]
             right += int((logits.argmax(1).cpu() == labels_N[i : i + 256]).sum())
     return right / num_rows(inputs)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def verdict(found: Facts) -> str:
