@@ -23,6 +23,7 @@ from shallowdeep.cuts import FRACTIONS, plan
 from shallowdeep.data import Preprocessing, digits, read_data
 from shallowdeep.disagreement import error_finding, fit_confusion
 from shallowdeep.effects import overthinking
+from shallowdeep.engine_verbs import time_engine
 from shallowdeep.files import write_text
 from shallowdeep.joint import JointRecipe, train_backbone
 from shallowdeep.models import load_weights
@@ -36,7 +37,7 @@ from shallowdeep.spelling import to_json
 from shallowdeep.timing import threads_of_torch
 from shallowdeep.training import train_exits
 from shallowdeep.types import DataError, Trace, table
-from shallowdeep.verbs import IMAGENET_MEAN, IMAGENET_STD, halves, time_engine
+from shallowdeep.verbs import IMAGENET_MEAN, IMAGENET_STD, halves
 
 Kind = Literal["strong", "paper"]
 Rows = tuple[Tensor, Tensor]

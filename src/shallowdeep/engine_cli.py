@@ -45,9 +45,9 @@ def tune(
     batch_size
         Rows answered at once.
     """
-    from shallowdeep import verbs
+    from shallowdeep import engine_verbs
 
-    return verbs.tune_verb(
+    return engine_verbs.tune_verb(
         sdn_dir,
         trace,
         out,
@@ -94,9 +94,9 @@ def bench(
     rival_weights
         Its weights.
     """
-    from shallowdeep import verbs
+    from shallowdeep import engine_verbs
 
-    return verbs.bench_verb(
+    return engine_verbs.bench_verb(
         sdn_dir,
         policy,
         rows.choice(),
@@ -134,9 +134,9 @@ def export(
     alarm
         Folder of `sdn alarms`: answers also say how probably they are wrong.
     """
-    from shallowdeep import verbs
+    from shallowdeep import engine_verbs
 
-    return verbs.export_verb(sdn_dir, policy, rows.choice(), out, kind=kind, alarm_dir=alarm)
+    return engine_verbs.export_verb(sdn_dir, policy, rows.choice(), out, kind=kind, alarm_dir=alarm)
 
 
 def predict(
@@ -170,9 +170,9 @@ def predict(
     threads
         Threads of the backend.
     """
-    from shallowdeep import verbs
+    from shallowdeep import engine_verbs
 
-    return verbs.predict_verb(
+    return engine_verbs.predict_verb(
         sdn_dir,
         policy,
         rows.choice(),

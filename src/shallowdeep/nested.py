@@ -131,8 +131,11 @@ def _ask(
     rows["said"] = graph.add("Concat", rows["said"], own, axis=1) if place else own
     if place + 1 == len(steps):
         return _answered(graph, step, rows, answers)
-    size = graph.add("ReduceL1", rows[f"logits.{place}"], graph.ints([1]), keepdims=0)
-    finite = graph.add("Less", size, graph.constant(np.array(np.inf, helper.tensor_dtype_to_np_dtype(types["logits"]))))
+    own, kind = rows[f"logits.{place}"], types["logits"]
+    if kind not in (TensorProto.FLOAT, TensorProto.DOUBLE):  # whose sum over many classes may be too large for it
+        own, kind = graph.add("Cast", own, to=TensorProto.DOUBLE), TensorProto.DOUBLE
+    size = graph.add("ReduceL1", own, graph.ints([1]), keepdims=0)
+    finite = graph.add("Less", size, graph.constant(np.array(np.inf, helper.tensor_dtype_to_np_dtype(kind))))
     if step.exit == step.rule.full_exit:
         stop = graph.add("Or", rows["stop"], graph.add("Not", finite))
     else:
