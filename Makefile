@@ -34,17 +34,19 @@ gpu-paper:
 	  $(SDN) paper run $(DATA) --datasets $${run%%:*} --networks $${rest%%:*} --recipe $${rest#*:} --minutes $(MINUTES) \
   --results $(RESULTS) --work $(WORK)'
 
-# Seconds of early exits on a public ResNet-56: it is converted once, and what is there is not made again.
+# Seconds of early exits on a public ResNet-56: it is converted once, and what is there is not made again. RIVAL: the weights of ResNet-20.
 BENCH ?= runs/bench
 AT ?= 0.25 0.4 0.55 0.75
-BATCH ?= 1
+BATCHES ?= 1 64
 bench: .venv/dev
 	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "Say where things are: make bench DATA=cifar-10-batches-py WEIGHTS=resnet56-4bfd9763.th"; exit 2; }
 	test -f $(BENCH)/plan/plan.json || $(SDN) plan shallowdeep.paper.networks:resnet56 $(DATA) --split train --weights $(WEIGHTS) --at $(AT) --out $(BENCH)/plan
 	test -f $(BENCH)/train/sdn.json || $(SDN) train $(DATA) --split train --plan $(BENCH)/plan --augment flip-crop --views 6 --out $(BENCH)/train
 	test -f $(BENCH)/trace/run.json || $(SDN) collect $(DATA) --split test --half a --sdn $(BENCH)/train --out $(BENCH)/trace
-	$(SDN) tune --sdn $(BENCH)/train --trace $(BENCH)/trace --batch-size $(BATCH) --out $(BENCH)/tune-$(BATCH)
-	$(SDN) bench $(DATA) --split test --half b --sdn $(BENCH)/train --policy $(BENCH)/tune-$(BATCH) --out $(BENCH)/batch-$(BATCH)
+	set -e; for size in $(BATCHES); do \
+	  $(SDN) tune --sdn $(BENCH)/train --trace $(BENCH)/trace --batch-size $$size --threads 1 --out $(BENCH)/tune-$$size; \
+	  $(SDN) bench $(DATA) --split test --half b --sdn $(BENCH)/train --policy $(BENCH)/tune-$$size --batch-sizes $$size \
+	    $(if $(RIVAL),--rival shallowdeep.paper.networks:resnet20 --rival-weights $(RIVAL)) --out $(BENCH)/batch-$$size; done
 
 # The page of the committed CIFAR-10 run, from files alone; with DATA=cifar-10-batches-py also its images.
 REPORT ?= runs/report.html
