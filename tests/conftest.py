@@ -15,6 +15,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 def pytest_configure(config: pytest.Config) -> None:
     # Workers side by side must not fight for the same two cores.
+    os.environ.pop("COLUMNS", None)  # workers have it, and tables would be made to fit
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 

@@ -238,8 +238,8 @@ def test_what_a_certificate_records(population: Trace) -> None:
     proved = policy.calibrated_on.certificate
     assert (proved.backend, proved.precision, proved.view) == ("openvino", "torch.float32", "")
     twice, aim = dataclasses.replace(trace, full_exit=3), Aim("drop", 0.0, 0.1, "ltt")
-    assert guarantees._certificate(twice, (True,) * 5, aim, 0.0, 9).view == "mirror"
-    once = guarantees._certificate(twice, (*(True,) * 4, False), aim, 0.0, 9)
+    assert guarantees.certificate_of(twice, (True,) * 5, aim, 0.0, 9).view == "mirror"
+    once = guarantees.certificate_of(twice, (*(True,) * 4, False), aim, 0.0, 9)
     assert (once.view, once.exit_names) == ("", trace.exit_names[:4])
     assert (proved.rows, proved.tested_rows, proved.asked_E) == (2000, 1600, enabled)
     assert proved.exit_names == trace.exit_names
