@@ -124,6 +124,25 @@ def test_law_3_every_policy_on_every_backend(name: str, backend: Any) -> None:
         assert len(left_at) > 1, "rows that never part check nothing"
 
 
+class Certain(nn.Module):
+    """An IC that is sure of everybody, and rules a class out (minus infinity) where the first value is high."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sure, ruled_out = torch.tensor([[9.0, 0.0, 0.0, 0.0]]), torch.tensor([[9.0, 0.0, 0.0, -math.inf]])
+        return torch.where(x[:, :1] > 0, ruled_out, sure)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_nobody_stops_before_the_end_where_logits_are_infinite(backend: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    plan = sd.plan(model, torch.zeros(1, 6), at=(0.3,), classifier=lambda shape, classes: Certain())
+    sdn = sd.attach(model, plan).eval()
+    found = Engine(sdn, Confidence(threshold=0.5), backend=backend)(rows(20))
+    assert found.exit_B.tolist() == (model[0](rows(20))[:, 0] > 0).int().tolist()
+    assert len(found.exit_B.unique()) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("name", ["residual", "masked_tokens"])
