@@ -123,14 +123,7 @@ def make_steps(
     runs = (*needed_ics(rule.asked[: full + 1], exits.feeds_EE), full)
     segments = cut_segments(sdn.backbone, sdn.plan, runs[:-1], example)
     names = tuple(f"input.{name}" for name in signature.names)
-    groups: list[list[_Part]] = [[]]
-    for exit, segment in zip(runs, segments, strict=True):
-        reads = tuple(name if read else "" for name, read in zip(names, segment.reads, strict=True))
-        classifier = copy.deepcopy(sdn.classifier(exit)).eval().requires_grad_(False) if exit < full else None
-        mask = f"input.{sdn.plan.cuts[exit].mask}" if exit < full and sdn.plan.cuts[exit].mask else ""
-        groups[-1].append(_Part(exit, segment, reads, classifier, mask))
-        if rule.asked[exit] and exit < full:
-            groups.append([])
+    groups = _grouped(sdn, rule, dict(zip(runs, segments, strict=True)), names)
     carried: list[tuple[str, ...]] = [(), *(_names_of(group[-1].segment) for group in groups[:-1])]
     if rule.last > full:
         groups.append([replace(part, exit=rule.last, classifier=None, mask="") for group in groups for part in group])
@@ -169,6 +162,22 @@ def make_steps(
         )
         steps.append(step)
     return steps
+
+
+def _grouped(
+    sdn: ShallowDeepNetwork, rule: Rule, segment_of: Mapping[int, Segment], names: Sequence[str]
+) -> list[list[_Part]]:
+    """The exits that run, parted behind every one that is asked."""
+    full = sdn.num_exits - 1
+    groups: list[list[_Part]] = [[]]
+    for exit, segment in segment_of.items():
+        reads = tuple(name if read else "" for name, read in zip(names, segment.reads, strict=True))
+        classifier = copy.deepcopy(sdn.classifier(exit)).eval().requires_grad_(False) if exit < full else None
+        mask = f"input.{sdn.plan.cuts[exit].mask}" if exit < full and sdn.plan.cuts[exit].mask else ""
+        groups[-1].append(_Part(exit, segment, reads, classifier, mask))
+        if rule.asked[exit] and exit < full:
+            groups.append([])
+    return groups
 
 
 class Runs(Protocol):

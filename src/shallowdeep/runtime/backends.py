@@ -19,7 +19,10 @@ Array: TypeAlias = Any
 BackendName: TypeAlias = Literal["auto", "torch", "torch-compile", "onnxruntime", "openvino", "openvino-bf16"]
 Run: TypeAlias = Callable[[Sequence[Array]], Sequence[Array]]
 Skip: TypeAlias = Callable[[Mapping[str, Array]], Mapping[str, Array]]
-"""Arrays of a batch by the names of steps' inputs, to what its rows are answered by the names of ``nested_model``."""
+"""Arrays of a batch by the names of steps' inputs, to what its rows are answered: ``ANSWERS`` and, with an alarm,
+"alarm".
+"""
+ANSWERS = ("exit", "logits", "confidence", "confusion")
 
 
 def library(name: str, extra: str) -> Any:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from shallowdeep.runtime.backends import Array, Backend, Run, Skip
+from shallowdeep.runtime.backends import ANSWERS, Array, Backend, Run, Skip
 from shallowdeep.runtime.times import StepTimes
 from shallowdeep.walking import Left, Rule
 
@@ -66,7 +66,7 @@ def walk(
     """The exits and answers of ``batch`` rows, given the inputs by name (``input.NAME``), in the order of stopping."""
     if limit is None and program.skip is not None:
         found, row_S = program.skip(inputs), program.backend.counted(batch)
-        exit_S, logits_SC, confidence_S, confusion_S = (found[name] for name in _SKIPPED)
+        exit_S, logits_SC, confidence_S, confusion_S = (found[name] for name in ANSWERS)
         return [Left(row_S, exit_S, logits_SC, confidence_S, confusion_S, row_S < 0, found.get("alarm"))]
     rows = {**inputs, **program.fresh_rows(batch)}
     row_S, alive = program.backend.counted(batch), batch
@@ -128,7 +128,6 @@ def _take(
     return left, rows, row_S, alive
 
 
-_SKIPPED = ("exit", "logits", "confidence", "confusion")
 _SAID = ("logits.", "softmax.", "answer.")
 
 

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from shallowdeep.onnx import onnx_program
-from shallowdeep.runtime.backends import BackendName, Run, Skip, library
+from shallowdeep.runtime.backends import ANSWERS, BackendName, Run, Skip, library
 from shallowdeep.steps import Joined, Step
 
-SKIPPED = ("logits", "exit", "confidence", "confusion", "alarm")
-"""What the engine takes of a graph that skips by itself."""
-KEPT = ("softmax", "answer", *SKIPPED)
+KEPT = ("softmax", "answer", *ANSWERS, "alarm")
 """How the names of outputs begin that are read after the next call; it writes into the memory of all others."""
 
 
@@ -42,7 +40,7 @@ class OnNumpy:
         models = [onnx_program(step, given) for step, given in zip(steps, examples, strict=True)]
         from shallowdeep.nested import nested_model  # which needs the extra that onnx_program has just found
 
-        answers = SKIPPED if steps[-1].rule.alarm is not None else SKIPPED[:-1]
+        answers = (*ANSWERS, *["alarm"] * (steps[-1].rule.alarm is not None))
         model = nested_model(steps, models, fresh, answers)
         run, takes = self.load(model, answers, alone=True), [given.name for given in model.graph.input]
         return lambda rows: dict(zip(answers, run([rows[name] for name in takes]), strict=True))
