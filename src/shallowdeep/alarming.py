@@ -19,6 +19,7 @@ from torch import Tensor
 from shallowdeep.effects import share
 from shallowdeep.finding import AurocDifference, ErrorScores, auroc_differences, error_scores
 from shallowdeep.policies import CalibrationRecord, Confidence, Policy, finite_rows
+from shallowdeep.progress import steps
 from shallowdeep.spelling import to_json
 from shallowdeep.trajectory import Alarm, log_odds
 from shallowdeep.types import DataError, Outcome, Trace, table
@@ -253,7 +254,7 @@ def crossfitted(traces: Sequence[Trace], policy: Policy, wrong_N: Tensor) -> lis
         fold_N[kind_N] = torch.from_numpy(rng.permutation(int(kind_N.sum())) % FOLDS)
     folds = [fold_N, *(torch.arange(trace.num_samples) % FOLDS for trace in traces[1:])]
     found = [torch.empty(trace.num_samples, dtype=torch.float64) for trace in traces]
-    for fold in range(FOLDS):
+    for fold in steps(range(FOLDS), "fit alarms", FOLDS):
         alarm = fit_alarm(traces[0].rows(fold_N != fold), policy)
         for trace, fold_M, alarm_M in zip(traces, folds, found, strict=True):
             if bool((fold_M == fold).any()):

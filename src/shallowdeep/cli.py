@@ -323,6 +323,14 @@ def _wishes(at: tuple[str, ...]) -> tuple[float | str, ...]:
     return tuple(map(wish, at)) or FRACTIONS
 
 
+def _load() -> None:
+    """Import what verbs share, torch above all, which takes seconds, while the user is told."""
+    from shallowdeep.progress import waiting
+
+    with waiting("load libraries"):
+        import shallowdeep.verbs  # noqa: F401
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb; what goes wrong is one sentence on stderr and what to type next (the traceback with SDN_DEBUG=1).
 
@@ -331,7 +339,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"sdn: warning: {message}", file=sys.stderr)
-            result = app(arguments, result_action="return_value", exit_on_error=False, print_error=False)
+            command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+            if command.__module__.startswith("shallowdeep") and command is not install_completion:
+                _load()
+            result = command(*bound.args, **bound.kwargs)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

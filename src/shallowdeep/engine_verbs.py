@@ -20,7 +20,7 @@ from shallowdeep.inputs import Inputs, num_rows, take
 from shallowdeep.models import load_model
 from shallowdeep.network import ShallowDeepNetwork, plan_to_json
 from shallowdeep.policies import Fixed, Policy
-from shallowdeep.progress import steps, waiting
+from shallowdeep.progress import steps
 from shallowdeep.runs import plain, write_run
 from shallowdeep.runtime.backends import BackendName
 from shallowdeep.runtime.bench import bench, verdict
@@ -53,9 +53,8 @@ def tune_verb(
     sdn, _ = load_sdn(sdn_dir)
     trace = Trace.load(trace_dir / "trace.safetensors")
     look = trace.info.get("second_look")
-    with waiting("measure and choose exits"):
-        costs = machine_costs(sdn, second_look=look, backend=backend, threads=threads, batch_size=batch_size)
-        tuned = tune(sdn, trace, costs, max_accuracy_drop=max_accuracy_drop)
+    costs = machine_costs(sdn, second_look=look, backend=backend, threads=threads, batch_size=batch_size)
+    tuned = tune(sdn, trace, costs, max_accuracy_drop=max_accuracy_drop)
     asked = tuned.policy.asks(trace.num_exits, trace.full_exit)
     lines = [("exit", "ms", "of the network", "asked")]
     for name, ms, on in zip(trace.exit_names, costs.reach_ms_E.tolist(), asked, strict=True):
@@ -94,18 +93,17 @@ def bench_verb(
     if rival is not None:
         rivals[rival.rpartition(":")[2]] = load_model(rival, weights=rival_weights, num_classes=sdn.plan.num_classes)
     policy = _policy_for(sdn, policy_dir)
-    with waiting("measure early exits against whole networks"):
-        found = bench(
-            sdn,
-            policy,
-            (ready(rows, preprocessing), rows.labels_N),
-            backends=backends,
-            batch_sizes=batch_sizes,
-            threads=threads,
-            blocks=blocks,
-            rivals=rivals,
-            second_look=view_of(policy),
-        )
+    found = bench(
+        sdn,
+        policy,
+        (ready(rows, preprocessing), rows.labels_N),
+        backends=backends,
+        batch_sizes=batch_sizes,
+        threads=threads,
+        blocks=blocks,
+        rivals=rivals,
+        second_look=view_of(policy),
+    )
     lines = [("backend", "threads", "batch", "network ms", "early ms", "speedup", "ideal", "efficiency")]
     for one in found["measured"]:
         efficiency = "" if one["efficiency"] is None else f"{one['efficiency']:.2f}"
@@ -137,8 +135,7 @@ def export_verb(
     policy = _policy_for(sdn, policy_dir)
     alarm = _alarm(alarm_dir)
     some, look = take(rows, slice(0, EXPORT_ROWS)), view_of(policy)
-    with waiting("export, and compare with the engine"):
-        ways[kind](sdn, policy, out, some, second_look=look, alarm=alarm)
+    ways[kind](sdn, policy, out, some, second_look=look, alarm=alarm)
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
     print(table([("file", "kB"), *((name, f"{size / 1000:,.0f}") for name, size in files.items())]))
     choices = {"sdn": sdn_dir, "policy": policy_dir, "data": data.__dict__, "kind": kind, "alarm": alarm_dir}
@@ -162,8 +159,7 @@ def predict_verb(
     """
     sdn, preprocessing = load_sdn(sdn_dir)
     policy, alarm = _policy_for(sdn, policy_dir), _alarm(alarm_dir)
-    with waiting("start the engine"):
-        engine = Engine(sdn, policy, second_look=view_of(policy), alarm=alarm, backend=backend, threads=threads)
+    engine = Engine(sdn, policy, second_look=view_of(policy), alarm=alarm, backend=backend, threads=threads)
     rows = data.read()
     inputs = ready(rows, preprocessing)
     text = io.StringIO()
@@ -187,8 +183,7 @@ def predict_verb(
             writer.writerow([row, label, names[label], exits[exit], *figures])
         cost += float(answer.cost_B.sum())
     write_text(out / "predictions.csv", text.getvalue())
-    with waiting("measure against the whole network"):
-        timed = time_engine(engine, inputs, batch_size, rounds=5, limit=16 * batch_size)
+    timed = time_engine(engine, inputs, batch_size, rounds=5, limit=16 * batch_size)
     result = {"rows": len(rows), "accuracy": sum(right_N) / len(rows), "mean_cost": cost / len(rows), **timed}
     if kept_N:
         kept, right = sum(kept_N), sum(one for one, keep in zip(right_N, kept_N, strict=True) if keep)

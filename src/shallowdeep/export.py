@@ -26,6 +26,8 @@ from shallowdeep.inputs import Inputs, example_of, in_order, num_rows, take, ten
 from shallowdeep.network import ShallowDeepNetwork, fingerprint, plan_to_json
 from shallowdeep.onnx import onnx_program
 from shallowdeep.policies import Policy
+from shallowdeep.progress import steps as shown
+from shallowdeep.progress import waiting
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.spelling import to_json
 from shallowdeep.steps import Step, chain, export_step, make_steps, named, remembered
@@ -71,7 +73,7 @@ def export_folder(
         steps, examples, state = _steps(what)
         inputs = in_order(inputs, sdn.plan.inputs.names)
         files = []
-        for step, given in zip(steps, examples, strict=True):
+        for step, given in shown(zip(steps, examples, strict=True), "export", len(steps)):
             files.append(fresh / f"step{step.place}.onnx")
             files[-1].write_bytes(onnx_program(step, given).SerializeToString())
         _write(fresh, _about(what, "onnxruntime") | _loop_facts(what, steps, files, state))
@@ -98,7 +100,8 @@ def export_programs(
         inputs = in_order(inputs, sdn.plan.inputs.names)
         rows = named(sdn.plan.inputs.names, inputs) | remembered(policy, num_rows(inputs), torch.device("cpu"))
         files = []
-        for given, (step, real, expected) in zip(examples, chain(steps, rows), strict=True):
+        pairs = zip(examples, chain(steps, rows), strict=True)
+        for given, (step, real, expected) in shown(pairs, "export", len(steps)):
             program = export_step(step, given)
             for name, right, other in zip(step.gives, expected, program.module()(*real), strict=True):
                 if not torch.allclose(right.double(), other.double(), rtol=1e-4, atol=1e-5, equal_nan=True):
@@ -128,7 +131,8 @@ def export_file(
         what = _what(sdn, policy, second_look, alarm)
         steps, examples, state = _steps(what)
         inputs = in_order(inputs, sdn.plan.inputs.names)
-        models = [onnx_program(step, given) for step, given in zip(steps, examples, strict=True)]
+        pairs = shown(zip(steps, examples, strict=True), "export", len(steps))
+        models = [onnx_program(step, given) for step, given in pairs]
         answers = ("label", "probabilities", "exit", "confidence", "confusion", *["alarm"] * (alarm is not None))
         model = nested_model(steps, models, {name: x.numpy() for name, x in state.items()}, answers)
         (fresh / "model.onnx").write_bytes(model.SerializeToString())
@@ -168,7 +172,7 @@ def _steps(what: _What) -> tuple[list[Step], list[list[Tensor]], dict[str, Tenso
     cpu, signature = torch.device("cpu"), what.sdn.plan.inputs
     example = example_of(signature, 2, cpu)
     rows = named(signature.names, example) | remembered(what.policy, 2, cpu)
-    with torch.no_grad():
+    with torch.no_grad(), waiting("cut into steps"):
         steps = make_steps(what.sdn, what.policy, example, what.look, what.alarm)
         examples = [given for _, given, _ in chain(steps, rows)]
     return steps, examples, remembered(what.policy, 1, cpu)
@@ -262,7 +266,7 @@ def _compare(what: _What, exported: Callable[..., Mapping[str, Any]], inputs: In
     rows = num_rows(inputs)
     if rows < max(CHECKED):
         raise ExportError(f"To compare an export give at least {max(CHECKED)} real rows, found {rows}.")
-    for size in (*CHECKED, rows):
+    for size in shown((*CHECKED, rows), "compare with the engine", len(CHECKED) + 1):
         batch = take(inputs, slice(0, size))
         expected, found = engine(batch), exported(*(leaf.cpu().numpy() for leaf in tensors(batch)))
         same_B = torch.from_numpy(found["exit"]) == expected.exit_B.cpu()

@@ -25,6 +25,8 @@ from rich.progress import (
 from rich.text import Text
 
 T = TypeVar("T")
+REFRESH = 2
+"""Times a second that what is shown moves: measurements under it hardly notice."""
 _SHOWN = threading.Lock()
 """Held while something is shown: a terminal has one last line, which belongs to the outermost step."""
 
@@ -44,7 +46,7 @@ def steps(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
         TimeRemainingColumn(),
     )
     try:
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Progress(*columns, console=console, transient=True, refresh_per_second=REFRESH) as progress:
             yield from progress.track(items, total=total, description=label)
     finally:
         _SHOWN.release()
@@ -52,17 +54,14 @@ def steps(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
 
 @contextmanager
 def waiting(label: str) -> Iterator[None]:
-    """The time since it began, called ``label``, while standard error is a terminal: for work that nobody can count.
-
-    What is shown moves twice a second, so that measurements under it hardly notice.
-    """
+    """The time since it began, called ``label``, while standard error is a terminal: for work that nobody can count."""
     console = Console(stderr=True)
     if not console.is_terminal or not _SHOWN.acquire(blocking=False):
         yield
         return
     columns = SpinnerColumn("line"), TextColumn("{task.description}"), TimeElapsedColumn()
     try:
-        with Progress(*columns, console=console, transient=True, refresh_per_second=2) as progress:
+        with Progress(*columns, console=console, transient=True, refresh_per_second=REFRESH) as progress:
             progress.add_task(label, total=None)
             yield
     finally:

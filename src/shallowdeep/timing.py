@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from shallowdeep.progress import steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
@@ -29,7 +31,7 @@ def compare(a: Callable[[], object], b: Callable[[], object], *, rounds: int = 1
     """How many times faster ``b`` is than ``a``: warm-up apart, order alternating, the device waited for."""
     a(), b()
     pairs = []
-    for turn in range(rounds):
+    for turn in steps(range(rounds), "measure in turn", rounds):
         first, second = (a, b) if turn % 2 == 0 else (b, a)
         times = {first: _seconds(first), second: _seconds(second)}
         pairs.append((times[a], times[b]))

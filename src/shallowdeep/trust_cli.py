@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from shallowdeep.choices import RUNS, Rows
+from shallowdeep.choices import RUNS, Count, Folder, Rows
 
 
 def attack(
@@ -21,16 +21,16 @@ def attack(
     rows: Rows,
     *,
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
-    out: Path = RUNS / "attack",
-    attacked: int = 2000,
+    out: Folder = RUNS / "attack",
+    attacked: Count = 2000,
     eps: float = 8 / 255,
-    steps: int = 30,
+    steps: Count = 30,
     step_size: float = 0.002,
     bf16: bool = False,
     max_accuracy_drop: float = 0.005,
     second_look: Literal["mirror"] | None = None,
     training_split: str | None = None,
-    training_limit: int = 10_000,
+    training_limit: Count = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Attack a network so that nothing leaves early, and measure what that costs and what helps; goes on if killed.
@@ -83,7 +83,7 @@ def attack(
     )
 
 
-def reliability(*, trace: Path = RUNS / "collect", out: Path = RUNS / "reliability") -> dict[str, Any]:
+def reliability(*, trace: Path = RUNS / "collect", out: Folder = RUNS / "reliability") -> dict[str, Any]:
     """Show how far every exit's confidence can be believed, before and after one temperature each.
 
     Parameters
@@ -101,9 +101,9 @@ def reliability(*, trace: Path = RUNS / "collect", out: Path = RUNS / "reliabili
 def compare(
     *,
     trace: Path = RUNS / "collect",
-    out: Path = RUNS / "compare",
+    out: Folder = RUNS / "compare",
     max_accuracy_drops: Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())] = (0.005, 0.01),
-    splits: int = 5,
+    splits: Count = 5,
     tuned: Path | None = None,
 ) -> dict[str, Any]:
     """Put every policy on one plane of accuracy and cost, and say which differences are real.
@@ -131,7 +131,7 @@ def watch(
     policy: Path = RUNS / "calibrate",
     trace: Path = RUNS / "collect",
     live: Path = RUNS / "predict",
-    out: Path = RUNS / "watch",
+    out: Folder = RUNS / "watch",
     after: Path | None = None,
     alpha: float = 0.05,
     max_accuracy_drop: float = 0.01,
@@ -179,9 +179,9 @@ def watch(
 def prove_guarantee(
     trace: Path,
     *,
-    out: Path = RUNS / "prove-guarantee",
-    draws: int = 1000,
-    processes: int = 2,
+    out: Folder = RUNS / "prove-guarantee",
+    draws: Count = 1000,
+    processes: Count = 2,
     minutes: float = math.inf,
 ) -> dict[str, Any]:
     """Draw calibration sets from a trace and count how often a certificate is wrong.
@@ -209,7 +209,7 @@ def alarms(
     trace: Path = RUNS / "collect",
     policy: Path | None = None,
     against: Path | None = None,
-    out: Path = RUNS / "alarms",
+    out: Folder = RUNS / "alarms",
     max_error: float | None = None,
     confidence: float = 0.95,
 ) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from shallowdeep.cuts import plan
 from shallowdeep.inputs import example_of
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Confidence, Fixed, Policy
+from shallowdeep.progress import steps
 from shallowdeep.runtime.backends import BackendName
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.types import Plan, Trace
@@ -70,7 +71,7 @@ def machine_costs(
     every = Engine(sdn, Confidence(threshold=torch.inf), second_look=second_look, backend=backend, threads=threads)
     whole = Engine(sdn, Fixed(exit=full), backend=every.backend, threads=threads)
     reached, alone = [], []
-    for _ in range(rounds):
+    for _ in steps(range(rounds), "measure exits", rounds):
         times = every.measure(inputs, sizes=(batch_size,), rounds=5)
         reached.append([times.up_to(place, batch_size) / batch_size for place in range(len(times.ms_PS))])
         alone.append(whole.measure(inputs, sizes=(batch_size,), rounds=5).up_to(0, batch_size) / batch_size)
@@ -137,7 +138,8 @@ def _least(timed: Trace, max_accuracy_drop: float) -> tuple[Policy, float]:
     asked = frozenset(range(timed.num_exits)) - {full}
     best = tried(asked)
     while asked:
-        found = min(((*tried(asked - {exit}), asked - {exit}) for exit in asked), key=lambda one: one[:2])
+        without = steps(asked, f"leave out one of {len(asked)} exits", len(asked))
+        found = min(((*tried(asked - {exit}), asked - {exit}) for exit in without), key=lambda one: one[:2])
         if found[:2] >= best[:2] and not isinstance(best[2], Fixed):
             break
         best, asked = found[:3], found[3]

@@ -140,7 +140,7 @@ def _ways(
     look: SecondLook | None,
 ) -> dict[Way, Call]:
     ways: dict[Way, Call] = {}
-    for name in shown(backends, f"make, {threads} threads", len(backends)):
+    for name in shown(backends, f"make, threads {threads}", len(backends)):
         backend = make_backend(name, next(sdn.parameters()).device, threads)
         for what, piece in pieces.items():
             ways[Way(name, what)] = _bare(backend, piece, inputs)
@@ -240,7 +240,8 @@ def _percentiles(calls: Sequence[float]) -> dict[str, float]:
 
 
 def _answers(engine: Engine, inputs: Inputs) -> dict[str, Tensor]:
-    found = [engine(take(inputs, slice(i, i + 256))) for i in range(0, num_rows(inputs), 256)]
+    starts = range(0, num_rows(inputs), 256)
+    found = [engine(take(inputs, slice(i, i + 256))) for i in shown(starts, "answer rows", len(starts))]
     parts = [(answer.exit_B.cpu(), answer.labels_B.cpu(), answer.cost_B.cpu()) for answer in found]
     return dict(zip(("exit", "label", "cost"), map(torch.cat, zip(*parts, strict=True)), strict=True))
 

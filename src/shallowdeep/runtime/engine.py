@@ -32,6 +32,7 @@ from shallowdeep.inputs import (
 )
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Confidence, Policy
+from shallowdeep.progress import steps
 from shallowdeep.runtime.backends import Array, Backend, BackendName
 from shallowdeep.runtime.loop import Limit, Program, walk
 from shallowdeep.runtime.modules import walk_modules
@@ -246,7 +247,7 @@ class Engine:
             return backends[0]
         rows = example_of(self.sdn.plan.inputs, 32, self._device)
         found: list[tuple[float, Backend, Program]] = []
-        for backend in backends:
+        for backend in steps(backends, "try backends", len(backends)):
             try:
                 program = make_program(
                     self.sdn, self.policy, self.sdn.plan.inputs, backend, look=self.second_look, alarm=self.alarm

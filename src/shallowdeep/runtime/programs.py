@@ -15,6 +15,8 @@ from torch import Tensor
 from shallowdeep.inputs import example_of
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Policy
+from shallowdeep.progress import steps as shown
+from shallowdeep.progress import waiting
 from shallowdeep.runtime.backends import Array, Backend, BackendName
 from shallowdeep.runtime.loop import Program, Ready
 from shallowdeep.runtime.on_onnxruntime import OnOnnxRuntime
@@ -62,7 +64,8 @@ def make_program(
     example = example_of(signature, 2, device)
     with torch.inference_mode(False), torch.no_grad():
         try:
-            steps = make_steps(sdn, policy, example, look, alarm)
+            with waiting("cut into steps"):
+                steps = make_steps(sdn, policy, example, look, alarm)
         except RuntimeError as error:
             raise DataError(
                 f"{sdn.plan.model} is planned for rows of shape {sdn.plan.inputs.shapes} and fails for "
@@ -70,7 +73,7 @@ def make_program(
             ) from error
         rows = named(signature.names, example) | remembered(policy, 2, device)
         ready, examples = [], []
-        for step, given, expected in chain(steps, rows):
+        for step, given, expected in shown(chain(steps, rows), f"compile for {backend.name}", len(steps)):
             examples.append(given)
             run = backend.compile(step, given)
             found = [backend.leave(array) for array in run([backend.enter(tensor) for tensor in given])]
