@@ -143,6 +143,22 @@ def test_nobody_stops_before_the_end_where_logits_are_infinite(backend: Any) -> 
     assert len(found.exit_B.unique()) == 2
 
 
+class Counting(nn.Module):
+    """An IC that is traced as one for two rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :4] / len(x.tolist())
+
+
+def test_an_ic_that_cannot_be_a_graph_runs_eagerly_alone() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    plan = sd.plan(model, torch.zeros(1, 6), at=(0.3,), classifier=lambda shape, classes: Counting())
+    sdn = sd.attach(model, plan).eval()
+    with pytest.raises(BackendError, match=r"^An internal classifier cannot be part of a graph for any number of rows"):
+        Engine(sdn, Confidence(threshold=0.5), backend="onnxruntime")
+    assert Engine(sdn, Confidence(threshold=0.5)).backend == "torch", "auto takes what runs"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("name", ["residual", "masked_tokens"])

@@ -236,7 +236,7 @@ class Joined(nn.Module):
 def export_step(step: Step | Joined, example: Sequence[Tensor]) -> torch.export.ExportedProgram:
     """The graph of ``step`` for any batch size; ``example`` are tensors in the order of ``step.takes``, two rows.
 
-    Raises ``BackendError`` for a second look whose view cannot be part of a graph.
+    Raises ``BackendError`` for a second look's view or an IC that cannot be part of a graph.
     """
     batch = torch.export.Dim("batch")
     shapes = tuple({} if name in step.rowless else {0: batch} for name in step.takes)
@@ -244,10 +244,12 @@ def export_step(step: Step | Joined, example: Sequence[Tensor]) -> torch.export.
         with silence(), torch.no_grad():
             return torch.export.export(step, tuple(example), dynamic_shapes=(shapes,))
     except Exception as error:
-        if step.look is None:
-            raise
+        only = "only the backend 'torch' runs it, eagerly."
+        if step.look is not None:
+            raise BackendError(f"The view {step.look.name!r} cannot be part of a graph: {only}") from error
+        what = str(error).strip().partition("\n")[0].rstrip(".")
         raise BackendError(
-            f"The view {step.look.name!r} cannot be part of a graph: only the backend 'torch' runs it, eagerly."
+            f"An internal classifier cannot be part of a graph for any number of rows ({what}): {only}"
         ) from error
 
 
