@@ -35,8 +35,9 @@ gpu-paper:
   --results $(RESULTS) --work $(WORK)'
 
 # Seconds of early exits on a public ResNet-56: it is converted once, and what is there is not made again. RIVAL: the weights of ResNet-20.
+# AT: the two exits that `sdn tune` proposed when four were asked (0.25 0.4 0.55 0.75).
 BENCH ?= runs/bench
-AT ?= 0.25 0.4 0.55 0.75
+AT ?= layer2.1:out layer3.1:out
 BATCHES ?= 1 64
 bench: .venv/dev
 	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "Say where things are: make bench DATA=cifar-10-batches-py WEIGHTS=resnet56-4bfd9763.th"; exit 2; }

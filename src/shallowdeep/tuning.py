@@ -17,12 +17,13 @@ from torch import Tensor
 
 from shallowdeep.calibration import calibrate
 from shallowdeep.cuts import plan
-from shallowdeep.inputs import example_of
+from shallowdeep.inputs import as_inputs, example_of, take
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Confidence, Fixed, Policy
 from shallowdeep.progress import steps
 from shallowdeep.runtime.backends import BackendName
 from shallowdeep.runtime.engine import Engine
+from shallowdeep.timing import compare
 from shallowdeep.types import Plan, Trace
 from shallowdeep.views import Look
 
@@ -63,28 +64,29 @@ def machine_costs(
 ) -> MachineCosts:
     """What this machine takes for ``sdn`` at ``batch_size``; ``inputs`` are rows to measure with (None: noise).
 
-    The network with all exits and the network in one piece are measured in turn, ``rounds`` times; medians. What asking
-    adds (the IC, the rule, one call more) is taken to be the same at every exit: the difference of the two, shared out.
-    With a ``second_look`` its exit is the last one.
+    Whole calls are measured, in turn, ``rounds`` times: of an engine that asks every exit and lets nobody leave, and of
+    the network in one piece. The steps' own times say which share of the first is the way to each exit. What asking
+    adds (the IC, the rule) is taken to be the same at every exit: the difference of the two, shared out. With a
+    ``second_look`` its exit is the last one.
     """
     full = sdn.num_exits - 1
     every = Engine(sdn, Confidence(threshold=torch.inf), second_look=second_look, backend=backend, threads=threads)
     whole = Engine(sdn, Fixed(exit=full), backend=every.backend, threads=threads)
-    reached, alone = [], []
+    batch = example_of(sdn.plan.inputs, batch_size, next(sdn.parameters()).device) if inputs is None else inputs
+    batch = take(as_inputs(batch), slice(0, batch_size))
+    shares, calls = [], []
     for _ in steps(range(rounds), "measure exits", rounds):
-        times = every.measure(inputs, sizes=(batch_size,), rounds=5)
-        reached.append([times.up_to(place, batch_size) / batch_size for place in range(len(times.ms_PS))])
-        alone.append(whole.measure(inputs, sizes=(batch_size,), rounds=5).up_to(0, batch_size) / batch_size)
-    reach_E = torch.tensor([statistics.median(ms) for ms in zip(*reached, strict=True)], dtype=torch.float64)
-    full_ms = statistics.median(alone)
+        times = every.measure(batch, sizes=(batch_size,), rounds=5)
+        reached = [times.up_to(place, batch_size) for place in range(len(times.ms_PS))]
+        shares.append([ms / reached[-1] for ms in reached])
+        calls.append(compare(lambda: every(batch), lambda: whole(batch), rounds=5))
+    share_E = torch.tensor([statistics.median(found) for found in zip(*shares, strict=True)], dtype=torch.float64)
+    reach_E = share_E.cummax(0).values * statistics.median(call.a_ms for call in calls) / batch_size
+    full_ms = statistics.median(call.b_ms for call in calls) / batch_size
     own_E = torch.full_like(reach_E, max(0.0, float(reach_E[full]) - full_ms) / max(full, 1))
     own_E[full:] = 0.0
     return MachineCosts(
-        backend=every.backend,
-        batch_size=batch_size,
-        full_ms=full_ms,
-        reach_ms_E=reach_E.cummax(0).values,
-        own_ms_E=own_E,
+        backend=every.backend, batch_size=batch_size, full_ms=full_ms, reach_ms_E=reach_E, own_ms_E=own_E
     )
 
 
