@@ -16,13 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 import shallowdeep as sd
-from shallowdeep.files import read_tensors
+from shallowdeep import cli
+from shallowdeep.files import FormatError, read_tensors
 from shallowdeep.joint import Taus
 from shallowdeep.paper import backdoor, figures, pictures, recipes, study
 from shallowdeep.paper.experiments import galleries
 from shallowdeep.paper.networks import EXITS, ResNet
 from shallowdeep.paper.recipes import make_recipe
-from shallowdeep.paper.records import ReducedTrace
+from shallowdeep.paper.records import FIGURES, ReducedTrace, reduce_traces
+from shallowdeep.paper.records import RUN as RUN_FIELDS
 from shallowdeep.paper.study import StudyRun, all_runs, make, work_off
 from shallowdeep.paper.tables import backdoor_rows
 from shallowdeep.rates import stepped
@@ -76,9 +78,12 @@ def test_every_regime_leaves_its_record(small: None, tmp_path: Path) -> None:
     assert report["done"] == [run.name for run in runs]
     fields = "dataset network regime recipe epochs seed device versions seconds accuracy_cnn accuracy_exits wasteful"
     fields += " destructive destructive_of_errors accuracy_at_cost cost_at_equal_accuracy test_drop_at_equal_accuracy"
+    fields += " confusion_auroc msp_auroc paper"
     for run in runs:
         about = json.loads((tmp_path / "results" / f"{run.name}.json").read_text())
-        assert set(f"{fields} confusion_auroc msp_auroc paper".split()) <= set(about), run.name
+        assert set(fields.split()) <= set(about) == {*RUN_FIELDS, *FIGURES, "paper"}, run.name
+        assert set(about["paper"]) == set(FIGURES), "the same fields under both protocols"
+        assert study.run_of(about) == run
         assert len(about["accuracy_exits"]) == (1 if run.regime == "cnn" else 3)
         assert about["training_rows"] == 200
         assert about["seconds"] > 0
@@ -138,6 +143,105 @@ def test_a_record_of_fewer_epochs_is_no_record(small: None, tmp_path: Path) -> N
     path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": 1}))
     assert work_off([RUN], tmp_path, **where)["done"] == [RUN.name]
     assert json.loads(path.read_text())["epochs"] == 2
+    assert not list((tmp_path / "w").glob("*.old*")), "its checkpoint is of the length asked and goes on"
+
+
+def test_a_run_shorter_than_its_recipe_starts_afresh(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checkpoint cannot go on, and neither can that of ICs over it; both are kept aside."""
+    short, where = study.make_recipe, {"results": tmp_path / "r", "work": tmp_path / "w"}
+    ics = dataclasses.replace(RUN, regime="ic-only")
+    monkeypatch.setattr(study, "make_recipe", lambda *names: dataclasses.replace(short(*names), epochs=1))
+    assert work_off([ics], tmp_path, **where)["done"] == [RUN.name, ics.name]
+    monkeypatch.setattr(study, "make_recipe", short)
+    assert work_off([ics], tmp_path, **where)["done"] == [RUN.name, ics.name]
+    records = [json.loads((tmp_path / "r" / f"{run.name}.json").read_text()) for run in (RUN, ics)]
+    assert [(record["epochs"], record["epochs_before"]) for record in records] == [(2, 0), (2, 2)]
+    said = capsys.readouterr().err
+    assert "epochs was 1, now 2" in said
+    for run in (RUN, ics):
+        assert f"{run.name}.old1; {run.name} starts afresh." in said
+        assert (tmp_path / "w" / f"{run.name}.old1" / "checkpoint.pt").is_file()
+    assert work_off([ics], tmp_path, **where)["before"] == [RUN.name, ics.name]
+
+
+def test_what_stands_on_a_plain_network_follows_when_it_is_made_again(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a fresh clone the weights are gone, and "mixed" trains the plain network again, to other weights."""
+    where, results = {"results": tmp_path / "r", "work": tmp_path / "w"}, tmp_path / "r"
+    ics, joint, mixed = (dataclasses.replace(RUN, regime=regime) for regime in ("ic-only", "sdn-training", "mixed"))
+    work_off([ics, joint], tmp_path, **where)
+    before = {run: json.loads((results / f"{run.name}.json").read_text()) for run in (RUN, ics, joint)}
+    shutil.rmtree(tmp_path / "w")
+    otherwise = study.fresh_network
+    monkeypatch.setattr(study, "fresh_network", lambda name, chosen, seed: otherwise(name, chosen, seed + 7))
+    report = work_off([ics, joint, mixed], tmp_path, **where)
+    assert report["done"] == [RUN.name, ics.name, mixed.name]
+    assert report["before"] == [joint.name]
+    after = {run: json.loads((results / f"{run.name}.json").read_text()) for run in (RUN, ics, joint, mixed)}
+    assert after[RUN]["accuracy_cnn"] != before[RUN]["accuracy_cnn"], "another network"
+    for run, record in after.items():
+        assert record["accuracy_cnn"] == record["paper"]["accuracy_cnn"] == after[RUN]["accuracy_cnn"], run.name
+    kept = set(before[joint]) - {"paper", *FIGURES}
+    assert {name: after[joint][name] for name in kept} == {name: before[joint][name] for name in kept}
+    assert after[joint]["accuracy_exits"] == before[joint]["accuracy_exits"], "its own answers are as they were"
+    assert study.same_network(ics, results)
+    assert not study.same_network(joint, results)
+    # Figures that an earlier version did not make are made from the trace.
+    path = results / f"{joint.name}.json"
+    path.write_text(json.dumps({name: value for name, value in after[joint].items() if name != "cost_at_budget"}))
+    assert work_off([joint], tmp_path, **where)["before"] == [RUN.name, joint.name]
+    assert json.loads(path.read_text()) == after[joint]
+
+
+def test_both_splits_are_read_before_anything_trains(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = study.read_rows
+
+    def damaged(name: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
+        if split == "test":
+            raise FormatError("test_batch is damaged")
+        return whole(name, folder, split)
+
+    monkeypatch.setattr(study, "read_rows", damaged)
+    with pytest.raises(FormatError, match="test_batch is damaged"):
+        make(RUN, tmp_path, results=tmp_path / "r", work=tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_full_disk_leaves_the_earlier_pair(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = {"results": tmp_path / "r", "work": tmp_path / "w"}
+    make(RUN, tmp_path, **where)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()}
+    monkeypatch.setattr(study, "describe_device", lambda: "another")
+    monkeypatch.setattr(study, "reduce_traces", lambda _, test: reduce_traces(None, test))
+
+    def full(path: Path, text: str) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(study, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        make(RUN, tmp_path, **where)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()} == before, "trace and JSON"
+
+
+def test_the_door_of_runs(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--results", str(tmp_path / "r"), "--work", str(tmp_path / "w")]
+    what = ["--datasets", "cifar10", "--networks", "resnet56", "--regimes", "cnn", "ic-only"]
+    names = ["cifar10-resnet56-cnn-fast", "cifar10-resnet56-ic-only-fast"]
+    for state, minutes in (("open", "0"), ("done", "9"), ("before", "9")):
+        cli.main(["paper", "run", str(tmp_path), *what, *where, "--minutes", minutes])
+        lines = capsys.readouterr().out.splitlines()
+        report = json.loads(lines[-1])
+        assert report == {"done": [], "before": [], "open": []} | {state: names}
+        assert f"{state}: {', '.join(names)}" in lines
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["paper", "run", str(tmp_path), "--networks", "resnet50", *where])
+    assert stopped.value.code == 2
+    assert "Networks: vgg16, resnet56, wrn32-4, mobilenet." in capsys.readouterr().err
 
 
 def test_a_record_over_a_network_of_fewer_epochs_is_no_record(small: None, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 
 from shallowdeep.checkpoints import OtherRun, OutOfTime, seconds_of, time_limit
 from shallowdeep.collection import collect
-from shallowdeep.files import read_tensors, replacing, write_tensors, write_text
+from shallowdeep.files import FormatError, read_tensors, replacing, write_tensors, write_text
 from shallowdeep.graph import evaluating
 from shallowdeep.inputs import placed
 from shallowdeep.network import ShallowDeepNetwork, save
@@ -119,7 +119,8 @@ def work_off(
             end = 0.0  # what comes next may start from this one
             report["open"].append(run.name)
     for run in dict.fromkeys(dataclasses.replace(one, regime=regime) for one in wanted for regime in REGIMES):
-        _refresh(run, results)
+        if run.name not in report["done"]:
+            _refresh(run, results, remade=run.cnn is not None and run.cnn.name in report["done"])
     return report
 
 
@@ -147,15 +148,20 @@ def same_network(run: StudyRun, results: Path) -> bool:
     return own.shape == plain.shape and float((own != plain).double().mean()) <= 0.001
 
 
-def _refresh(run: StudyRun, results: Path) -> None:
-    """Write the figures of a recorded run again if its trace and its plain network's now say others."""
+def _refresh(run: StudyRun, results: Path, *, remade: bool) -> None:
+    """Write the figures of a recorded run again from its trace if some are missing, or its plain network is another."""
     path = results / f"{run.name}.json"
-    if path.is_file() and (run.cnn is None or (results / f"{run.cnn.name}.safetensors").is_file()):
+    if not path.is_file() or (run.cnn is not None and not (results / f"{run.cnn.name}.safetensors").is_file()):
+        return
+    cnn = plain_network(run, results)
+    try:
+        known = read_record(path)["paper"]["accuracy_cnn"]
+    except FormatError:  # the record of an earlier version
+        known = None
+    if known is None or (cnn is not None and (remade or known != cnn.accuracy("test"))):
         record = read_record(path, with_figures=False)
-        reduced = ReducedTrace.load(results / f"{run.name}.safetensors")
-        again = {**{name: record[name] for name in RUN}, **plain(figures(reduced, plain_network(run, results)))}
-        if again != record:
-            write_text(path, json.dumps(again, indent=1) + "\n")
+        again = figures(ReducedTrace.load(results / f"{run.name}.safetensors"), cnn)
+        write_text(path, json.dumps(plain({name: record[name] for name in RUN} | again), indent=1) + "\n")
 
 
 def make(run: StudyRun, data_dir: Path, *, results: Path, work: Path) -> dict[str, Any]:
