@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from shallowdeep import cli
+from shallowdeep.paper import costs
 from shallowdeep.paper.costs import cost_rows, cost_table
 from shallowdeep.paper.datasets import DATASETS
 from shallowdeep.paper.networks import EXITS, NETWORKS, ResNet, make_network
@@ -49,6 +52,18 @@ def test_every_row_of_table_a() -> None:
         assert (row["cnn_params"], row["sdn_params"], row["cnn_macs"]) == (int(cnn), int(sdn), int(macs))
         assert [round(100 * share, 1) for share in row["exit_cost_shares"]] == [float(share) for share in shares]
     assert "105.7" in cost_table(rows())
+
+
+def test_the_door_of_costs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(costs, "cost_rows", rows)  # counted once for this file: it takes half a minute
+    cli.main(["paper", "costs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert list(json.loads(lines[-1])) == ["rows"]
+    found = json.loads(lines[-1])["rows"]
+    fields = ["dataset", "network", "cnn_params", "sdn_params", "cnn_macs", "exit_cost_shares"]
+    assert [list(row) for row in found] == 12 * [fields]
+    assert found[-1]["exit_cost_shares"][-1] > 1, "fractions of the plain network's macs"
+    assert sum("3,411,976" in line for line in lines) == 1, "the table comes first"
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -12,14 +12,15 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import shallowdeep as sd
+from shallowdeep import cli
 from shallowdeep.files import FormatError, write_tensors
 from shallowdeep.finding import error_auroc
-from shallowdeep.paper import tables
+from shallowdeep.paper import study, tables
 from shallowdeep.paper.experiments import early_exits, error_alarms, galleries, overthinking_by_exit
-from shallowdeep.paper.records import GRID, ReducedTrace, figures, reduce_traces
+from shallowdeep.paper.records import GRID, ReducedTrace, figures, find_run, read_record, reduce_traces
 from shallowdeep.policies import Confidence
 from shallowdeep.runs import plain
-from shallowdeep.types import Trace
+from shallowdeep.types import DataError, Trace
 
 COSTS = (0.2, 0.5, 0.8, 1.01)
 
@@ -124,15 +125,7 @@ def test_equal_accuracy_is_the_plain_networks(traces: tuple[Trace, Trace]) -> No
     held, test = traces
     reduced = reduce_traces(held, test)
 
-    def plain_with(exit: int) -> ReducedTrace:
-        return reduce_traces(
-            *(
-                Trace(logits_ENC=t.logits_ENC[exit : exit + 1], labels_N=t.labels_N, cost_E=torch.ones(1))
-                for t in traces
-            )
-        )
-
-    own, weak = figures(reduced), figures(reduced, plain_with(0))
+    own, weak = figures(reduced), figures(reduced, reduce_traces(*alone(0, held, test)))
     assert weak["accuracy_cnn"] == own["accuracy_exits"][0] == weak["paper"]["accuracy_cnn"]
     assert weak["cost_at_equal_accuracy"] < own["cost_at_equal_accuracy"]
     assert weak["best"]["drop"] == pytest.approx(weak["accuracy_cnn"] - weak["best"]["accuracy"])
@@ -149,7 +142,9 @@ def test_paper_figures_are_the_eleven_thresholds_on_the_test_rows(traces: tuple[
     found, test = figures(reduced)["paper"], reduced.part("test").trace()
     tried = [sd.evaluate(Confidence(threshold=q, fallback="most_confident"), test) for q in GRID]
     assert found["best"]["accuracy"] == max(t.accuracy_early_exit for t in tried)
-    assert found["accuracy_at_cost"]["0.5"] == max(t.accuracy_early_exit for t in tried if t.mean_cost <= 0.5)
+    within = max((t for t in tried if t.mean_cost <= 0.5), key=lambda t: t.accuracy_early_exit)
+    assert found["accuracy_at_cost"]["0.5"] == within.accuracy_early_exit
+    assert found["cost_at_budget"]["0.5"] == within.mean_cost
     assert len(GRID) == 11
 
 
@@ -160,8 +155,7 @@ def test_without_held_out_rows_nothing_clean_is_chosen(traces: tuple[Trace, Trac
 
 
 def test_a_plain_network_has_no_confusion_and_nothing_to_choose(traces: tuple[Trace, Trace]) -> None:
-    one = [Trace(logits_ENC=t.logits_ENC[3:], labels_N=t.labels_N, cost_E=torch.ones(1)) for t in traces]
-    found = figures(reduce_traces(*one))
+    found = figures(reduce_traces(*alone(3, *traces)))
     assert found["confusion_auroc"] is found["best"] is found["cost_at_equal_accuracy"] is None
     assert found["msp_auroc"] > 0.5
     assert found["paper"]["accuracy_cnn"] == found["accuracy_exits"][-1]
@@ -191,40 +185,189 @@ def test_experiments_against_slow_loops(traces: tuple[Trace, Trace]) -> None:
     assert alarms["scores"]["confusion"]["auroc"] == error_auroc(confusion, wrong)
     above = (confusion[~wrong] > confusion[wrong].mean()).double().mean()
     assert alarms["shares"]["confusion"]["right_above_mean_wrong"] == pytest.approx(float(above))
+    unsure = 1 - test.logits_ENC[3].double().softmax(1).amax(1)
+    mean = alarms["shares"]["1 - max-softmax"]["mean_of_right"]
+    assert mean == pytest.approx(float(unsure[~wrong].mean()), rel=1e-3), "a mean is named for what it is the mean of"
     assert sum(alarms["histogram"]["confusion"]["wrong"]) == pytest.approx(1)
     curve = early_exits(reduced)["curve"]
     assert min(curve["cost"]) == pytest.approx(0.2)
 
 
+def alone(exit: int, *traces: Trace) -> list[Trace]:
+    """Traces of a plain network that answers as ``exit`` does."""
+    return [Trace(logits_ENC=t.logits_ENC[exit : exit + 1], labels_N=t.labels_N, cost_E=torch.ones(1)) for t in traces]
+
+
+def write(folder: Path, run: str, reduced: ReducedTrace, cnn: ReducedTrace | None = None) -> Path:
+    """The two files that a run leaves in ``folder``; the JSON's path."""
+    dataset, network, *regime, recipe = run.split("-")
+    about = figures(reduced, cnn) | {
+        "dataset": dataset,
+        "network": network,
+        "regime": "-".join(regime),
+        "recipe": recipe,
+        "epochs": 3,
+        "epochs_before": 9 if regime == ["ic", "only"] else 0,
+        "training_rows": 45000,
+        "held_out_rows": reduced.held_out,
+        "seed": 0,
+        "seconds": 120.0,
+        "device": "a test",
+        "precision": "fp32",
+        "versions": {},
+    }
+    reduced.save(folder / f"{run}.safetensors")
+    path = folder / f"{run}.json"
+    path.write_text(json.dumps(plain(about)))
+    return path
+
+
 def test_tables_and_figures_from_the_folder_alone(traces: tuple[Trace, Trace], tmp_path: Path) -> None:
-    for regime, (held, test) in {"cnn": traces, "ic-only": traces}.items():
-        if regime == "cnn":
-            held, test = (Trace(logits_ENC=t.logits_ENC[3:], labels_N=t.labels_N, cost_E=torch.ones(1)) for t in traces)
-        reduced = reduce_traces(held, test)
-        reduced.save(tmp_path / f"cifar10-resnet56-{regime}-fast.safetensors")
-        about = figures(reduced) | {
-            "dataset": "cifar10",
-            "network": "resnet56",
-            "regime": regime,
-            "recipe": "fast",
-            "epochs": 3,
-            "epochs_before": 0 if regime == "cnn" else 9,
-            "training_rows": 45000,
-            "seconds": 120.0,
-            "device": "a test",
-        }
-        (tmp_path / f"cifar10-resnet56-{regime}-fast.json").write_text(json.dumps(about))
+    write(tmp_path, "cifar10-resnet56-cnn-fast", reduce_traces(*alone(3, *traces)))
+    write(tmp_path, "cifar10-resnet56-ic-only-fast", reduce_traces(*traces))
     text = tables.make_tables(tmp_path, tmp_path / "out")
     assert "| fast, 3 after 9 epochs, 45,000 rows, a test |" in text
     full = float((traces[1].logits_ENC[-1].argmax(1) == traces[1].labels_N).double().mean())
-    assert f"| CNN accuracy | 92.0 | {100 * full:.1f} | {100 * (full - 0.92):+.1f}" in text
+    assert f"| CNN accuracy | 92.0 (aim) | {100 * full:.1f} | {100 * (full - 0.92):+.1f}" in text
     lines = [line for line in text.splitlines() if line.startswith("| cifar10-resnet56")]
     assert all(line.endswith("epochs, 45,000 rows, a test |") for line in lines), "every row says how"
-    assert "| cost at equal accuracy | 50.0 | 71.2 | +21.2 (above) |" in text, "a shortfall is marked"
+    assert "| cost at equal accuracy, clean | 50.0 | 71.2 | +21.2 (above) |" in text, "a shortfall is marked"
     figures_made = sorted(path.name for path in (tmp_path / "out").glob("*.svg"))
     kinds = ("confusion", "early-exits", "overthinking")
     assert figures_made == [f"cifar10-resnet56-ic-only-fast-{kind}.svg" for kind in kinds], "none for a plain network"
     assert "right at some exit so far" in (tmp_path / "out" / figures_made[2]).read_text()
+
+
+def test_early_exits_are_compared_with_the_plain_network_recorded(
+    traces: tuple[Trace, Trace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two joint trainings alike but for their plain networks, one weak, one strong, and ICs on a frozen network."""
+    reduced, said = reduce_traces(*traces), {}
+    for network, exit in (("vgg16", 0), ("resnet56", 2)):
+        cnn = reduce_traces(*alone(exit, *traces))
+        write(tmp_path, f"cifar10-{network}-cnn-fast", cnn)
+        for regime in ("sdn-training", "mixed"):
+            path = write(tmp_path, f"cifar10-{network}-{regime}-fast", reduced, cnn)
+            cli.main(["paper", "experiment", "early-exits", path.stem, "--results", str(tmp_path)])
+            said[network] = json.loads(capsys.readouterr().out.splitlines()[-1])
+            about = json.loads(path.read_text())
+            for protocol, recorded in (("clean", about), ("paper", about["paper"])):
+                assert {name: recorded[name] for name in said[network][protocol]} == said[network][protocol]
+            assert said[network]["accuracy_cnn"] == about["accuracy_cnn"] == cnn.accuracy("test")
+    weak, strong = said["vgg16"], said["resnet56"]
+    assert weak["clean"]["cost_at_equal_accuracy"] < strong["clean"]["cost_at_equal_accuracy"]
+    ics = write(tmp_path, "cifar10-vgg16-ic-only-fast", reduced)
+    cli.main(["paper", "experiment", "early-exits", ics.stem, "--results", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy_cnn"] == reduced.accuracy("test")
+
+
+def test_comparison_with_the_paper_hides_nothing(traces: tuple[Trace, Trace], tmp_path: Path) -> None:
+    held, test = traces
+    perfect = reduce_traces(
+        *(
+            Trace(logits_ENC=9.0 * torch.eye(10)[t.labels_N][None], labels_N=t.labels_N, cost_E=torch.ones(1))
+            for t in traces
+        )
+    )
+    write(tmp_path, "tinyimagenet-vgg16-ic-only-fast", reduce_traces(held, test))
+    write(tmp_path, "cifar100-vgg16-sdn-training-fast", reduce_traces(held, test), perfect)
+    write(tmp_path, "cifar100-vgg16-ic-only-paper", reduce_traces(None, test))
+    write(tmp_path, "cifar100-mobilenet-cnn-fast", reduce_traces(*alone(3, *traces)))
+    rows = {tuple(row[:2]): row[2:5] for row in tables.paper_rows(tables.read_records(tmp_path))}
+    tiny, joint, authors = (f"{name}" for name in sorted({run for run, _ in rows if "vgg16" in run}, reverse=True))
+    found = figures(reduce_traces(held, test))
+    cost = 100 * found["cost_at_equal_accuracy"]
+    assert rows[tiny, "cost at equal accuracy, clean"] == ("75.0", f"{cost:.1f}", f"{cost - 75:+.1f}")
+    assert 50 < cost < 75, "above the CIFAR anchor, below Tiny ImageNet's"
+    for protocol in ("clean", "paper"):
+        assert rows[joint, f"cost at equal accuracy, {protocol}"] == ("50.0", "none", "(above)")
+        assert rows[joint, f"best early exits, {protocol}"][0] == "74.4"
+    assert rows[authors, "best early exits, clean"][1:] == ("not available", "")
+    assert rows[authors, "cost at equal accuracy, clean"][1:] == ("not available", "")
+    best = 100 * found["paper"]["best"]["accuracy"]
+    assert rows[authors, "best early exits, paper"][:2] == ("72.6", f"{best:.1f}")
+    assert rows["cifar100-mobilenet-cnn-fast", "CNN accuracy"][0] == "64.9", "seen in the paper"
+
+
+def test_what_is_below_before_rounding_is_below() -> None:
+    def mark(known: float, here: float, less: bool) -> str:
+        return tables._beside("run", "figure", known, here, "how", less=less)[4]
+
+    assert mark(0.925, 0.9246, less=False) == "-0.0 (below)"
+    assert mark(0.925, 0.925, less=False) == mark(0.925, 0.925, less=True) == "+0.0"
+    assert mark(0.5, 0.5004, less=True) == "+0.0 (above)"
+    assert mark(0.5, 0.6, less=False) == "+10.0"
+
+
+def test_values_that_are_not_the_papers_say_so(traces: tuple[Trace, Trace], tmp_path: Path) -> None:
+    costs = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0])
+    seven = [Trace(logits_ENC=t.logits_ENC[[0, 1, 2, 3, 3, 3, 3]], labels_N=t.labels_N, cost_E=costs) for t in traces]
+    write(tmp_path, "cifar10-vgg16-ic-only-fast", reduce_traces(*seven))
+    write(tmp_path, "cifar10-vgg16-cnn-fast", reduce_traces(*alone(3, *traces)))
+    rows = tables.paper_rows(tables.read_records(tmp_path))
+    assert [row[2] for row in rows if row[1].startswith("exit")][::6] == ["67.7 (DeepSloth)", "92.5 (DeepSloth)"]
+    assert [row[2] for row in rows if row[1] == "CNN accuracy"] == ["93.0 (aim)"]
+    (spoiled,) = (row for row in rows if row[1].startswith("destructive"))
+    assert ("(above)" in spoiled[4]) is (float(spoiled[3]) > 50)
+    assert float(spoiled[3]) > 50
+
+
+def test_cost_on_the_test_rows_stands_beside_what_was_reached_within_a_budget(
+    traces: tuple[Trace, Trace], tmp_path: Path
+) -> None:
+    path = write(tmp_path, "cifar10-vgg16-ic-only-fast", reduce_traces(*traces))
+    about = json.loads(path.read_text())
+    clean, paper = tables.early_exit_rows(tables.read_records(tmp_path))[1:]
+    for row, found in ((clean, about), (paper, about["paper"])):
+        right, cost = found["accuracy_at_cost"]["0.75"], found["cost_at_budget"]["0.75"]
+        assert row[5] == f"{100 * right:.1f} at {cost:.3f}"
+    assert about["paper"]["cost_at_budget"]["0.75"] <= 0.75, "the authors choose on the rows they report"
+    held, test = (reduce_traces(*traces).part(name).trace() for name in ("held_out", "test"))
+    curve = sd.tradeoff(held).curves[0]
+    point = int(curve.accuracy_P.masked_fill(curve.cost_P > 0.75, -1).argmax())
+    chosen = Confidence(threshold=tuple(curve.threshold_PE[point].tolist()))
+    assert about["cost_at_budget"]["0.75"] == pytest.approx(sd.evaluate(chosen, test).mean_cost)
+
+
+def test_foreign_and_half_records_are_named(traces: tuple[Trace, Trace], tmp_path: Path) -> None:
+    path = write(tmp_path, "cifar10-resnet56-ic-only-fast", reduce_traces(*traces))
+    whole = json.loads(path.read_text())
+    assert read_record(path) == whole
+    less = {name: value for name, value in whole["paper"].items() if name != "best"}
+    for half, missing in (
+        ({}, r"no dataset, network, regime, recipe, epochs and 25 more\."),
+        ([], "no dataset"),
+        ({"regime": "backdoor"}, "no dataset, network, recipe, poisoning_rate, epochs and 9 more"),
+        ({name: whole[name] for name in whole if name != "cost_at_budget"}, r"no cost_at_budget\."),
+        (whole | {"paper": less}, r"no paper\.best\."),
+        (whole | {"paper": None}, r"no paper\.accuracy_cnn"),
+    ):
+        path.write_text(json.dumps(half))
+        with pytest.raises(
+            FormatError, match=f"ic-only-fast.json is not a whole record of the study: it has {missing}"
+        ):
+            tables.make_tables(tmp_path, tmp_path / "out", figures=False)
+    path.write_text("{}")
+    (run,) = study.all_runs(("cifar10",), ("resnet56",), ("ic-only",))
+    with pytest.raises(FormatError, match="is not a whole record of the study"):
+        study.work_off([run], tmp_path / "no data", results=tmp_path, work=tmp_path / "work")
+
+
+def test_an_unknown_run_is_answered_with_the_nearest(
+    traces: tuple[Trace, Trace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(DataError, match=r"No run x in .*\. Runs there: none\."):
+        find_run(tmp_path, "x")
+    for number in range(10):
+        (tmp_path / f"cifar100-wrn32-4-mixed-fast-seed{number}.safetensors").touch()
+    path = write(tmp_path, "cifar10-resnet56-ic-only-fast", reduce_traces(*traces))
+    assert find_run(tmp_path, path.stem) == tmp_path / path.stem
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["paper", "experiment", "overthinking", "cifar10-resnet-ic-only", "--results", str(tmp_path)])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "Runs there: cifar10-resnet56-ic-only-fast, cifar100" in said
+    assert said.count("seed") == 7, "the eight nearest"
 
 
 def test_an_empty_folder_says_what_to_type(tmp_path: Path) -> None:
@@ -242,13 +385,12 @@ COMMITTED = sorted(path.stem for path in RESULTS.glob("*.json") if "-backdoor-" 
 def test_committed_figures_follow_from_their_trace(name: str) -> None:
     about = json.loads((RESULTS / f"{name}.json").read_text())
     reduced = ReducedTrace.load(RESULTS / f"{name}.safetensors")
-    cnn = None
-    if about["regime"] not in ("cnn", "ic-only"):
-        cnn = ReducedTrace.load(RESULTS / f"{name.replace(about['regime'], 'cnn')}.safetensors")
-    again = json.loads(json.dumps(plain(figures(reduced, cnn))))
+    run = study.run_of(about)
+    again = json.loads(json.dumps(plain(figures(reduced, study.plain_network(run, RESULTS)))))
     assert {field: about[field] for field in again} == again
     assert (RESULTS / f"{name}.safetensors").stat().st_size <= 650_000
-    assert name == "-".join(about[part] for part in ("dataset", "network", "regime", "recipe"))
+    assert name == run.name
+    assert run.regime != "ic-only" or study.same_network(run, RESULTS), "ICs over the plain network committed"
     assert about["paper"]["cost_exits"][-1] >= 1, "the full network pays for every IC passed"
 
 

@@ -16,13 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 import shallowdeep as sd
-from shallowdeep.files import read_tensors
+from shallowdeep import cli
+from shallowdeep.files import FormatError, read_tensors
 from shallowdeep.joint import Taus
 from shallowdeep.paper import backdoor, figures, pictures, recipes, study
 from shallowdeep.paper.experiments import galleries
 from shallowdeep.paper.networks import EXITS, ResNet
 from shallowdeep.paper.recipes import make_recipe
-from shallowdeep.paper.records import ReducedTrace
+from shallowdeep.paper.records import FIGURES, ReducedTrace, reduce_traces
+from shallowdeep.paper.records import RUN as RUN_FIELDS
 from shallowdeep.paper.study import StudyRun, all_runs, make, work_off
 from shallowdeep.paper.tables import backdoor_rows
 from shallowdeep.rates import stepped
@@ -76,9 +78,12 @@ def test_every_regime_leaves_its_record(small: None, tmp_path: Path) -> None:
     assert report["done"] == [run.name for run in runs]
     fields = "dataset network regime recipe epochs seed device versions seconds accuracy_cnn accuracy_exits wasteful"
     fields += " destructive destructive_of_errors accuracy_at_cost cost_at_equal_accuracy test_drop_at_equal_accuracy"
+    fields += " confusion_auroc msp_auroc paper"
     for run in runs:
         about = json.loads((tmp_path / "results" / f"{run.name}.json").read_text())
-        assert set(f"{fields} confusion_auroc msp_auroc paper".split()) <= set(about), run.name
+        assert set(fields.split()) <= set(about) == {*RUN_FIELDS, *FIGURES, "paper"}, run.name
+        assert set(about["paper"]) == set(FIGURES), "the same fields under both protocols"
+        assert study.run_of(about) == run
         assert len(about["accuracy_exits"]) == (1 if run.regime == "cnn" else 3)
         assert about["training_rows"] == 200
         assert about["seconds"] > 0
@@ -138,6 +143,119 @@ def test_a_record_of_fewer_epochs_is_no_record(small: None, tmp_path: Path) -> N
     path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": 1}))
     assert work_off([RUN], tmp_path, **where)["done"] == [RUN.name]
     assert json.loads(path.read_text())["epochs"] == 2
+    assert not list((tmp_path / "w").glob("*.old*")), "its checkpoint is of the length asked and goes on"
+
+
+def test_a_run_shorter_than_its_recipe_starts_afresh(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checkpoint cannot go on; it is kept aside."""
+    short, where = study.make_recipe, {"results": tmp_path / "r", "work": tmp_path / "w"}
+    monkeypatch.setattr(study, "make_recipe", lambda *names: dataclasses.replace(short(*names), epochs=1))
+    assert work_off([RUN], tmp_path, **where)["done"] == [RUN.name]
+    monkeypatch.setattr(study, "make_recipe", short)
+    assert work_off([RUN], tmp_path, **where)["done"] == [RUN.name]
+    assert json.loads((tmp_path / "r" / f"{RUN.name}.json").read_text())["epochs"] == 2
+    said, aside = capsys.readouterr().err, tmp_path / "w" / f"{RUN.name}.old1"
+    assert f"epochs was 1, now 2. It is now in {aside}; {RUN.name} starts afresh." in said
+    assert (aside / "checkpoint.pt").is_file()
+    assert work_off([RUN], tmp_path, **where)["before"] == [RUN.name]
+
+
+def test_what_stands_on_a_plain_network_follows_when_it_is_made_again(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a fresh clone the weights are gone, and "mixed" trains the plain network again, to other weights."""
+    where, results, attempt = {"results": tmp_path / "r", "work": tmp_path / "w"}, tmp_path / "r", [0]
+    ics, joint, mixed = (dataclasses.replace(RUN, regime=regime) for regime in ("ic-only", "sdn-training", "mixed"))
+
+    def answered(run: StudyRun, rows: int) -> Trace:
+        """ICs answer over what the plain network of this attempt says; the others are as good at any attempt."""
+        labels = torch.arange(rows) % 10
+        said = []
+        for good, seed in ((1.0, 5), (3.0, 6 + attempt[0]) if run.regime in ("cnn", "ic-only") else (2.0, 5)):
+            noise = torch.randn(rows, 10, generator=torch.Generator().manual_seed(seed))
+            said.append(noise + good * (1 + seed % 2) * torch.nn.functional.one_hot(labels, 10))
+        exits = said[1:] if run.regime == "cnn" else said
+        costs = torch.tensor([0.5, 1.01])[-len(exits) :]
+        return Trace(logits_ENC=torch.stack(exits), labels_N=labels, cost_E=costs)
+
+    def quick(run: StudyRun, _data: Path, *, results: Path, work: Path) -> None:
+        (work / run.name).mkdir(parents=True)
+        (work / run.name / "network.safetensors").touch()
+        traces = {"held_out": answered(run, 100), "test": answered(run, 60)}
+        recipe = study.make_recipe(run.recipe, run.network)
+        study._write_record(run, recipe, traces, 200, "32-true", work / run.name, results)
+
+    def record(run: StudyRun) -> Any:
+        return json.loads((results / f"{run.name}.json").read_text())
+
+    monkeypatch.setattr(study, "make", quick)
+    assert work_off([ics, joint], tmp_path, **where)["done"] == [RUN.name, ics.name, joint.name]
+    assert study.same_network(ics, results)
+    before = record(joint)
+    shutil.rmtree(tmp_path / "w")
+    attempt[0] = 1
+    report = work_off([ics, mixed], tmp_path, **where)
+    assert (report["done"], report["before"]) == ([RUN.name, ics.name, mixed.name], [])
+    after = record(joint)
+    for run in (ics, joint, mixed):
+        assert record(run)["accuracy_cnn"] == record(run)["paper"]["accuracy_cnn"] == record(RUN)["accuracy_cnn"]
+    assert after["accuracy_cnn"] != before["accuracy_cnn"], "not asked for, and yet compared with the network of now"
+    assert {name: after[name] for name in RUN_FIELDS} == {name: before[name] for name in RUN_FIELDS}
+    assert after["accuracy_exits"] == before["accuracy_exits"]
+    # What a killed call or an earlier version left is mended by the next one.
+    for left in (before, {name: value for name, value in after.items() if name != "cost_at_budget"}):
+        (results / f"{joint.name}.json").write_text(json.dumps(left))
+        assert work_off([joint], tmp_path, **where)["before"] == [RUN.name, joint.name]
+        assert record(joint) == after
+
+
+def test_both_splits_are_read_before_anything_trains(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = study.read_rows
+
+    def damaged(name: str, folder: Path, split: str) -> tuple[Tensor, Tensor]:
+        if split == "test":
+            raise FormatError("test_batch is damaged")
+        return whole(name, folder, split)
+
+    monkeypatch.setattr(study, "read_rows", damaged)
+    with pytest.raises(FormatError, match="test_batch is damaged"):
+        make(RUN, tmp_path, results=tmp_path / "r", work=tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_full_disk_leaves_the_earlier_pair(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = {"results": tmp_path / "r", "work": tmp_path / "w"}
+    make(RUN, tmp_path, **where)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()}
+    monkeypatch.setattr(study, "describe_device", lambda: "another")
+    monkeypatch.setattr(study, "reduce_traces", lambda _, test: reduce_traces(None, test))
+
+    def full(path: Path, text: str) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(study, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        make(RUN, tmp_path, **where)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()} == before, "trace and JSON"
+
+
+def test_the_door_of_runs(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--results", str(tmp_path / "r"), "--work", str(tmp_path / "w")]
+    what = ["--datasets", "cifar10", "--networks", "resnet56", "--regimes", "cnn"]
+    for state, minutes in (("open", "0"), ("done", "9"), ("before", "9")):
+        cli.main(["paper", "run", str(tmp_path), *what, *where, "--minutes", minutes])
+        lines = capsys.readouterr().out.splitlines()
+        report = json.loads(lines[-1])
+        assert report == {"done": [], "before": [], "open": []} | {state: [RUN.name]}
+        assert f"{state}: {RUN.name}" in lines
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["paper", "run", str(tmp_path), "--networks", "resnet50", *where])
+    assert stopped.value.code == 2
+    assert "Networks: vgg16, resnet56, wrn32-4, mobilenet." in capsys.readouterr().err
 
 
 def test_a_record_over_a_network_of_fewer_epochs_is_no_record(small: None, tmp_path: Path) -> None:

@@ -35,6 +35,10 @@ def time_limit(seconds: float) -> Iterator[None]:
         _deadline.reset(token)
 
 
+class OtherRun(FormatError):
+    """A checkpoint is there, but of a run with other choices or another start."""
+
+
 class Checkpoint:
     """``folder/checkpoint.pt``: tensors and numbers, read with ``weights_only=True``.
 
@@ -47,7 +51,7 @@ class Checkpoint:
         self.saved, self.seconds = time.monotonic(), 0.0
 
     def load(self) -> dict[str, Any] | None:
-        """The state last saved, or None when there is none. Raises ``FormatError``."""
+        """The state last saved, or None when there is none. Raises ``FormatError``, ``OtherRun`` for other choices."""
         if self.path is None or not self.path.exists():
             return None
         try:
@@ -57,7 +61,7 @@ class Checkpoint:
             raise FormatError(f"{self.path} is damaged ({type(error).__name__}); delete it to start again.") from None
         self.seconds = found.get("seconds", 0.0)
         if choices != self.choices:
-            raise FormatError(f"{self.path} belongs to another run: {_difference(choices, self.choices)}.")
+            raise OtherRun(f"{self.path} belongs to another run: {_difference(choices, self.choices)}.")
         return dict(state)
 
     def save(self, state: dict[str, Any]) -> None:

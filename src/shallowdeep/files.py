@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +32,34 @@ class NoFile(FormatError, FileNotFoundError):
         return str(self.args[0])
 
 
+@contextmanager
+def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Where to write what shall replace ``paths``: renamed together at the end, or, after an error, not at all."""
+    partials = tuple(path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths)
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partials
+        for partial, path in zip(partials, paths, strict=True):
+            os.replace(partial, path)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file beside ``path``, then rename: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, dict(metadata))
-        os.replace(partial, path)
+        with replacing(path) as (partial,):
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, dict(metadata))
     except SafetensorError as error:  # its way to say that the disk is full
         raise OSError(f"{path} could not be written: {error}.") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file beside ``path``, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as (partial,):
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

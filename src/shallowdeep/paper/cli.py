@@ -143,16 +143,18 @@ def experiment(what: Experiment, run: str, *, results: Path = RESULTS, out: Path
     out
         SVG file to write the figure to.
     """
-    from shallowdeep.paper import experiments, figures
-    from shallowdeep.paper.records import ReducedTrace
+    from shallowdeep.paper import experiments, figures, study
+    from shallowdeep.paper.records import ReducedTrace, find_run, read_record
 
-    reduced = ReducedTrace.load(results / f"{run}.safetensors")
-    make, draw = {
-        "overthinking": (experiments.overthinking_by_exit, figures.overthinking_figure),
-        "early-exits": (experiments.early_exits, figures.early_exits_figure),
-        "confusion": (experiments.error_alarms, figures.confusion_figure),
-    }[what]
-    found = make(reduced)
+    stem = find_run(results, run)
+    about, reduced = read_record(Path(f"{stem}.json")), ReducedTrace.load(Path(f"{stem}.safetensors"))
+    if what == "early-exits":
+        plain = study.plain_network(study.run_of(about), results)
+        found, draw = experiments.early_exits(reduced, plain), figures.early_exits_figure
+    elif what == "overthinking":
+        found, draw = experiments.overthinking_by_exit(reduced), figures.overthinking_figure
+    else:
+        found, draw = experiments.error_alarms(reduced), figures.confusion_figure
     if out is not None:
         figures.save_figure(draw(found, run), out)
     return found

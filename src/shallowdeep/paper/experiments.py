@@ -68,7 +68,7 @@ def galleries(reduced: ReducedTrace, limit: int = 25) -> dict[str, list[int]]:
 def early_exits(reduced: ReducedTrace, cnn: ReducedTrace | None = None) -> dict[str, Any]:
     """Section 5.1 under both protocols, and the whole curve of one threshold on the test rows, for the figure."""
     found = figures(reduced, cnn)
-    names = ("accuracy_at_cost", "cost_at_equal_accuracy", "test_drop_at_equal_accuracy", "best")
+    names = ("accuracy_at_cost", "cost_at_budget", "cost_at_equal_accuracy", "test_drop_at_equal_accuracy", "best")
     return {
         "accuracy_cnn": found["paper"]["accuracy_cnn"],
         "clean": {name: found[name] for name in names},
@@ -90,7 +90,8 @@ def error_alarms(reduced: ReducedTrace) -> dict[str, Any]:
     """Section 5.2 on the test rows: how confusion tells wrong answers of the full network, beside its usual rivals.
 
     ``scores``: AUROC, AUPR, FPR at 95 % TPR and AURC of confusion, max-softmax, entropy, margin and energy. The paper's
-    shares: right answers more suspicious than the mean wrong one, and wrong ones less than the mean right one.
+    shares: right answers more suspicious than the mean wrong one, and wrong ones less than the mean right one. Where
+    values are shown and not ranks alone, max-softmax is 1 - max-softmax: suspicion, like confusion.
     """
     test = reduced.part("test")
     wrong_N = test.said_EN[-1] != test.labels_N
@@ -101,12 +102,13 @@ def error_alarms(reduced: ReducedTrace) -> dict[str, Any]:
         "margin": -test.margin_N.double(),
         "energy": test.energy_N.double(),
     }
+    shown = {"confusion": suspicion["confusion"], "1 - max-softmax": suspicion["max-softmax"]}
     return {
         "errors": int(wrong_N.sum()),
         "rows": len(wrong_N),
         "scores": {name: dataclasses.asdict(error_scores(score_N, wrong_N)) for name, score_N in suspicion.items()},
-        "shares": {name: _papers_shares(suspicion[name], wrong_N) for name in ("confusion", "max-softmax")},
-        "histogram": {name: _histogram(suspicion[name], wrong_N) for name in ("confusion", "max-softmax")},
+        "shares": {name: _papers_shares(score_N, wrong_N) for name, score_N in shown.items()},
+        "histogram": {name: _histogram(score_N, wrong_N) for name, score_N in shown.items()},
     }
 
 

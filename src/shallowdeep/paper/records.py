@@ -7,6 +7,7 @@ finding need: per exit its answer, how sure it is and its entropy; of the last e
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 from dataclasses import dataclass
@@ -19,15 +20,28 @@ from torch import Tensor
 from shallowdeep.calibration import Evaluation, evaluate, tradeoff
 from shallowdeep.disagreement import confusion, fit_confusion
 from shallowdeep.effects import answers, overthinking, share
-from shallowdeep.files import FormatError, read_tensors, write_tensors
+from shallowdeep.files import FormatError, read_json, read_tensors, write_tensors
 from shallowdeep.finding import error_auroc
 from shallowdeep.policies import Confidence
-from shallowdeep.types import Trace
+from shallowdeep.types import DataError, Trace
 from shallowdeep.walking import standardised
 
 NOT_AVAILABLE = "not available"
 FORMAT = 1
 ABOUT = ("cost_E", "exit_names", "num_classes", "held_out", "confusion_moments")
+RUN = (
+    *("dataset", "network", "regime", "recipe", "epochs", "epochs_before", "training_rows", "held_out_rows", "seed"),
+    *("device", "precision", "versions", "seconds"),
+)
+FIGURES = (
+    *("accuracy_cnn", "accuracy_exits", "cumulative_accuracy_exits", "cost_exits", "wasteful", "destructive"),
+    *("destructive_of_errors", "destructive_corrected", "oracle_cost", "confusion_auroc", "msp_auroc"),
+    *("accuracy_at_cost", "cost_at_budget", "cost_at_equal_accuracy", "test_drop_at_equal_accuracy", "best"),
+)
+VICTIM = (
+    *("dataset", "network", "regime", "recipe", "poisoning_rate", "epochs", "seed", "training_rows", "device"),
+    *("accuracy_clean", "attack_success", "accuracy_triggered", "early_exits", "paper", "detection"),
+)
 BUDGETS = (0.25, 0.5, 0.75)
 GRID = (0.1, 0.15, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
 """The thresholds that the authors tried, each on the very rows they reported."""
@@ -188,6 +202,35 @@ def figures(reduced: ReducedTrace, cnn: ReducedTrace | None = None) -> dict[str,
     return {**same, **_chosen(reduced.part("held_out").trace(), trace, cnn), "paper": paper}
 
 
+def read_record(path: Path, *, with_figures: bool = True) -> dict[str, Any]:
+    """The record of a run, or of a backdoor's victim, in a JSON file; whoever makes its figures again needs none.
+
+    Raises ``FormatError`` that names the file and what it lacks.
+    """
+    found = read_json(path)
+    record: dict[str, Any] = found if isinstance(found, dict) else {}
+    if record.get("regime") == "backdoor":
+        missing = [name for name in VICTIM if name not in record]
+    else:
+        missing = [name for name in (*RUN, *(FIGURES if with_figures else ()), "paper") if name not in record]
+        if with_figures and not missing:
+            paper = record["paper"] if isinstance(record["paper"], dict) else {}
+            missing = [f"paper.{name}" for name in FIGURES if name not in paper]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise FormatError(f"{path} is not a whole record of the study: it has no {', '.join(missing[:5])}{more}.")
+    return record
+
+
+def find_run(results: Path, run: str) -> Path:
+    """The stem ``results / run`` of a run's two files. Raises ``DataError`` that names the nearest runs there."""
+    if not (results / f"{run}.safetensors").is_file():
+        there = sorted(path.stem for path in results.glob("*.safetensors"))
+        nearest = difflib.get_close_matches(run, there, n=8, cutoff=0)
+        raise DataError(f"No run {run} in {results}. Runs there: {', '.join(nearest) or 'none'}.")
+    return results / run
+
+
 def _unchosen(test: ReducedTrace, trace: Trace) -> dict[str, Any]:
     """Figures that no threshold enters."""
     found = overthinking(trace)
@@ -262,6 +305,7 @@ def _choices(
 ) -> dict[str, Any]:
     return {
         "accuracy_at_cost": {f"{b}": within[b]["accuracy"] if b in within else None for b in BUDGETS},
+        "cost_at_budget": {f"{b}": within[b]["cost"] if b in within else None for b in BUDGETS},
         "cost_at_equal_accuracy": equal["cost"] if equal else None,
         "test_drop_at_equal_accuracy": equal["drop"] if equal else None,
         "best": best,

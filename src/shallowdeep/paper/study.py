@@ -10,8 +10,9 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,16 +21,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from shallowdeep.checkpoints import OutOfTime, seconds_of, time_limit
+from shallowdeep.checkpoints import OtherRun, OutOfTime, seconds_of, time_limit
 from shallowdeep.collection import collect
-from shallowdeep.files import read_json, read_tensors, write_tensors, write_text
+from shallowdeep.files import FormatError, read_tensors, replacing, write_tensors, write_text
 from shallowdeep.graph import evaluating
 from shallowdeep.inputs import placed
 from shallowdeep.network import ShallowDeepNetwork, save
 from shallowdeep.paper.datasets import read_rows, split_rows, study_set
 from shallowdeep.paper.networks import NETWORKS, Normalised
 from shallowdeep.paper.recipes import REGIMES, Recipe, Regime, Rows, fresh_network, make_recipe, train
-from shallowdeep.paper.records import ReducedTrace, figures, reduce_traces
+from shallowdeep.paper.records import RUN, ReducedTrace, figures, read_record, reduce_traces
 from shallowdeep.runs import LIBRARIES, describe_device, plain
 from shallowdeep.types import DataError, Trace
 
@@ -69,6 +70,11 @@ class StudyRun:
         return self.regime in ("ic-only", "mixed")
 
 
+def run_of(record: Mapping[str, Any]) -> StudyRun:
+    """The run that left ``record``."""
+    return StudyRun(**{field.name: record[field.name] for field in dataclasses.fields(StudyRun)})
+
+
 def all_runs(
     datasets: Sequence[str] = ("cifar10", "cifar100"),
     networks: Sequence[str] = NETWORKS,
@@ -89,24 +95,18 @@ def work_off(
     """Make every one of ``runs``, and the plain networks they need, whose record is missing from ``results`` or short.
 
     Stops between two epochs when ``minutes`` are over; the next call goes on there. A plain network whose record is
-    there but whose weights are not is trained again where an open run starts from it. Returns the names of the runs
-    that were ``done`` now, were there ``before``, and are still ``open``.
+    there but whose weights are not is trained again where an open run starts from it; ICs recorded over another
+    network than the plain one's are then trained again too, and what was compared with it is compared anew. Returns the
+    names of the runs that were ``done`` now, were there ``before``, and are still ``open``.
     """
     report: dict[str, list[str]] = {"done": [], "before": [], "open": []}
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     wanted = list(dict.fromkeys(one for run in runs for one in (run.cnn, run) if one is not None))
 
-    def recorded(run: StudyRun) -> bool:
-        path, recipe = results / f"{run.name}.json", make_recipe(run.recipe, run.network)
-        if not path.is_file():
-            return False
-        record, before = read_json(path), recipe.epochs if run.starts_trained else 0
-        return (record["epochs"], record["epochs_before"]) == (epochs_of(run, recipe), before)
-
-    starting = {run.cnn for run in wanted if run.starts_trained and not recorded(run)}
+    starting = {run.cnn for run in wanted if run.starts_trained and not _recorded(run, results)}
     for run in wanted:
         weights = work / run.name / "network.safetensors"
-        if recorded(run) and (run not in starting or weights.is_file()):
+        if _recorded(run, results) and (run not in starting or weights.is_file()):
             report["before"].append(run.name)
             continue
         try:
@@ -118,35 +118,83 @@ def work_off(
         except OutOfTime:
             end = 0.0  # what comes next may start from this one
             report["open"].append(run.name)
+    for run in dict.fromkeys(dataclasses.replace(one, regime=regime) for one in wanted for regime in REGIMES):
+        if run.name not in report["done"]:
+            _refresh(run, results, remade=run.cnn is not None and run.cnn.name in report["done"])
     return report
 
 
+def _recorded(run: StudyRun, results: Path) -> bool:
+    """Whether ``run`` left a record of as many epochs as its recipe asks, ICs over the plain network recorded now."""
+    path, recipe = results / f"{run.name}.json", make_recipe(run.recipe, run.network)
+    if not path.is_file():
+        return False
+    record, before = read_record(path, with_figures=False), recipe.epochs if run.starts_trained else 0
+    if (record["epochs"], record["epochs_before"]) != (epochs_of(run, recipe), before):
+        return False
+    return run.regime != "ic-only" or same_network(run, results)
+
+
+def same_network(run: StudyRun, results: Path) -> bool:
+    """Whether the ICs recorded as ``run`` sit on the plain network recorded: the full exit answers as that does.
+
+    One row in a thousand may differ, where rounding decides between two classes; another training moves tens of them.
+    """
+    assert run.cnn is not None
+    paths = [results / f"{name}.safetensors" for name in (run.name, run.cnn.name)]
+    if not all(path.is_file() for path in paths):
+        return False
+    own, plain = (ReducedTrace.load(path).said_EN[-1] for path in paths)
+    return own.shape == plain.shape and float((own != plain).double().mean()) <= 0.001
+
+
+def _refresh(run: StudyRun, results: Path, *, remade: bool) -> None:
+    """Write the figures of a recorded run again from its trace if some are missing, or its plain network is another."""
+    path = results / f"{run.name}.json"
+    if not path.is_file() or (run.cnn is not None and not (results / f"{run.cnn.name}.safetensors").is_file()):
+        return
+    cnn = plain_network(run, results)
+    try:
+        known = read_record(path)["paper"]["accuracy_cnn"]
+    except FormatError:  # the record of an earlier version
+        known = None
+    if known is None or (cnn is not None and (remade or known != cnn.accuracy("test"))):
+        record = read_record(path, with_figures=False)
+        again = figures(ReducedTrace.load(results / f"{run.name}.safetensors"), cnn)
+        write_text(path, json.dumps(plain({name: record[name] for name in RUN} | again), indent=1) + "\n")
+
+
 def make(run: StudyRun, data_dir: Path, *, results: Path, work: Path) -> dict[str, Any]:
-    """Train, collect and write one run; returns its record. Raises ``OutOfTime`` inside a ``time_limit``."""
-    chosen, recipe = study_set(run.dataset), make_recipe(run.recipe, run.network)
-    folder = work / run.name
+    """Train, collect and write one run; returns its record. Raises ``OutOfTime`` inside a ``time_limit``.
+
+    What another recipe or another plain network left in the work folder is set aside there, and the run starts afresh.
+    """
+    recipe, folder = make_recipe(run.recipe, run.network), work / run.name
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, labels_N = (rows.to(device) for rows in read_rows(run.dataset, data_dir, "train"))
+    test = read_rows(run.dataset, data_dir, "test")  # now: damaged files are found before hours of training
     kept, held = split_rows(labels_N.cpu()) if recipe.holds_out else (torch.arange(len(labels_N)), None)
-    start = fresh_network(run.network, chosen, run.seed).to(device)
-    if run.cnn is not None and run.starts_trained:
-        load_network(start, work / run.cnn.name, run.cnn.name)
-    trained, precision = train(
-        run.regime,
-        recipe,
-        run.network,
-        chosen,
-        (images[kept.to(device)], labels_N[kept.to(device)]),
-        start=start,
-        folder=folder,
-        seed=run.seed,
-    )
-    test = read_rows(run.dataset, data_dir, "test")
+    rows = images[kept.to(device)], labels_N[kept.to(device)]
+    try:
+        trained, precision = _trained(run, recipe, rows, work)
+    except OtherRun as error:
+        aside = next(path for i in itertools.count(1) if not (path := work / f"{run.name}.old{i}").exists())
+        folder.rename(aside)
+        print(f"{error} It is now in {aside}; {run.name} starts afresh.", file=sys.stderr)
+        trained, precision = _trained(run, recipe, rows, work)
     traces = {"test": _collect(trained, test)}
     if held is not None:
         traces["held_out"] = _collect(trained, (images[held.to(device)], labels_N[held.to(device)]))
     _save_trained(trained, folder)
     return _write_record(run, recipe, traces, len(kept), precision, folder, results)
+
+
+def _trained(run: StudyRun, recipe: Recipe, rows: Rows, work: Path) -> tuple[nn.Module, str]:
+    chosen = study_set(run.dataset)
+    start = fresh_network(run.network, chosen, run.seed).to(rows[0].device)
+    if run.cnn is not None and run.starts_trained:
+        load_network(start, work / run.cnn.name, run.cnn.name)
+    return train(run.regime, recipe, run.network, chosen, rows, start=start, folder=work / run.name, seed=run.seed)
 
 
 def _write_record(
@@ -171,8 +219,9 @@ def _write_record(
     }
     for name, trace in traces.items():
         trace.save(folder / f"{name}.safetensors")
-    reduced.save(results / f"{run.name}.safetensors")
-    write_text(results / f"{run.name}.json", json.dumps(plain(record), indent=1) + "\n")
+    with replacing(results / f"{run.name}.safetensors", results / f"{run.name}.json") as (kept, about):
+        reduced.save(kept)
+        write_text(about, json.dumps(plain(record), indent=1) + "\n")
     return record
 
 
