@@ -26,7 +26,7 @@ def write_run(folder: Path, verb: str, choices: Mapping[str, Any], results: Mapp
         "verb": verb,
         "choices": plain(choices),
         "results": plain(results),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "versions": {"python": platform.python_version(), **versions()},
         "device": describe_device(),
     }
     write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
@@ -36,6 +36,11 @@ def write_run(folder: Path, verb: str, choices: Mapping[str, Any], results: Mapp
 def read_run(folder: Path) -> dict[str, Any]:
     """The content of ``folder/run.json``. Raises ``FormatError``."""
     return dict(read_json(folder / "run.json"))
+
+
+def versions() -> dict[str, str]:
+    """The libraries on which results depend."""
+    return {name: version(name) for name in LIBRARIES}
 
 
 def describe_device() -> str:

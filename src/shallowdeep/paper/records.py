@@ -22,7 +22,7 @@ from shallowdeep.effects import answers, overthinking, share
 from shallowdeep.files import FormatError, read_tensors, write_tensors
 from shallowdeep.finding import error_auroc
 from shallowdeep.policies import Confidence
-from shallowdeep.types import Trace
+from shallowdeep.types import DataError, Trace
 from shallowdeep.walking import standardised
 
 NOT_AVAILABLE = "not available"
@@ -120,6 +120,14 @@ class ReducedTrace:
             cost_E=torch.tensor(self.cost_E, dtype=torch.float64),
             exit_names=self.exit_names,
         )
+
+
+def find_run(results: Path, run: str) -> Path:
+    """Where the record of ``run`` lies, without its ending. Raises ``DataError`` that names the runs there are."""
+    if not (results / f"{run}.safetensors").is_file():
+        there = ", ".join(sorted(path.stem for path in results.glob("*.safetensors"))) or "none"
+        raise DataError(f"No run {run} in {results}. Runs there: {there}.")
+    return results / run
 
 
 def reduce_traces(held_out: Trace | None, test: Trace) -> ReducedTrace:
