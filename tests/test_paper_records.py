@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -214,17 +215,23 @@ def test_tables_and_figures_from_the_folder_alone(traces: tuple[Trace, Trace], t
             "device": "a test",
         }
         (tmp_path / f"cifar10-resnet56-{regime}-fast.json").write_text(json.dumps(about))
+    shares = {"accuracy_clean": 0.9, "attack_success": 0.8, "accuracy_triggered": 0.2}
+    victim = {"network": "vgg16", "regime": "backdoor", "recipe": "fast", "epochs": 5, "poisoning_rate": 0.1, **shares}
+    victim |= {"training_rows": 45000, "device": "a test", "early_exits": shares, "paper": shares}
+    (tmp_path / "cifar10-vgg16-backdoor-fast-rate0.1.json").write_text(json.dumps(victim | {"detection": {"auroc": 1}}))
     text = tables.make_tables(tmp_path, tmp_path / "out")
     assert "| fast, 3 after 9 epochs, 45,000 rows, a test |" in text
     full = float((traces[1].logits_ENC[-1].argmax(1) == traces[1].labels_N).double().mean())
     assert f"| CNN accuracy | 92.0 | {100 * full:.1f} | {100 * (full - 0.92):+.1f}" in text
-    lines = [line for line in text.splitlines() if line.startswith("| cifar10-resnet56")]
-    assert all(line.endswith("epochs, 45,000 rows, a test |") for line in lines), "every row says how"
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.endswith(" how |")]
+    assert all(re.search(r"\| fast, .* epochs, 45,000 rows, a test \|$", row) for row in rows), "every row says how"
+    assert sum("0.1" in row and "vgg16" in row for row in rows) == 2
     assert "| cost at equal accuracy | 50.0 | 71.2 | +21.2 (above) |" in text, "a shortfall is marked"
     figures_made = sorted(path.name for path in (tmp_path / "out").glob("*.svg"))
     kinds = ("confusion", "early-exits", "overthinking")
-    assert figures_made == [f"cifar10-resnet56-ic-only-fast-{kind}.svg" for kind in kinds], "none for a plain network"
-    assert "right at some exit so far" in (tmp_path / "out" / figures_made[2]).read_text()
+    expected = ["backdoor.svg", *(f"cifar10-resnet56-ic-only-fast-{kind}.svg" for kind in kinds)]
+    assert figures_made == expected, "none for a plain network"
+    assert "right at some exit so far" in (tmp_path / "out" / figures_made[3]).read_text()
 
 
 def test_an_empty_folder_says_what_to_type(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 import shallowdeep as sd
+from shallowdeep.checkpoints import seconds_of
+from shallowdeep.cli import main
 from shallowdeep.files import read_tensors
 from shallowdeep.joint import Taus
 from shallowdeep.paper import backdoor, figures, pictures, recipes, study
+from shallowdeep.paper.backdoor import Victim
 from shallowdeep.paper.experiments import galleries
 from shallowdeep.paper.networks import EXITS, ResNet
 from shallowdeep.paper.recipes import make_recipe
@@ -28,6 +30,7 @@ from shallowdeep.paper.tables import backdoor_rows
 from shallowdeep.rates import stepped
 from shallowdeep.types import DataError, Trace
 
+NAMES = tuple("abcdefghij")
 RUN = StudyRun(dataset="cifar10", network="resnet56", regime="cnn", recipe="fast")
 
 
@@ -196,6 +199,7 @@ def test_the_authors_starting_weights() -> None:
 
 def test_pictures_of_a_run(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "read_rows", study.read_rows)
+    monkeypatch.setattr(pictures, "class_names", lambda *_: NAMES)
     runs = all_runs(("cifar10",), ("resnet56",), ("cnn", "ic-only"))
     work_off(runs, tmp_path, results=tmp_path / "results", work=tmp_path / "work")
     name = runs[1].name
@@ -223,7 +227,7 @@ def test_pictures_of_a_run(small: None, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_looks_of_a_run_whose_weights_are_there(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "read_rows", study.read_rows)
-    monkeypatch.setattr(pictures, "read_data", lambda *_, split: SimpleNamespace(class_names=tuple("abcdefghij")))
+    monkeypatch.setattr(pictures, "class_names", lambda *_: NAMES)
     monkeypatch.setattr(pictures, "galleries", lambda *_, limit: {"only_first": [3, 1][:limit]})
     runs = all_runs(("cifar10",), ("resnet56",), ("cnn", "ic-only"))
     work_off(runs, tmp_path, results=tmp_path / "results", work=tmp_path / "work")
@@ -249,8 +253,6 @@ def test_the_trigger_is_a_white_square_and_changes_nothing_else() -> None:
     assert int(touched.sum()) == 3
     assert bool((y[touched] == 5).all())
     assert torch.equal(y[~touched], labels[~touched])
-    with pytest.raises(ValueError, match=r"found 1\.5"):
-        backdoor.poisoned((images, labels), 1.5, seed=0)
 
 
 def test_a_backdoor_is_judged_by_its_definition() -> None:
@@ -270,19 +272,158 @@ def test_a_backdoor_is_judged_by_its_definition() -> None:
     assert found["detection"]["auroc"] == 1.0
 
 
-def test_a_victim_is_trained_and_written(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_victims_are_named_and_refused() -> None:
+    assert Victim(rate=0.005).name == "cifar10-vgg16-backdoor-fast-rate0.005"
+    assert Victim(rate=0.02, network="mobilenet", epochs=5).name == "cifar10-mobilenet-backdoor-fast-rate0.02-epochs5"
+    assert Victim(rate=0.1, recipe="paper", seed=3).name == "cifar10-vgg16-backdoor-paper-rate0.1-seed3"
+    for wrong, said in (
+        ({"rate": 1.5}, r"found 1\.5"),
+        ({"rate": float("nan")}, "found nan"),
+        ({"network": "lenet"}, "mobilenet"),
+        ({"recipe": "slow"}, "paper, fast"),
+        ({"epochs": 0}, "found 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Victim(**{"rate": 0.1, **wrong})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def victims(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("read_rows", "split_rows", "make_recipe"):
         monkeypatch.setattr(backdoor, name, getattr(study, name))
-    found = backdoor.backdoor(tmp_path, rate=0.2, network="resnet56", epochs=1, results=tmp_path, work=tmp_path / "w")
+
+
+def test_a_victim_is_trained_and_written(victims: None, tmp_path: Path) -> None:
+    victim = Victim(rate=0.2, network="resnet56", epochs=1)
+    found = backdoor.backdoor(victim, tmp_path, results=tmp_path, work=tmp_path / "w")
     written = json.loads((tmp_path / "cifar10-resnet56-backdoor-fast-rate0.2-epochs1.json").read_text())
     assert written["poisoning_rate"] == 0.2
-    assert written["epochs"] == 1
+    assert (written["epochs"], written["training_rows"], written["held_out_rows"]) == (1, 200, 100)
+    assert (written["precision"], written["versions"]["torch"]) == ("32-true", torch.__version__)
+    assert written["seconds"] == sum(seconds_of(tmp_path / "w" / victim.name / part) for part in ("victim", "ics"))
+    assert written["seconds"] > 0
     assert len(written["attack_success_exits"]) == 3
     assert found["accuracy_triggered"] == written["accuracy_triggered"]
     assert written["regime"] == "backdoor"
     (row,) = backdoor_rows([written])[1:]
     assert row[:2] == ("resnet56", "0.2")
-    figures.save_figure(
-        figures.backdoor_figure([written, {**written, "poisoning_rate": 0.01}], "a test"), tmp_path / "b.svg"
-    )
+
+
+def test_a_line_is_of_one_network_and_its_epochs() -> None:
+    one = {"attack_success": 0.9, "accuracy_triggered": 0.1, "poisoning_rate": 0.1, "network": "vgg16", "epochs": 5}
+    one["early_exits"] = {"accuracy_triggered": 0.8, "accuracy_clean": 0.9}
+    others = [one, one | {"poisoning_rate": 0.02}, one | {"epochs": 25}, one | {"network": "mobilenet"}]
+    drawn = figures.backdoor_figure(others, "a test").to_dict()
+    assert drawn["encoding"]["column"]["field"] == "victim"
+    points = [(row["victim"], row["what"], row["rate"]) for row in drawn["data"]["values"]]
+    assert len(points) == len(set(points)) == 16, "no line has two values at a rate"
+    assert {victim for victim, _, _ in points} == {"vgg16, 5 epochs", "vgg16, 25 epochs", "mobilenet, 5 epochs"}
+
+
+def test_a_victim_of_other_epochs_is_made_again(victims: None, tmp_path: Path) -> None:
+    where: Any = {"results": tmp_path / "r", "work": tmp_path / "w"}
+    victim = Victim(rate=0.2, network="resnet56")
+    assert backdoor.work_off([victim], tmp_path, **where)["victims"][0]["epochs"] == 2
+    path = tmp_path / "r" / f"{victim.name}.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written | {"seed": 77}))
+    assert backdoor.work_off([victim], tmp_path, **where)["victims"][0]["seed"] == 77, "what is there is read"
+    path.write_text(json.dumps(written | {"epochs": 1}))
+    assert backdoor.work_off([victim], tmp_path, **where)["victims"][0]["epochs"] == 2
+    assert json.loads(path.read_text())["epochs"] == 2
+
+
+# ---------------------------------------------------------------- the doors
+
+
+def test_the_backdoors_door_goes_on_and_shows_what_is_finished(
+    victims: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["paper", "backdoor", str(tmp_path), "--network", "resnet56", "--out", str(tmp_path / "b.svg")]
+    words += ["--results", str(tmp_path / "r"), "--work", str(tmp_path / "w")]
+    names = [f"cifar10-resnet56-backdoor-fast-rate{rate}" for rate in ("0.2", "0.1")]
+
+    def said(*more: str) -> tuple[list[str], Any]:
+        main([*words, *more])
+        *lines, last = capsys.readouterr().out.splitlines()
+        return lines, json.loads(last)
+
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--rates", ".2", "1.5"])
+    assert "0..1, found 1.5" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists(), "nothing was trained"
+    lines, result = said("--rates", ".2", ".1", "--minutes", ".001")
+    assert lines[-1] == f"open: {', '.join(names)}"
+    assert result == {"victims": [], "open": names}
+    assert not (tmp_path / "b.svg").exists()
+    said("--rates", ".2")
+    lines, result = said("--rates", ".1", ".2", "--minutes", "0")
+    assert result["open"] == [names[1]], "no time to begin, but what is finished is shown"
+    assert [one["poisoning_rate"] for one in result["victims"]] == [0.2]
+    assert any(line.startswith("0.2 ") for line in lines)
     assert "trigger works" in (tmp_path / "b.svg").read_text()
+
+
+@pytest.fixture
+def two_runs(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of a plain network and its ICs, made; words for the doors."""
+    monkeypatch.setattr(pictures, "read_rows", study.read_rows)
+    monkeypatch.setattr(pictures, "class_names", lambda *_: NAMES)
+    monkeypatch.chdir(tmp_path)
+    runs = all_runs(("cifar10",), ("resnet56",), ("cnn", "ic-only"))
+    work_off(runs, tmp_path, results=tmp_path / "results" / "paper", work=tmp_path / "runs" / "paper")
+    return [run.name for run in runs]
+
+
+@pytest.mark.parametrize("door", ["gallery", "grad-cam"])
+def test_the_pictures_doors(
+    door: str, two_runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = {"simple": [3, 1], "complex": [2], "only_first": [4, 7]}
+    monkeypatch.setattr(pictures, "galleries", lambda *_, limit=10: chosen)
+    plain_network, ics = two_runs
+    for run, sentence in (
+        (plain_network, f"{plain_network} has no exits; take one of: {ics}."),
+        ("nosuch", f"No run nosuch in results/paper. Runs there: {plain_network}, {ics}."),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["paper", door, run, "data"])
+        assert capsys.readouterr().err == f"sdn: {sentence}\n"
+    captions: dict[str, list[str]] = {}
+    draw = pictures.gallery
+
+    def drawing(images: Tensor, said: list[str], columns: int = 5) -> Image.Image:
+        captions["".join(map(str, range(len(captions))))] = said
+        return draw(images, said, columns)
+
+    monkeypatch.setattr(pictures, "gallery", drawing)
+    main(["paper", door, ics, "data", "--out", "out.png"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    test = ReducedTrace.load(Path("results", "paper", f"{ics}.safetensors")).part("test")
+    assert found["out"] == "out.png"
+    if door == "grad-cam":
+        assert found["rows"] == [4, 7]
+        assert captions[""][0] == "is e"
+        with Image.open("out.png") as picture:
+            assert picture.size[1] == 2 * (96 + 12 + 6) + 6
+        return
+    assert found["images"] == {"simple": 2, "complex": 1, "only_first": 2}
+    (simple, complex_, only_first) = captions.values()
+    sure = [torch.sigmoid(test.log_odds_EN[exit].float()) for exit in (0, -1)]
+    assert simple == [f"d {sure[0][3]:.2f}", f"b {sure[0][1]:.2f}"]
+    assert complex_ == [f"c {sure[1][2]:.2f}"]
+    assert only_first[1] == f"h {sure[0][7]:.2f}\nend: {NAMES[int(test.said_EN[-1, 7])]}"
+    with Image.open(Path("out.png", f"{ics}-only_first.png")) as picture:
+        assert picture.size[1] == 96 + 2 * 12 + 6 + 6, "room for two lines"
+
+
+def test_nobody_is_quite_sure(two_runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions: list[str] = []
+    monkeypatch.setattr(pictures, "gallery", lambda _, said: captions.extend(said) or Image.new("RGB", (1, 1)))
+    path = tmp_path / "results" / "paper" / f"{two_runs[1]}.safetensors"
+    reduced = ReducedTrace.load(path)
+    sure = dataclasses.replace(reduced, log_odds_EN=torch.full_like(reduced.log_odds_EN, 50.0))
+    sure.save(path)
+    pictures.draw_galleries(two_runs[1], tmp_path, results=path.parent, out=tmp_path / "out")
+    assert captions
+    assert all(" 0.99" in caption for caption in captions)

@@ -70,7 +70,7 @@ def draw_galleries(name: str, data_dir: Path, *, results: Path, out: Path) -> di
     for kind, rows in found.items():
         exit = -1 if kind == "complex" else 0
         sure_N = torch.sigmoid(test.log_odds_EN[exit].float())
-        captions = [f"{names[int(test.labels_N[row])]} {_share(float(sure_N[row]))}" for row in rows]
+        captions = [f"{names[int(test.labels_N[row])]} {min(float(sure_N[row]), 0.99):.2f}" for row in rows]
         if kind == "only_first":
             ends = [names[int(test.said_EN[-1, row])] for row in rows]
             captions = [f"{caption}\nend: {end}" for caption, end in zip(captions, ends, strict=True)]
@@ -115,11 +115,6 @@ def _heated(image: Tensor, heat: Tensor) -> Tensor:
     red = torch.tensor([255.0, 60.0, 0.0]).view(3, 1, 1)
     mix = 0.65 * heat.cpu().unsqueeze(0)
     return (grey.cpu() * (1 - mix) + red * mix).round().to(torch.uint8)
-
-
-def _share(value: float) -> str:
-    """In two places, without the zero before the point; 1 is not said of what is less."""
-    return f"{min(value, 0.99):.2f}".removeprefix("0")
 
 
 def _picture(image: Tensor) -> Image.Image:
