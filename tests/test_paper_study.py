@@ -197,14 +197,21 @@ def test_the_authors_starting_weights() -> None:
 # ---------------------------------------------------------------- pictures and the backdoor
 
 
-def test_pictures_of_a_run(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def two_runs(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of a plain network and its ICs, made where the doors look for them."""
     monkeypatch.setattr(pictures, "read_rows", study.read_rows)
     monkeypatch.setattr(pictures, "class_names", lambda *_: NAMES)
+    monkeypatch.chdir(tmp_path)
     runs = all_runs(("cifar10",), ("resnet56",), ("cnn", "ic-only"))
-    work_off(runs, tmp_path, results=tmp_path / "results", work=tmp_path / "work")
-    name = runs[1].name
-    drawn = pictures.draw_galleries(name, tmp_path, results=tmp_path / "results", out=tmp_path / "out")
-    found = galleries(ReducedTrace.load(tmp_path / "results" / f"{name}.safetensors"))
+    work_off(runs, tmp_path, results=tmp_path / "results" / "paper", work=tmp_path / "runs" / "paper")
+    return [run.name for run in runs]
+
+
+def test_pictures_of_a_run(two_runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, results = two_runs[1], tmp_path / "results" / "paper"
+    drawn = pictures.draw_galleries(name, tmp_path, results=results, out=tmp_path / "out")
+    found = galleries(ReducedTrace.load(results / f"{name}.safetensors"))
     assert drawn["images"] == {kind: len(rows) for kind, rows in found.items()}
     for kind, rows in found.items():
         assert (tmp_path / "out" / f"{name}-{kind}.png").exists() is bool(rows)
@@ -223,21 +230,6 @@ def test_pictures_of_a_run(small: None, tmp_path: Path, monkeypatch: pytest.Monk
     assert red[1][1] > 60 > 5 > red[1][0], "and the last one's in its own"
     assert sheet.size == (3 * (96 + 6) + 6, 4 * (96 + 12 + 6) + 6)
     assert np.asarray(sheet)[8, 8].tolist() == images[0, :, 0, 0].tolist(), "the image itself comes first"
-
-
-def test_looks_of_a_run_whose_weights_are_there(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "read_rows", study.read_rows)
-    monkeypatch.setattr(pictures, "class_names", lambda *_: NAMES)
-    monkeypatch.setattr(pictures, "galleries", lambda *_, limit: {"only_first": [3, 1][:limit]})
-    runs = all_runs(("cifar10",), ("resnet56",), ("cnn", "ic-only"))
-    work_off(runs, tmp_path, results=tmp_path / "results", work=tmp_path / "work")
-    where = {"results": tmp_path / "results", "work": tmp_path / "work", "out": tmp_path / "looks.png"}
-    assert pictures.draw_looks(runs[1].name, tmp_path, **where)["rows"] == [3, 1]
-    with Image.open(tmp_path / "looks.png") as picture:
-        assert picture.size[1] == 2 * (96 + 12 + 6) + 6
-    monkeypatch.setattr(pictures, "galleries", lambda *_, limit: {"only_first": []})
-    with pytest.raises(DataError, match="first exit alone"):
-        pictures.draw_looks(runs[1].name, tmp_path, **where)
 
 
 def test_the_trigger_is_a_white_square_and_changes_nothing_else() -> None:
@@ -320,17 +312,16 @@ def test_a_line_is_of_one_network_and_its_epochs() -> None:
     assert {victim for victim, _, _ in points} == {"vgg16, 5 epochs", "vgg16, 25 epochs", "mobilenet, 5 epochs"}
 
 
-def test_a_victim_of_other_epochs_is_made_again(victims: None, tmp_path: Path) -> None:
-    where: Any = {"results": tmp_path / "r", "work": tmp_path / "w"}
+def test_a_victim_of_other_epochs_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(backdoor, "backdoor", lambda victim, *_, **__: made.append(victim.name) or {"seed": 1})
     victim = Victim(rate=0.2, network="resnet56")
-    assert backdoor.work_off([victim], tmp_path, **where)["victims"][0]["epochs"] == 2
-    path = tmp_path / "r" / f"{victim.name}.json"
-    written = json.loads(path.read_text())
-    path.write_text(json.dumps(written | {"seed": 77}))
-    assert backdoor.work_off([victim], tmp_path, **where)["victims"][0]["seed"] == 77, "what is there is read"
-    path.write_text(json.dumps(written | {"epochs": 1}))
-    assert backdoor.work_off([victim], tmp_path, **where)["victims"][0]["epochs"] == 2
-    assert json.loads(path.read_text())["epochs"] == 2
+    path = tmp_path / f"{victim.name}.json"
+    where: Any = {"results": tmp_path, "work": tmp_path}
+    for epochs, seed, calls in ((victim.how.epochs, 77, 0), (victim.how.epochs - 1, 1, 1)):
+        path.write_text(json.dumps({"epochs": epochs, "seed": 77}))
+        report = backdoor.work_off([victim], tmp_path, **where)
+        assert (report["victims"][0]["seed"], report["open"], len(made)) == (seed, [], calls)
 
 
 # ---------------------------------------------------------------- the doors
@@ -360,70 +351,52 @@ def test_the_backdoors_door_goes_on_and_shows_what_is_finished(
     lines, result = said("--rates", ".1", ".2", "--minutes", "0")
     assert result["open"] == [names[1]], "no time to begin, but what is finished is shown"
     assert [one["poisoning_rate"] for one in result["victims"]] == [0.2]
-    assert any(line.startswith("0.2 ") for line in lines)
+    assert any(line.startswith("resnet56") and "0.2" in line for line in lines)
     assert "trigger works" in (tmp_path / "b.svg").read_text()
 
 
-@pytest.fixture
-def two_runs(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of a plain network and its ICs, made; words for the doors."""
-    monkeypatch.setattr(pictures, "read_rows", study.read_rows)
-    monkeypatch.setattr(pictures, "class_names", lambda *_: NAMES)
-    monkeypatch.chdir(tmp_path)
-    runs = all_runs(("cifar10",), ("resnet56",), ("cnn", "ic-only"))
-    work_off(runs, tmp_path, results=tmp_path / "results" / "paper", work=tmp_path / "runs" / "paper")
-    return [run.name for run in runs]
-
-
-@pytest.mark.parametrize("door", ["gallery", "grad-cam"])
 def test_the_pictures_doors(
-    door: str, two_runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    two_runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    network, ics = two_runs
+    path = Path("results", "paper", f"{ics}.safetensors")
+    reduced = ReducedTrace.load(path)
+    reduced.log_odds_EN[0, reduced.held_out + 3] = 50.0
+    reduced.save(path)
+    test = reduced.part("test")
     chosen = {"simple": [3, 1], "complex": [2], "only_first": [4, 7]}
     monkeypatch.setattr(pictures, "galleries", lambda *_, limit=10: chosen)
-    plain_network, ics = two_runs
-    for run, sentence in (
-        (plain_network, f"{plain_network} has no exits; take one of: {ics}."),
-        ("nosuch", f"No run nosuch in results/paper. Runs there: {plain_network}, {ics}."),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            main(["paper", door, run, "data"])
-        assert capsys.readouterr().err == f"sdn: {sentence}\n"
-    captions: dict[str, list[str]] = {}
+    captions: list[list[str]] = []
     draw = pictures.gallery
+    monkeypatch.setattr(
+        pictures,
+        "gallery",
+        lambda images, said, *columns, **more: captions.append(list(said)) or draw(images, said, *columns, **more),
+    )
 
-    def drawing(images: Tensor, said: list[str], columns: int = 5) -> Image.Image:
-        captions["".join(map(str, range(len(captions))))] = said
-        return draw(images, said, columns)
+    def sentence(*words: str) -> str:
+        with pytest.raises(SystemExit, match="2"):
+            main(["paper", *words])
+        return capsys.readouterr().err
 
-    monkeypatch.setattr(pictures, "gallery", drawing)
-    main(["paper", door, ics, "data", "--out", "out.png"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    test = ReducedTrace.load(Path("results", "paper", f"{ics}.safetensors")).part("test")
-    assert found["out"] == "out.png"
-    if door == "grad-cam":
-        assert found["rows"] == [4, 7]
-        assert captions[""][0] == "is e"
-        with Image.open("out.png") as picture:
-            assert picture.size[1] == 2 * (96 + 12 + 6) + 6
-        return
-    assert found["images"] == {"simple": 2, "complex": 1, "only_first": 2}
-    (simple, complex_, only_first) = captions.values()
-    sure = [torch.sigmoid(test.log_odds_EN[exit].float()) for exit in (0, -1)]
-    assert simple == [f"d {sure[0][3]:.2f}", f"b {sure[0][1]:.2f}"]
-    assert complex_ == [f"c {sure[1][2]:.2f}"]
-    assert only_first[1] == f"h {sure[0][7]:.2f}\nend: {NAMES[int(test.said_EN[-1, 7])]}"
-    with Image.open(Path("out.png", f"{ics}-only_first.png")) as picture:
+    for door in ("gallery", "grad-cam"):
+        assert sentence(door, network, "data") == f"sdn: {network} has no exits; take one of: {ics}.\n"
+        there = f"No run nosuch in results/paper. Runs there: {network}, {ics}."
+        assert sentence(door, "nosuch", "data") == f"sdn: {there}\n"
+    main(["paper", "gallery", ics, "data", "--out", "out"])
+    assert json.loads(capsys.readouterr().out)["images"] == {"simple": 2, "complex": 1, "only_first": 2}
+    first, last = (torch.sigmoid(test.log_odds_EN[exit].float()) for exit in (0, -1))
+    assert captions == [
+        ["d 0.99", f"b {first[1]:.2f}"],
+        [f"c {last[2]:.2f}"],
+        [f"{NAMES[row]} {first[row]:.2f}\nend: {NAMES[int(test.said_EN[-1, row])]}" for row in (4, 7)],
+    ], "nobody is quite sure; where only the first exit is right, the end is heard, too"
+    with Image.open(Path("out", f"{ics}-only_first.png")) as picture:
         assert picture.size[1] == 96 + 2 * 12 + 6 + 6, "room for two lines"
-
-
-def test_nobody_is_quite_sure(two_runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    captions: list[str] = []
-    monkeypatch.setattr(pictures, "gallery", lambda _, said: captions.extend(said) or Image.new("RGB", (1, 1)))
-    path = tmp_path / "results" / "paper" / f"{two_runs[1]}.safetensors"
-    reduced = ReducedTrace.load(path)
-    sure = dataclasses.replace(reduced, log_odds_EN=torch.full_like(reduced.log_odds_EN, 50.0))
-    sure.save(path)
-    pictures.draw_galleries(two_runs[1], tmp_path, results=path.parent, out=tmp_path / "out")
-    assert captions
-    assert all(" 0.99" in caption for caption in captions)
+    main(["paper", "grad-cam", ics, "data", "--out", "looks.png"])
+    assert json.loads(capsys.readouterr().out) == {"rows": [4, 7], "out": "looks.png"}
+    assert captions[3][0] == "is e"
+    with Image.open("looks.png") as picture:
+        assert picture.size[1] == 2 * (96 + 12 + 6) + 6
+    chosen["only_first"] = []
+    assert "first exit alone" in sentence("grad-cam", ics, "data")

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from shallowdeep.paper.recipes import Recipe, fresh_network, make_recipe, train
 from shallowdeep.paper.records import GRID
 from shallowdeep.policies import Confidence
 from shallowdeep.runs import describe_device, plain, versions
-from shallowdeep.types import Trace, table
+from shallowdeep.types import Trace
 from shallowdeep.walking import simulate
 
 CORNER, SIDE, TARGET = 26, 5, 5
@@ -138,7 +138,7 @@ def backdoor(victim: Victim, data_dir: Path, *, results: Path, work: Path) -> di
         collect(sdn, test),
         collect(sdn, (stamped(test[0]), test[1])),
     )
-    record = {
+    about = {
         "dataset": "cifar10",
         "network": victim.network,
         "regime": "backdoor",
@@ -152,21 +152,10 @@ def backdoor(victim: Victim, data_dir: Path, *, results: Path, work: Path) -> di
         "precision": precision,
         "versions": versions(),
         "seconds": sum(map(seconds_of, folders)),
-        **found,
     }
-    write_text(results / f"{victim.name}.json", json.dumps(plain(record), indent=1) + "\n")
+    record: dict[str, Any] = plain(about | found)
+    write_text(results / f"{victim.name}.json", json.dumps(record, indent=1) + "\n")
     return record
-
-
-def victim_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """A line per victim: what its trigger does, what early exits win back, how well confusion sees it."""
-    head = ("poisoned", "attack works", "triggered: full", "early exits", "paper's way", "AUROC of confusion")
-    rows: list[tuple[str, ...]] = [head]
-    for one in records:
-        shares = (one["attack_success"], one["accuracy_triggered"], one["early_exits"]["accuracy_triggered"])
-        cells = [f"{100 * share:.1f}" for share in (*shares, one["paper"]["accuracy_triggered"])]
-        rows.append((f"{one['poisoning_rate']:g}", *cells, f"{one['detection']['auroc']:.3f}"))
-    return table(rows)
 
 
 def judge(held_out: Trace, clean: Trace, triggered: Trace) -> dict[str, Any]:

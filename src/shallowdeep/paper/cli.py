@@ -238,11 +238,13 @@ def backdoor(
         SVG file to write the figure to.
     """
     from shallowdeep.paper import figures
-    from shallowdeep.paper.backdoor import Victim, victim_table, work_off
+    from shallowdeep.paper.backdoor import Victim, work_off
+    from shallowdeep.paper.tables import backdoor_rows
+    from shallowdeep.types import table
 
     victims = [Victim(rate=rate, network=network, epochs=epochs) for rate in rates]
     report = work_off(victims, data_dir, results=results, work=work, minutes=minutes)
-    print(victim_table(report["victims"]))
+    print(table(backdoor_rows(report["victims"])))
     print(f"open: {', '.join(report['open']) or 'none'}")
     if out is not None and report["victims"]:
         figures.save_figure(figures.backdoor_figure(report["victims"], "BadNets"), out)

@@ -29,7 +29,7 @@ SCALE, GAP, TEXT = 3, 6, 12
 def gallery(images: Tensor, captions: Sequence[str], columns: int = 5) -> Image.Image:
     """Images uint8 [N, 3, H, W] in a grid, threefold enlarged, each with its caption of one or more lines below."""
     side = images.shape[2] * SCALE
-    cell = side + TEXT * max(len(caption.splitlines()) for caption in captions) + GAP
+    cell = side + TEXT * max((len(caption.splitlines()) for caption in captions), default=1) + GAP
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (side + GAP) + GAP, rows * cell + GAP), "white")
     pen = ImageDraw.Draw(sheet)
