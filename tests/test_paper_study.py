@@ -381,8 +381,10 @@ def test_the_pictures_doors(
 
     for door in ("gallery", "grad-cam"):
         assert sentence(door, network, "data") == f"sdn: {network} has no exits; take one of: {ics}.\n"
-        there = f"No run nosuch in results/paper. Runs there: {network}, {ics}."
-        assert sentence(door, "nosuch", "data") == f"sdn: {there}\n"
+        refusal = sentence(door, "nosuch", "data")
+        assert refusal.startswith("sdn: No run nosuch in results/paper. Runs there: ")
+        assert network in refusal
+        assert ics in refusal
     main(["paper", "gallery", ics, "data", "--out", "out"])
     assert json.loads(capsys.readouterr().out)["images"] == {"simple": 2, "complex": 1, "only_first": 2}
     first, last = (torch.sigmoid(test.log_odds_EN[exit].float()) for exit in (0, -1))

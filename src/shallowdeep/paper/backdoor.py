@@ -124,6 +124,7 @@ def backdoor(victim: Victim, data_dir: Path, *, results: Path, work: Path) -> di
     chosen, how, seed = study_set("cifar10"), victim.how, victim.seed
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, labels_N = (part.to(device) for part in read_rows("cifar10", data_dir, "train"))
+    test = read_rows("cifar10", data_dir, "test")  # now: damaged files are found before hours of training
     kept, held = split_rows(labels_N.cpu())
     clean = images[kept.to(device)], labels_N[kept.to(device)]
     network = fresh_network(victim.network, chosen, seed).to(device)
@@ -132,7 +133,6 @@ def backdoor(victim: Victim, data_dir: Path, *, results: Path, work: Path) -> di
     _, precision = train("cnn", how, victim.network, chosen, spoiled, start=network, folder=folders[0], seed=seed)
     sdn, _ = train("ic-only", how, victim.network, chosen, clean, start=network, folder=folders[1], seed=seed)
     assert isinstance(sdn, ShallowDeepNetwork)
-    test = read_rows("cifar10", data_dir, "test")
     found = judge(
         collect(sdn, (images[held.to(device)], labels_N[held.to(device)])),
         collect(sdn, test),

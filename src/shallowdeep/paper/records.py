@@ -7,6 +7,7 @@ finding need: per exit its answer, how sure it is and its entropy; of the last e
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 from dataclasses import dataclass
@@ -122,14 +123,6 @@ class ReducedTrace:
         )
 
 
-def find_run(results: Path, run: str) -> Path:
-    """Where the record of ``run`` lies, without its ending. Raises ``DataError`` that names the runs there are."""
-    if not (results / f"{run}.safetensors").is_file():
-        there = ", ".join(sorted(path.stem for path in results.glob("*.safetensors"))) or "none"
-        raise DataError(f"No run {run} in {results}. Runs there: {there}.")
-    return results / run
-
-
 def reduce_traces(held_out: Trace | None, test: Trace) -> ReducedTrace:
     """The reduced trace of held-out rows (if any) and test rows."""
     parts = [trace for trace in (held_out, test) if trace is not None]
@@ -194,6 +187,15 @@ def figures(reduced: ReducedTrace, cnn: ReducedTrace | None = None) -> dict[str,
     if not reduced.held_out:
         return {**dict.fromkeys(paper, NOT_AVAILABLE), "paper": paper}
     return {**same, **_chosen(reduced.part("held_out").trace(), trace, cnn), "paper": paper}
+
+
+def find_run(results: Path, run: str) -> Path:
+    """The stem ``results / run`` of a run's two files. Raises ``DataError`` that names the nearest runs there."""
+    if not (results / f"{run}.safetensors").is_file():
+        there = sorted(path.stem for path in results.glob("*.safetensors"))
+        nearest = difflib.get_close_matches(run, there, n=8, cutoff=0)
+        raise DataError(f"No run {run} in {results}. Runs there: {', '.join(nearest) or 'none'}.")
+    return results / run
 
 
 def _unchosen(test: ReducedTrace, trace: Trace) -> dict[str, Any]:
