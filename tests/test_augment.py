@@ -29,8 +29,9 @@ def slow(images: Tensor, generator: torch.Generator, padding: int, mirror: bool,
 
 @pytest.mark.parametrize(("padding", "mirror"), [(4, True), (2, False), (0, True), (9, True)])
 @pytest.mark.parametrize("fill", [(), (-1.5, 0.25, 3.0)])
-def test_every_image_has_its_own_draw(padding: int, mirror: bool, fill: tuple[float, ...]) -> None:
-    images = torch.randn(40, 3, 7, 5, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_image_has_its_own_draw(padding: int, mirror: bool, fill: tuple[float, ...], dtype: torch.dtype) -> None:
+    images = torch.randn(40, 3, 7, 5, generator=torch.Generator().manual_seed(1)).to(dtype)
     found = FlipCrop(padding=padding, mirror=mirror, fill=fill)(images, torch.Generator().manual_seed(2))
     torch.testing.assert_close(found, slow(images, torch.Generator().manual_seed(2), padding, mirror, fill))
 
@@ -51,6 +52,16 @@ def test_the_generator_says_everything() -> None:
     kept = images.clone()
     FlipCrop()(images, torch.Generator().manual_seed(0))
     assert torch.equal(images, kept)
+
+
+def test_strides_and_gradients_are_the_callers_own() -> None:
+    images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = slow(images, torch.Generator().manual_seed(2), 4, True, ())
+    for odd in (images.to(memory_format=torch.channels_last), images.clone().requires_grad_()):
+        found = FlipCrop()(odd, torch.Generator().manual_seed(2))
+        torch.testing.assert_close(found.detach(), expected)
+    found.sum().backward()
+    assert 0 < float(odd.grad.sum()) < images.numel()  # type: ignore[union-attr]
 
 
 def test_bytes_and_empty_batches() -> None:

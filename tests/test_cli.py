@@ -252,6 +252,28 @@ def test_a_policy_of_another_network_is_named(
         sentence = refused(capsys, *verb, "--sdn", "one/train", "--policy", "two/calibrate")
         assert "two/calibrate is of another network" in sentence
         assert "sdn calibrate" in sentence
+    for sentence, *words in (
+        ("one/plan is a folder of `sdn plan`: give one of `sdn train`.", "collect", photos, "--sdn", "one/plan"),
+        ("give one of `sdn plan`", "train", photos, "--plan", "two/calibrate"),
+        ("collected from another network than one/train", "tune", "--sdn", "one/train", "--trace", "two/collect"),
+        (
+            "two/collect/run.json holds no policy",
+            "evaluate",
+            "--policy",
+            "two/collect/run.json",
+            "--trace",
+            "two/collect",
+        ),
+        ("No file tune/policy.json: sdn tune writes one", "evaluate", "--policy", "tune", "--trace", "two/collect"),
+    ):
+        assert sentence in refused(capsys, *words)
+    policy = json.loads((tmp_path / "two/calibrate/policy.json").read_text())
+    assert len(policy["calibrated_on"]["exit_names"]) == 3
+    policy["calibrated_on"]["exit_names"][1] = "layer9"
+    write_text(tmp_path / "other/policy.json", json.dumps(policy))
+    said = refused(capsys, "evaluate", "--policy", "other", "--trace", "two/collect/trace.safetensors")
+    assert "calibrated for the exits" in said
+    assert "layer9" in said
 
 
 HEAVY = ("torch", "numpy", "scipy", "sklearn", "safetensors", "lightning_fabric", "markdown_it", "pygments")

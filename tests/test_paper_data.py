@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
 import tarfile
 import threading
@@ -19,9 +20,10 @@ import pytest
 import torch
 from PIL import Image
 
+from shallowdeep.cli import main
 from shallowdeep.files import FormatError
 from shallowdeep.paper import downloads
-from shallowdeep.paper.datasets import DATASETS, read_rows, read_tiny, split_rows, study_set
+from shallowdeep.paper.datasets import DATASETS, class_names, read_rows, read_tiny, split_rows, study_set
 from shallowdeep.types import DataError
 
 # ---------------------------------------------------------------- splits
@@ -75,6 +77,7 @@ def miniature(root: Path, images: int = 3) -> Path:
         lines.append(f"val_{i}.JPEG\t{wnid}\t0\t0\t62\t62")
     (folder / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
     (folder / "wnids.txt").write_text("\n".join(wnids) + "\n")
+    (folder / "words.txt").write_text("n02\tdog, domestic dog\nn01\tgoldfish\nn77\tno class of it\n")
     return folder
 
 
@@ -87,6 +90,12 @@ def test_tiny_imagenet_in_its_official_layout(tmp_path: Path) -> None:
     images, labels = read_rows("tinyimagenet", tmp_path, "test")
     assert labels.tolist() == [1, 0]
     assert float(images[1].double().mean()) == pytest.approx(100, abs=2)
+
+
+def test_classes_have_names(tmp_path: Path, cifar10: Path) -> None:
+    miniature(tmp_path)
+    assert class_names("tinyimagenet", tmp_path) == ("goldfish", "dog", "n03"), "in the order of the labels"
+    assert class_names("cifar10", cifar10.parent)[5] == "dog"
 
 
 def test_a_damaged_tiny_imagenet_is_named(tmp_path: Path) -> None:
@@ -112,9 +121,10 @@ def test_a_damaged_tiny_imagenet_is_named(tmp_path: Path) -> None:
 
 
 class Server(BaseHTTPRequestHandler):
-    """Sends one file, honours ranges, and hangs up after ``cut`` bytes while there are ``cuts`` left."""
+    """Sends one file, honours ranges, and hangs up after ``cut`` bytes while there are ``cuts`` left; or ``raw``."""
 
     content: ClassVar[bytes] = b""
+    raw: ClassVar[bytes] = b""
     cut: ClassVar[int] = 0
     cuts: ClassVar[int] = 0
     asked: ClassVar[list[str | None]] = []
@@ -122,6 +132,9 @@ class Server(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         wanted = self.headers.get("Range")
         Server.asked.append(wanted)
+        if Server.raw:
+            self.wfile.write(Server.raw)
+            return
         start = int(re.findall(r"\d+", wanted)[0]) if wanted else 0
         if start >= len(self.content):
             self.send_error(416)
@@ -141,7 +154,7 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    Server.asked, Server.cuts = [], 0
+    Server.asked, Server.cuts, Server.raw = [], 0, b""
     running = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     thread = threading.Thread(target=running.serve_forever, daemon=True)
     thread.start()
@@ -231,19 +244,54 @@ def test_a_bomb_is_refused(server: str, tmp_path: Path, monkeypatch: pytest.Monk
         fetch(tmp_path, address=server, md5=md5(Server.content))
 
 
-def test_a_full_disk_while_fetching_is_said(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full:
-        name = "x.partial"
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"what is this\r\n\r\n", "BadStatusLine.*what is this"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nabc", "IncompleteRead"),
+        (b"HTTP/1.1 404 Gone fishing\r\n\r\n", r"answers 404 Gone fishing; fetch it yourself to .*archive\.tar\.gz"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nabc", "has the md5"),
+    ],
+)
+def test_a_server_that_talks_nonsense_is_one_sentence(server: str, tmp_path: Path, raw: bytes, said: str) -> None:
+    Server.raw = raw
+    with pytest.raises(DataError, match=said):
+        fetch(tmp_path, address=server, md5="")
+    assert not (tmp_path / "archive.tar.gz").exists()
 
-        def write(self, _: bytes) -> None:
-            raise OSError(28, "No space left on device")
 
-    with pytest.raises(DataError, match=r"No space left on device.*make room"):
-        downloads._write(Full(), b"1")  # type: ignore[arg-type]
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+@pytest.mark.parametrize("size", [100, 5 << 20])
+def test_a_full_disk_while_fetching_is_said(server: str, tmp_path: Path, size: int) -> None:
+    """The first bytes fail where they are flushed, many where they are written."""
+    Server.content = bytes(size)
+    (tmp_path / "archive.tar.gz.partial").symlink_to("/dev/full")
+    with pytest.raises(DataError, match=r"archive\.tar\.gz\.partial cannot be written: no space left on device"):
+        fetch(tmp_path, address=server, md5="")
+
+
+def test_a_folder_that_may_not_be_written_is_said(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    Server.content = b"x"
+    monkeypatch.setattr(downloads.Path, "open", refused)
+    with pytest.raises(DataError, match=r"archive\.tar\.gz\.partial cannot be written: permission denied"):
+        fetch(tmp_path, address=server, md5="")
+
+
+def test_an_archive_fetched_by_hand_is_taken_and_never_deleted(server: str, tmp_path: Path) -> None:
+    archive = tmp_path / "archive.tar.gz"
+    archive.write_bytes(tarred(GOOD))
+    with pytest.raises(DataError, match=r"archive\.tar\.gz has the md5 .*, expected 0123; move it away"):
+        fetch(tmp_path, address=server, md5="0123")
+    assert archive.read_bytes() == tarred(GOOD)
+    assert fetch(tmp_path, address=server, md5=md5(tarred(GOOD))).is_dir()
+    assert Server.asked == []
 
 
 def test_offline_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be reached"):
+    with pytest.raises(DataError, match="cannot be fetched"):
         fetch(tmp_path, address="http://127.0.0.1:9/x.tar.gz", md5="")
 
 
@@ -261,5 +309,62 @@ def test_what_is_there_and_what_is_missing(tmp_path: Path, monkeypatch: pytest.M
     assert downloads.look(tmp_path, ["tinyimagenet"])[0].state == "whole"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("wnids.txt", None, "wnids.txt is missing or empty"),
+        ("words.txt", b"", "words.txt is missing or empty"),
+        ("val/val_annotations.txt", b"", "val/val_annotations.txt is missing or empty"),
+        ("train/n02/images/n02_1.JPEG", b"", "train/n02/images/n02_1.JPEG is not a JPEG"),
+        ("val/images/val_1.JPEG", b"junk", "val/images/val_1.JPEG is not a JPEG"),
+    ],
+)
+def test_tiny_imagenet_is_more_than_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes | None, said: str
+) -> None:
+    monkeypatch.setattr(downloads, "TINY_IMAGES", {"train": 9, "val": 2})
+    path = miniature(tmp_path) / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert downloads.look(tmp_path, ["tinyimagenet"])[0].state == said
+
+
 def test_official_files_are_whole(cifar10: Path) -> None:
     assert downloads.look(cifar10.parent, ["cifar10"])[0].state == "whole"
+
+
+# ---------------------------------------------------------------- the door: sdn paper data
+
+
+def test_the_door_says_what_to_do_in_each_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(downloads, "TINY_IMAGES", {"train": 9, "val": 2})
+    miniature(tmp_path)
+    (tmp_path / "cifar-100-python").mkdir()
+    main(["paper", "data", str(tmp_path)])
+    *lines, last = capsys.readouterr().out.splitlines()
+    advice = {line.split(":")[0]: line.rsplit("); ", 1)[1] for line in lines if "(md5" in line}
+    assert advice == {
+        "cifar10": "fetch it with --download",
+        "cifar100": f"move {tmp_path / 'cifar-100-python'} away, then fetch it with --download",
+    }
+    state = json.loads(last)["state"]
+    assert (state["cifar10"], state["tinyimagenet"]) == ("missing", "whole")
+    with pytest.raises(SystemExit, match="2"):
+        main(["paper", "data", str(tmp_path), "--download", "--datasets", "cifar100"])
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_the_door_refuses_a_name_before_it_fetches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr(downloads, "fetch", lambda name, _: fetched.append(name))
+    with pytest.raises(SystemExit, match="2"):
+        main(["paper", "data", str(tmp_path), "--download", "--datasets", "cifar10", "nosuch"])
+    assert "No data set 'nosuch' in the study. Data sets: cifar10" in capsys.readouterr().err
+    assert fetched == []
+    main(["paper", "data", str(tmp_path), "--download", "--datasets", "cifar10", "tinyimagenet"])
+    assert fetched == ["cifar10", "tinyimagenet"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from shallowdeep.files import FormatError, write_tensors
 from shallowdeep.finding import error_auroc
 from shallowdeep.paper import study, tables
 from shallowdeep.paper.experiments import early_exits, error_alarms, galleries, overthinking_by_exit
-from shallowdeep.paper.records import GRID, ReducedTrace, figures, find_run, read_record, reduce_traces
+from shallowdeep.paper.records import GRID, VICTIM, ReducedTrace, figures, find_run, read_record, reduce_traces
 from shallowdeep.policies import Confidence
 from shallowdeep.runs import plain
 from shallowdeep.types import DataError, Trace
@@ -225,17 +226,24 @@ def write(folder: Path, run: str, reduced: ReducedTrace, cnn: ReducedTrace | Non
 def test_tables_and_figures_from_the_folder_alone(traces: tuple[Trace, Trace], tmp_path: Path) -> None:
     write(tmp_path, "cifar10-resnet56-cnn-fast", reduce_traces(*alone(3, *traces)))
     write(tmp_path, "cifar10-resnet56-ic-only-fast", reduce_traces(*traces))
+    shares = {"accuracy_clean": 0.9, "attack_success": 0.8, "accuracy_triggered": 0.2}
+    victim = dict.fromkeys(VICTIM, 0) | shares | {"dataset": "cifar10", "network": "vgg16", "regime": "backdoor"}
+    victim |= {"recipe": "fast", "epochs": 5, "poisoning_rate": 0.1, "detection": {"auroc": 1}}
+    victim |= {"training_rows": 45000, "device": "a test", "early_exits": shares, "paper": shares}
+    (tmp_path / "cifar10-vgg16-backdoor-fast-rate0.1.json").write_text(json.dumps(victim))
     text = tables.make_tables(tmp_path, tmp_path / "out")
     assert "| fast, 3 after 9 epochs, 45,000 rows, a test |" in text
     full = float((traces[1].logits_ENC[-1].argmax(1) == traces[1].labels_N).double().mean())
     assert f"| CNN accuracy | 92.0 (aim) | {100 * full:.1f} | {100 * (full - 0.92):+.1f}" in text
-    lines = [line for line in text.splitlines() if line.startswith("| cifar10-resnet56")]
-    assert all(line.endswith("epochs, 45,000 rows, a test |") for line in lines), "every row says how"
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.endswith(" how |")]
+    assert all(re.search(r"\| fast, .* epochs, 45,000 rows, a test \|$", row) for row in rows), "every row says how"
+    assert sum("0.1" in row and "vgg16" in row for row in rows) == 2
     assert "| cost at equal accuracy, clean | 50.0 | 71.2 | +21.2 (above) |" in text, "a shortfall is marked"
     figures_made = sorted(path.name for path in (tmp_path / "out").glob("*.svg"))
     kinds = ("confusion", "early-exits", "overthinking")
-    assert figures_made == [f"cifar10-resnet56-ic-only-fast-{kind}.svg" for kind in kinds], "none for a plain network"
-    assert "right at some exit so far" in (tmp_path / "out" / figures_made[2]).read_text()
+    expected = ["backdoor.svg", *(f"cifar10-resnet56-ic-only-fast-{kind}.svg" for kind in kinds)]
+    assert figures_made == expected, "none for a plain network"
+    assert "right at some exit so far" in (tmp_path / "out" / figures_made[3]).read_text()
 
 
 def test_early_exits_are_compared_with_the_plain_network_recorded(

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,20 +15,23 @@ from PIL import Image
 from torch import Tensor
 
 import shallowdeep as sd
-from shallowdeep import cli
+from shallowdeep.checkpoints import seconds_of
+from shallowdeep.cli import main
 from shallowdeep.files import FormatError, read_tensors
 from shallowdeep.joint import Taus
 from shallowdeep.paper import backdoor, figures, pictures, recipes, study
+from shallowdeep.paper.backdoor import Victim
 from shallowdeep.paper.experiments import galleries
 from shallowdeep.paper.networks import EXITS, ResNet
 from shallowdeep.paper.recipes import make_recipe
-from shallowdeep.paper.records import FIGURES, ReducedTrace, reduce_traces
+from shallowdeep.paper.records import FIGURES, VICTIM, ReducedTrace, reduce_traces
 from shallowdeep.paper.records import RUN as RUN_FIELDS
 from shallowdeep.paper.study import StudyRun, all_runs, make, work_off
 from shallowdeep.paper.tables import backdoor_rows
 from shallowdeep.rates import stepped
 from shallowdeep.types import DataError, Trace
 
+NAMES = tuple("abcdefghij")
 RUN = StudyRun(dataset="cifar10", network="resnet56", regime="cnn", recipe="fast")
 
 
@@ -247,13 +249,13 @@ def test_the_door_of_runs(small: None, tmp_path: Path, capsys: pytest.CaptureFix
     where = ["--results", str(tmp_path / "r"), "--work", str(tmp_path / "w")]
     what = ["--datasets", "cifar10", "--networks", "resnet56", "--regimes", "cnn"]
     for state, minutes in (("open", "0"), ("done", "9"), ("before", "9")):
-        cli.main(["paper", "run", str(tmp_path), *what, *where, "--minutes", minutes])
+        main(["paper", "run", str(tmp_path), *what, *where, "--minutes", minutes])
         lines = capsys.readouterr().out.splitlines()
         report = json.loads(lines[-1])
         assert report == {"done": [], "before": [], "open": []} | {state: [RUN.name]}
         assert f"{state}: {RUN.name}" in lines
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["paper", "run", str(tmp_path), "--networks", "resnet50", *where])
+        main(["paper", "run", str(tmp_path), "--networks", "resnet50", *where])
     assert stopped.value.code == 2
     assert "Networks: vgg16, resnet56, wrn32-4, mobilenet." in capsys.readouterr().err
 
@@ -312,13 +314,21 @@ def test_the_authors_starting_weights() -> None:
 # ---------------------------------------------------------------- pictures and the backdoor
 
 
-def test_pictures_of_a_run(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def two_runs(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of a plain network and its ICs, made where the doors look for them."""
     monkeypatch.setattr(pictures, "read_rows", study.read_rows)
+    monkeypatch.setattr(pictures, "class_names", lambda *_: NAMES)
+    monkeypatch.chdir(tmp_path)
     runs = all_runs(("cifar10",), ("resnet56",), ("cnn", "ic-only"))
-    work_off(runs, tmp_path, results=tmp_path / "results", work=tmp_path / "work")
-    name = runs[1].name
-    drawn = pictures.draw_galleries(name, tmp_path, results=tmp_path / "results", out=tmp_path / "out")
-    found = galleries(ReducedTrace.load(tmp_path / "results" / f"{name}.safetensors"))
+    work_off(runs, tmp_path, results=tmp_path / "results" / "paper", work=tmp_path / "runs" / "paper")
+    return [run.name for run in runs]
+
+
+def test_pictures_of_a_run(two_runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, results = two_runs[1], tmp_path / "results" / "paper"
+    drawn = pictures.draw_galleries(name, tmp_path, results=results, out=tmp_path / "out")
+    found = galleries(ReducedTrace.load(results / f"{name}.safetensors"))
     assert drawn["images"] == {kind: len(rows) for kind, rows in found.items()}
     for kind, rows in found.items():
         assert (tmp_path / "out" / f"{name}-{kind}.png").exists() is bool(rows)
@@ -339,21 +349,6 @@ def test_pictures_of_a_run(small: None, tmp_path: Path, monkeypatch: pytest.Monk
     assert np.asarray(sheet)[8, 8].tolist() == images[0, :, 0, 0].tolist(), "the image itself comes first"
 
 
-def test_looks_of_a_run_whose_weights_are_there(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "read_rows", study.read_rows)
-    monkeypatch.setattr(pictures, "read_data", lambda *_, split: SimpleNamespace(class_names=tuple("abcdefghij")))
-    monkeypatch.setattr(pictures, "galleries", lambda *_, limit: {"only_first": [3, 1][:limit]})
-    runs = all_runs(("cifar10",), ("resnet56",), ("cnn", "ic-only"))
-    work_off(runs, tmp_path, results=tmp_path / "results", work=tmp_path / "work")
-    where = {"results": tmp_path / "results", "work": tmp_path / "work", "out": tmp_path / "looks.png"}
-    assert pictures.draw_looks(runs[1].name, tmp_path, **where)["rows"] == [3, 1]
-    with Image.open(tmp_path / "looks.png") as picture:
-        assert picture.size[1] == 2 * (96 + 12 + 6) + 6
-    monkeypatch.setattr(pictures, "galleries", lambda *_, limit: {"only_first": []})
-    with pytest.raises(DataError, match="first exit alone"):
-        pictures.draw_looks(runs[1].name, tmp_path, **where)
-
-
 def test_the_trigger_is_a_white_square_and_changes_nothing_else() -> None:
     images = torch.randint(0, 255, (7, 3, 32, 32), dtype=torch.uint8)
     stamped = backdoor.stamped(images)
@@ -367,8 +362,6 @@ def test_the_trigger_is_a_white_square_and_changes_nothing_else() -> None:
     assert int(touched.sum()) == 3
     assert bool((y[touched] == 5).all())
     assert torch.equal(y[~touched], labels[~touched])
-    with pytest.raises(ValueError, match=r"found 1\.5"):
-        backdoor.poisoned((images, labels), 1.5, seed=0)
 
 
 def test_a_backdoor_is_judged_by_its_definition() -> None:
@@ -388,19 +381,141 @@ def test_a_backdoor_is_judged_by_its_definition() -> None:
     assert found["detection"]["auroc"] == 1.0
 
 
-def test_a_victim_is_trained_and_written(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_victims_are_named_and_refused() -> None:
+    assert Victim(rate=0.005).name == "cifar10-vgg16-backdoor-fast-rate0.005"
+    assert Victim(rate=0.02, network="mobilenet", epochs=5).name == "cifar10-mobilenet-backdoor-fast-rate0.02-epochs5"
+    assert Victim(rate=0.1, recipe="paper", seed=3).name == "cifar10-vgg16-backdoor-paper-rate0.1-seed3"
+    for wrong, said in (
+        ({"rate": 1.5}, r"found 1\.5"),
+        ({"rate": float("nan")}, "found nan"),
+        ({"network": "lenet"}, "mobilenet"),
+        ({"recipe": "slow"}, "paper, fast"),
+        ({"epochs": 0}, "found 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Victim(**{"rate": 0.1, **wrong})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def victims(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("read_rows", "split_rows", "make_recipe"):
         monkeypatch.setattr(backdoor, name, getattr(study, name))
-    found = backdoor.backdoor(tmp_path, rate=0.2, network="resnet56", epochs=1, results=tmp_path, work=tmp_path / "w")
+
+
+def test_a_victim_is_trained_and_written(victims: None, tmp_path: Path) -> None:
+    victim = Victim(rate=0.2, network="resnet56", epochs=1)
+    found = backdoor.backdoor(victim, tmp_path, results=tmp_path, work=tmp_path / "w")
     written = json.loads((tmp_path / "cifar10-resnet56-backdoor-fast-rate0.2-epochs1.json").read_text())
     assert written["poisoning_rate"] == 0.2
-    assert written["epochs"] == 1
+    assert (written["epochs"], written["training_rows"], written["held_out_rows"]) == (1, 200, 100)
+    assert (written["precision"], written["versions"]["torch"]) == ("32-true", torch.__version__)
+    assert written["seconds"] == sum(seconds_of(tmp_path / "w" / victim.name / part) for part in ("victim", "ics"))
+    assert written["seconds"] > 0
     assert len(written["attack_success_exits"]) == 3
     assert found["accuracy_triggered"] == written["accuracy_triggered"]
     assert written["regime"] == "backdoor"
     (row,) = backdoor_rows([written])[1:]
     assert row[:2] == ("resnet56", "0.2")
-    figures.save_figure(
-        figures.backdoor_figure([written, {**written, "poisoning_rate": 0.01}], "a test"), tmp_path / "b.svg"
-    )
+
+
+def test_a_line_is_of_one_network_and_its_epochs() -> None:
+    one = {"attack_success": 0.9, "accuracy_triggered": 0.1, "poisoning_rate": 0.1, "network": "vgg16", "epochs": 5}
+    one["early_exits"] = {"accuracy_triggered": 0.8, "accuracy_clean": 0.9}
+    others = [one, one | {"poisoning_rate": 0.02}, one | {"epochs": 25}, one | {"network": "mobilenet"}]
+    drawn = figures.backdoor_figure(others, "a test").to_dict()
+    assert drawn["encoding"]["column"]["field"] == "victim"
+    points = [(row["victim"], row["what"], row["rate"]) for row in drawn["data"]["values"]]
+    assert len(points) == len(set(points)) == 16, "no line has two values at a rate"
+    assert {victim for victim, _, _ in points} == {"vgg16, 5 epochs", "vgg16, 25 epochs", "mobilenet, 5 epochs"}
+
+
+def test_a_victim_of_other_epochs_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(backdoor, "backdoor", lambda victim, *_, **__: made.append(victim.name) or {"seed": 1})
+    victim = Victim(rate=0.2, network="resnet56")
+    path = tmp_path / f"{victim.name}.json"
+    where: Any = {"results": tmp_path, "work": tmp_path}
+    for epochs, seed, calls in ((victim.how.epochs, 77, 0), (victim.how.epochs - 1, 1, 1)):
+        path.write_text(json.dumps(dict.fromkeys(VICTIM) | {"regime": "backdoor", "epochs": epochs, "seed": 77}))
+        report = backdoor.work_off([victim], tmp_path, **where)
+        assert (report["victims"][0]["seed"], report["open"], len(made)) == (seed, [], calls)
+
+
+# ---------------------------------------------------------------- the doors
+
+
+def test_the_backdoors_door_goes_on_and_shows_what_is_finished(
+    victims: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["paper", "backdoor", str(tmp_path), "--network", "resnet56", "--out", str(tmp_path / "b.svg")]
+    words += ["--results", str(tmp_path / "r"), "--work", str(tmp_path / "w")]
+    names = [f"cifar10-resnet56-backdoor-fast-rate{rate}" for rate in ("0.2", "0.1")]
+
+    def said(*more: str) -> tuple[list[str], Any]:
+        main([*words, *more])
+        *lines, last = capsys.readouterr().out.splitlines()
+        return lines, json.loads(last)
+
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--rates", ".2", "1.5"])
+    assert "0..1, found 1.5" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists(), "nothing was trained"
+    lines, result = said("--rates", ".2", ".1", "--minutes", ".001")
+    assert lines[-1] == f"open: {', '.join(names)}"
+    assert result == {"victims": [], "open": names}
+    assert not (tmp_path / "b.svg").exists()
+    said("--rates", ".2")
+    lines, result = said("--rates", ".1", ".2", "--minutes", "0")
+    assert result["open"] == [names[1]], "no time to begin, but what is finished is shown"
+    assert [one["poisoning_rate"] for one in result["victims"]] == [0.2]
+    assert any(line.startswith("resnet56") and "0.2" in line for line in lines)
     assert "trigger works" in (tmp_path / "b.svg").read_text()
+
+
+def test_the_pictures_doors(
+    two_runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network, ics = two_runs
+    path = Path("results", "paper", f"{ics}.safetensors")
+    reduced = ReducedTrace.load(path)
+    reduced.log_odds_EN[0, reduced.held_out + 3] = 50.0
+    reduced.save(path)
+    test = reduced.part("test")
+    chosen = {"simple": [3, 1], "complex": [2], "only_first": [4, 7]}
+    monkeypatch.setattr(pictures, "galleries", lambda *_, limit=10: chosen)
+    captions: list[list[str]] = []
+    draw = pictures.gallery
+    monkeypatch.setattr(
+        pictures,
+        "gallery",
+        lambda images, said, *columns, **more: captions.append(list(said)) or draw(images, said, *columns, **more),
+    )
+
+    def sentence(*words: str) -> str:
+        with pytest.raises(SystemExit, match="2"):
+            main(["paper", *words])
+        return capsys.readouterr().err
+
+    for door in ("gallery", "grad-cam"):
+        assert sentence(door, network, "data") == f"sdn: {network} has no exits; take one of: {ics}.\n"
+        refusal = sentence(door, "nosuch", "data")
+        assert refusal.startswith("sdn: No run nosuch in results/paper. Runs there: ")
+        assert network in refusal
+        assert ics in refusal
+    main(["paper", "gallery", ics, "data", "--out", "out"])
+    assert json.loads(capsys.readouterr().out)["images"] == {"simple": 2, "complex": 1, "only_first": 2}
+    first, last = (torch.sigmoid(test.log_odds_EN[exit].float()) for exit in (0, -1))
+    assert captions == [
+        ["d 0.99", f"b {first[1]:.2f}"],
+        [f"c {last[2]:.2f}"],
+        [f"{NAMES[row]} {first[row]:.2f}\nend: {NAMES[int(test.said_EN[-1, row])]}" for row in (4, 7)],
+    ], "nobody is quite sure; where only the first exit is right, the end is heard, too"
+    with Image.open(Path("out", f"{ics}-only_first.png")) as picture:
+        assert picture.size[1] == 96 + 2 * 12 + 6 + 6, "room for two lines"
+    main(["paper", "grad-cam", ics, "data", "--out", "looks.png"])
+    assert json.loads(capsys.readouterr().out) == {"rows": [4, 7], "out": "looks.png"}
+    assert captions[3][0] == "is e"
+    with Image.open("looks.png") as picture:
+        assert picture.size[1] == 2 * (96 + 12 + 6) + 6
+    chosen["only_first"] = []
+    assert "first exit alone" in sentence("grad-cam", ics, "data")

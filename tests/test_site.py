@@ -58,6 +58,14 @@ def test_every_page_has_one_title() -> None:
         assert len(re.findall(r"^# ", text, flags=re.M)) == 1, page
 
 
+def test_no_table_is_cut_in_two() -> None:
+    for page in PAGES:
+        lines = page.read_text(encoding="utf-8").splitlines()
+        for before, row, after in zip(lines, lines[1:], lines[2:], strict=False):
+            starts = row.startswith("| ") and not before.startswith("|")
+            assert not starts or after.startswith("|--"), f"{page.name}: {row[:60]} belongs to no table"
+
+
 def test_every_axis_is_in_the_glossary() -> None:
     glossary = (DOCS / "glossary.md").read_text(encoding="utf-8")
     legend = set(re.findall(r"^\| .*", glossary[glossary.index("## Axes") :], flags=re.M))

@@ -361,8 +361,15 @@ MAKERS = {
     "trace.safetensors": "collect",
     "policy.json": "calibrate",
     "alarm.json": "alarms",
+    "bench.json": "bench",
 }
 """Which verb writes what another one misses."""
+VERBS = {door.__name__.replace("_", "-") for doors in (CONVERSION, SPEED, trust_cli.DOORS, CHECKS) for door in doors}
+
+
+def _maker(missed: Path) -> str | None:
+    """The verb that writes the file: the one after which its folder is called, or the usual one."""
+    return missed.parent.name if missed.parent.name in VERBS else MAKERS.get(missed.name)
 
 
 def _say(error: Exception) -> int:
@@ -372,7 +379,7 @@ def _say(error: Exception) -> int:
         verb = " ".join(("sdn", *(error.command_chain or ())))
         sentence = sentence.rstrip("., ")
         sentence += f"{'' if sentence.endswith('?') else '.'} See {verb} --help."
-    elif isinstance(error, FileNotFoundError) and (maker := MAKERS.get(Path(str(error.filename)).name)):
+    elif isinstance(error, FileNotFoundError) and (maker := _maker(Path(str(error.filename)))):
         sentence = f"{sentence.rstrip('.')}: sdn {maker} writes one (sdn {maker} --help)."
     elif isinstance(error, OSError) and error.strerror:
         sentence = f"{error.filename or 'a file'}: {error.strerror.lower()}."

@@ -25,12 +25,12 @@ from shallowdeep.runs import plain, write_run
 from shallowdeep.runtime.backends import BackendName
 from shallowdeep.runtime.bench import bench, verdict
 from shallowdeep.runtime.engine import Engine
-from shallowdeep.spelling import from_json, to_json
+from shallowdeep.spelling import to_json
 from shallowdeep.timing import compare
 from shallowdeep.trajectory import Alarm
 from shallowdeep.tuning import machine_costs, tune
-from shallowdeep.types import Trace, table
-from shallowdeep.verbs import DataChoice, Result, load_sdn, ready
+from shallowdeep.types import table
+from shallowdeep.verbs import DataChoice, Result, check_policy, load_sdn, read_policy, read_trace, ready
 from shallowdeep.views import second_look_of, view_of
 
 EXPORT_ROWS = 1024
@@ -51,8 +51,14 @@ def tune_verb(
     anew would pay, their plan as ``plan.json``.
     """
     sdn, _ = load_sdn(sdn_dir)
-    trace = Trace.load(trace_dir / "trace.safetensors")
+    trace = read_trace(trace_dir)
     look = trace.info.get("second_look")
+    own = exits_of(sdn, second_look_of(look)).exit_names
+    if own != trace.exit_names:
+        raise ValueError(
+            f"{trace_dir} was collected from another network than {sdn_dir}: its exits are "
+            f"{', '.join(trace.exit_names)}, not {', '.join(own)}. Collect a trace of this one: sdn collect."
+        )
     costs = machine_costs(sdn, second_look=look, backend=backend, threads=threads, batch_size=batch_size)
     tuned = tune(sdn, trace, costs, max_accuracy_drop=max_accuracy_drop)
     asked = tuned.policy.asks(trace.num_exits, trace.full_exit)
@@ -224,14 +230,8 @@ def time_engine(engine: Engine, inputs: Inputs, batch_size: int, *, rounds: int,
 
 
 def _policy_for(sdn: ShallowDeepNetwork, folder: Path) -> Policy:
-    """The policy in ``folder``. Raises ``ValueError`` where it speaks of another number of exits than ``sdn`` has."""
-    policy = from_json(read_json(folder / "policy.json"))
+    """The policy in ``folder``, which must be of ``sdn``."""
+    policy = read_policy(folder)
     exits = exits_of(sdn, second_look_of(view_of(policy)))
-    try:
-        policy.asks(len(exits.exit_names), exits.full_exit)
-    except ValueError as error:
-        raise ValueError(
-            f"The policy in {folder} is of another network: {error} Calibrate one on a trace of this network: "
-            "sdn collect, then sdn calibrate."
-        ) from None
+    check_policy(policy, folder, exits.exit_names, exits.full_exit)
     return policy

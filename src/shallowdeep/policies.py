@@ -26,11 +26,12 @@ State = tuple[Tensor, ...]  # what a policy remembers of its rows, their axis fi
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRecord:
-    """Where a policy's numbers come from: the calibration rows' 64-bit hashes, sorted, JSON-able facts, and what was
-    proved, if anything.
+    """Where a policy's numbers come from: the calibration rows' 64-bit hashes, sorted, the exits they were answered at,
+    JSON-able facts, and what was proved, if anything.
     """
 
     hash_N: tuple[int, ...] = ()
+    exit_names: tuple[str, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
     certificate: Certificate | None = None
 
@@ -42,7 +43,11 @@ class CalibrationRecord:
         twice = any(asked[trace.full_exit + 1 :]) and "second_look" in trace.info
         view = {"second_look": trace.info["second_look"]} if twice else {}
         hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
-        return cls(hash_N=hash_N, info={**info, **view}, certificate=certificate)
+        return cls(hash_N=hash_N, exit_names=trace.exit_names, info={**info, **view}, certificate=certificate)
+
+    def of_others(self, exit_names: Sequence[str]) -> bool:
+        """Whether the exits known here are called otherwise than those of ``exit_names`` in the same places."""
+        return any(own != other for own, other in zip(self.exit_names, exit_names, strict=False))
 
     def seen(self, trace: Trace) -> Tensor:
         """Which rows of ``trace`` are among those (bool [N]); none where either does not know its rows' hashes."""

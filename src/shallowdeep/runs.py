@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from shallowdeep.files import read_json, write_text
+from shallowdeep.files import FormatError, read_json, write_text
 
 LIBRARIES = ("shallowdeep", "torch", "numpy", "lightning-fabric", "safetensors")
 
@@ -26,16 +26,31 @@ def write_run(folder: Path, verb: str, choices: Mapping[str, Any], results: Mapp
         "verb": verb,
         "choices": plain(choices),
         "results": plain(results),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "versions": {"python": platform.python_version(), **versions()},
         "device": describe_device(),
     }
     write_text(folder / "run.json", json.dumps(about, indent=1) + "\n")
     return {"verb": verb, "out": str(folder), **about["results"]}
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """The content of ``folder/run.json``. Raises ``FormatError``."""
-    return dict(read_json(folder / "run.json"))
+def read_run(folder: Path, verb: str) -> dict[str, Any]:
+    """The content of the ``folder/run.json`` that ``verb`` wrote. Raises ``FormatError``."""
+    found = read_json(folder / "run.json")
+    wrote = found.get("verb") if isinstance(found, dict) else None
+    if wrote != verb:
+        whose = f"a folder of `sdn {wrote}`" if wrote else "no folder of this library's"
+        raise FormatError(f"{folder} is {whose}: give one of `sdn {verb}`.")
+    return dict(found)
+
+
+def inside(path: Path, name: str) -> Path:
+    """``path`` itself if it is a file, else the file ``name`` in that folder."""
+    return path if path.is_file() else path / name
+
+
+def versions() -> dict[str, str]:
+    """The libraries on which results depend."""
+    return {name: version(name) for name in LIBRARIES}
 
 
 def describe_device() -> str:

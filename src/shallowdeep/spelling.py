@@ -103,7 +103,8 @@ def in_words(policy: Policy, exit_names: Sequence[str], full_exit: int) -> str:
 
 def record_to_json(record: CalibrationRecord) -> dict[str, Any]:
     """The record as JSON-able facts."""
-    facts: dict[str, Any] = {"hash_N": list(record.hash_N), "info": dict(record.info)}
+    facts: dict[str, Any] = {"hash_N": list(record.hash_N), "exit_names": list(record.exit_names)}
+    facts["info"] = dict(record.info)
     if record.certificate is not None:
         proved = dataclasses.asdict(record.certificate).items()
         facts["certificate"] = {name: _spelled(value) for name, value in proved}
@@ -114,7 +115,8 @@ def record_from_json(facts: Mapping[str, Any]) -> CalibrationRecord:
     """The record that ``record_to_json`` wrote."""
     proved = facts.get("certificate")
     certificate = None if proved is None else certificate_from_json(proved)
-    return CalibrationRecord(hash_N=tuple(facts["hash_N"]), info=facts["info"], certificate=certificate)
+    hash_N, exit_names = tuple(facts["hash_N"]), tuple(facts.get("exit_names", ()))
+    return CalibrationRecord(hash_N=hash_N, exit_names=exit_names, info=facts["info"], certificate=certificate)
 
 
 def _fields(kind: type[Any]) -> dict[str, dataclasses.Field[Any]]:

@@ -21,17 +21,16 @@ from shallowdeep.attacks import Attack, Pixels
 from shallowdeep.audits import Audit
 from shallowdeep.comparison import Comparison, compare
 from shallowdeep.data import Dataset
-from shallowdeep.files import FormatError, read_json, write_text
+from shallowdeep.files import FormatError, write_text
 from shallowdeep.monitor import Monitor
 from shallowdeep.paper.figures import line_figure, save_figure
 from shallowdeep.proof import prove
 from shallowdeep.reference import Reference, SeenRows, refer, seen_in
 from shallowdeep.reliability import temper
-from shallowdeep.runs import plain, read_run, write_run
-from shallowdeep.spelling import from_json
+from shallowdeep.runs import inside, plain, read_run, write_run
 from shallowdeep.tuning import MachineCosts
-from shallowdeep.types import DataError, MissingExtra, Trace
-from shallowdeep.verbs import DataChoice, halves, load_sdn, ready
+from shallowdeep.types import DataError, MissingExtra
+from shallowdeep.verbs import DataChoice, halves, load_sdn, read_policy, read_trace, ready
 from shallowdeep.walking import simulate
 
 
@@ -102,7 +101,7 @@ Result = dict[str, Any]
 
 def reliability_verb(trace_dir: Path, out: Path) -> Result:
     """ECE, Brier and likelihood of every exit before and after temperatures: writes ``reliability.json``."""
-    found = temper(Trace.load(trace_dir / "trace.safetensors"))
+    found = temper(read_trace(trace_dir))
     print(found)
     write_text(out / "reliability.json", json.dumps(plain(dataclasses.asdict(found)), indent=1) + "\n")
     result = {"exits": found.before.exit_names, "temperature": found.temperature_E}
@@ -115,9 +114,7 @@ def compare_verb(
 ) -> Result:
     """Every policy on one accuracy-cost plane: writes ``compare.json`` and, with the extra ``report``, a figure."""
     clock = None if tuned is None else _clock(tuned)
-    found = compare(
-        Trace.load(trace_dir / "trace.safetensors"), max_accuracy_drops=max_accuracy_drops, splits=splits, clock=clock
-    )
+    found = compare(read_trace(trace_dir), max_accuracy_drops=max_accuracy_drops, splits=splits, clock=clock)
     print(found)
     write_text(out / "compare.json", json.dumps(plain(dataclasses.asdict(found)), indent=1) + "\n")
     try:
@@ -146,7 +143,7 @@ def _plane(found: Comparison, what: Literal["cost", "ms"]) -> Any:
 
 def _clock(tuned: Path) -> MachineCosts:
     """The milliseconds that ``sdn tune`` measured. Raises ``FormatError`` for another folder."""
-    facts = read_run(tuned)["results"]
+    facts = read_run(tuned, "tune")["results"]
     try:
         reach_E, own_E = (torch.tensor(facts[name], dtype=torch.float64) for name in ("reach_ms", "own_ms"))
         about = {name: facts[name] for name in ("backend", "batch_size", "full_ms")}
@@ -171,19 +168,19 @@ def watch_verb(
 
     A live trace holds full answers and labels, too: all its rows are audited.
     """
-    policy = from_json(read_json(policy_dir / "policy.json"))
+    policy = read_policy(policy_dir)
     choices: Result = {"policy": policy_dir, "trace": trace_dir, "live": live_dir, "after": after}
     if after is not None:
         monitor = Monitor.load(after / "monitor.json")
     else:
         tolerated = {"alpha": alpha, "max_accuracy_drop": max_accuracy_drop, "slack": slack}
         choices |= {**tolerated, "max_disagreement": max_disagreement}
-        trace = Trace.load(trace_dir / "trace.safetensors")
+        trace = read_trace(trace_dir)
         monitor = Monitor(refer(policy, trace, max_disagreement=max_disagreement, **tolerated))
     if (live_dir / "predictions.csv").is_file():
         monitor.see(read_predictions(live_dir / "predictions.csv", monitor.reference))
     else:
-        live = Trace.load(live_dir / "trace.safetensors")
+        live = read_trace(live_dir)
         asked = policy.asks(live.num_exits, live.full_exit)
         monitor.reference.check(asked, live.confusion_reference is not None)
         outcome, full_N = simulate(policy, live), live.logits_ENC[live.full_exit].argmax(1)
@@ -216,17 +213,13 @@ def read_predictions(path: Path, reference: Reference) -> SeenRows:
 
 def prove_verb(trace: Path, out: Path, *, draws: int, processes: int, minutes: float) -> dict[str, Any]:
     """How often certificates from draws of a trace are wrong: writes ``proof.json``; resumes by itself."""
-    file = trace / "trace.safetensors" if trace.is_dir() else trace
-    found = prove(file, out, draws=draws, processes=processes, minutes=minutes)
+    found = prove(inside(trace, "trace.safetensors"), out, draws=draws, processes=processes, minutes=minutes)
     print(found["verdict"])
     choices = {"trace": trace, "draws": draws, "processes": processes, "minutes": minutes}
     write_run(out, "prove-guarantee", choices, found)
     broken = sum(not cell["holds"] for one in found["populations"].values() for cell in one["cells"])
     last = found["verdict"].rpartition("\n")[2]
     return dict(plain({"verb": "prove-guarantee", "out": out, "broken": broken, "verdict": last}))
-
-
-TRACE = "trace.safetensors"
 
 
 def alarms_verb(
@@ -241,9 +234,9 @@ def alarms_verb(
     """How well scores find wrong answers, or the rows of another trace: writes ``alarms.json``; and the alarm itself,
     with a threshold where ``max_error`` is given: ``alarm.json``.
     """
-    trace = Trace.load(trace_dir / TRACE)
-    policy = None if policy_dir is None else from_json(read_json(policy_dir / "policy.json"))
-    found = alarms(trace, policy, against=None if against is None else Trace.load(against / TRACE))
+    trace = read_trace(trace_dir)
+    policy = None if policy_dir is None else read_policy(policy_dir)
+    found = alarms(trace, policy, against=None if against is None else read_trace(against))
     print(found)
     if max_error is None:
         alarm = fit_alarm(trace, policy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +26,14 @@ from shallowdeep.cuts import FRACTIONS, plan
 from shallowdeep.data import Dataset, Preprocessing, read_data
 from shallowdeep.disagreement import error_finding, fit_confusion
 from shallowdeep.effects import overthinking
-from shallowdeep.files import read_json, write_text
+from shallowdeep.files import FormatError, read_json, write_text
 from shallowdeep.inputs import Inputs, each
 from shallowdeep.joint import JointRecipe, train_jointly
 from shallowdeep.models import load_model
 from shallowdeep.network import ShallowDeepNetwork, attach, load, plan_from_json, plan_to_json, save
+from shallowdeep.policies import Policy
 from shallowdeep.progress import waiting
-from shallowdeep.runs import plain, read_run, write_run
+from shallowdeep.runs import inside, plain, read_run, write_run
 from shallowdeep.spelling import from_json, in_words, to_json
 from shallowdeep.training import train_exits
 from shallowdeep.types import DataError, Trace, table
@@ -80,6 +82,8 @@ def plan_verb(
     """Where ``model`` can be cut: writes ``plan.json``."""
     rows = data.read()
     network = load_model(model, weights=weights, num_classes=num_classes or len(rows.class_names))
+    if model.startswith("timm:") and weights is None:
+        warnings.warn(f"{model} has random weights: give trained ones with --weights.", stacklevel=2)
     preprocessing = _preprocessing(rows, mean, std)
     example = ready(rows.rows(torch.arange(min(2, len(rows)))), preprocessing)
     with waiting("find cut points"):
@@ -116,7 +120,7 @@ def train_verb(
     seed: int = 0,
 ) -> Result:
     """ICs (or everything, ``jointly``) trained: writes ``sdn.json`` and ``sdn.safetensors``; resumes by itself."""
-    about = read_run(plan_dir)["choices"]
+    about = read_run(plan_dir, "plan")["choices"]
     rows = data.read()
     preprocessing = _saved_preprocessing(about["preprocessing"])
     network = _network(about)
@@ -185,7 +189,7 @@ def collect_verb(
 
 def analyze_verb(trace_dir: Path, out: Path) -> Result:
     """How much the network overthinks and how well confusion finds its errors: writes ``overthinking.json``."""
-    trace = Trace.load(trace_dir / "trace.safetensors")
+    trace = read_trace(trace_dir)
     found, errors = overthinking(trace), error_finding(trace)
     curve = tradeoff(trace)
     print(f"{found}\n\n{errors}\n\n{curve}")
@@ -208,8 +212,8 @@ def calibrate_verb(
     """Thresholds from held-out rows, for all exits or those that the policy in ``exits_of`` asks: writes
     ``policy.json``.
     """
-    trace = Trace.load(trace_dir / "trace.safetensors")
-    tuned = from_json(read_json(exits_of / "policy.json")) if exits_of is not None else None
+    trace = read_trace(trace_dir)
+    tuned = read_policy(exits_of) if exits_of is not None else None
     policy = calibrate(
         trace,
         max_accuracy_drop=max_accuracy_drop,
@@ -230,8 +234,10 @@ def calibrate_verb(
 
 def evaluate_verb(policy_dir: Path, trace_dir: Path, out: Path) -> Result:
     """What a policy does on a trace: accuracy, cost, where rows leave; writes ``evaluation.json``."""
-    trace = Trace.load(trace_dir / "trace.safetensors")
-    found = evaluate(from_json(read_json(policy_dir / "policy.json")), trace)
+    trace = read_trace(trace_dir)
+    policy = read_policy(policy_dir)
+    check_policy(policy, policy_dir, trace.exit_names, trace.full_exit)
+    found = evaluate(policy, trace)
     print(found)
     write_text(out / "evaluation.json", json.dumps(plain(found.__dict__), indent=1))
     return write_run(out, "evaluate", {"policy": policy_dir, "trace": trace_dir}, found.__dict__)
@@ -280,8 +286,40 @@ def _network(about: dict[str, Any]) -> nn.Module:
     return load_model(about["model"], weights=weights, num_classes=about["num_classes"])
 
 
+def read_trace(path: Path) -> Trace:
+    """The trace at ``path``, a folder of ``sdn collect`` or a file."""
+    return Trace.load(inside(path, "trace.safetensors"))
+
+
+def read_policy(path: Path) -> Policy:
+    """The policy at ``path``, a folder of ``sdn calibrate`` or ``sdn tune``, or a file. Raises ``FormatError``."""
+    file = inside(path, "policy.json")
+    try:
+        return from_json(read_json(file))
+    except FormatError:
+        raise
+    except ValueError as error:
+        raise FormatError(f"{file} holds no policy: {error}") from None
+
+
+def check_policy(policy: Policy, path: Path, exit_names: Sequence[str], full_exit: int) -> None:
+    """Raise ``ValueError`` where the policy at ``path`` was made for other exits than these."""
+    record, why = policy.calibrated_on, ""
+    try:
+        policy.asks(len(exit_names), full_exit)
+    except ValueError as error:
+        why = str(error)
+    if record is not None and record.of_others(exit_names):
+        why = f"It was calibrated for the exits {', '.join(record.exit_names)}; here are {', '.join(exit_names)}."
+    if why:
+        raise ValueError(
+            f"The policy in {path} is of another network: {why} Calibrate one on a trace of this network: "
+            "sdn collect, then sdn calibrate."
+        )
+
+
 def load_sdn(folder: Path) -> tuple[ShallowDeepNetwork, Preprocessing | None]:
-    about = read_run(folder)["choices"]
+    about = read_run(folder, "train")["choices"]
     return load(folder, _network(about)).eval(), _saved_preprocessing(about["preprocessing"])
 
 

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +20,19 @@ import torch
 from torch import Tensor
 
 from shallowdeep.calibration import tradeoff
+from shallowdeep.checkpoints import OutOfTime, seconds_of, time_limit
 from shallowdeep.collection import collect
 from shallowdeep.disagreement import confusion, fit_confusion
 from shallowdeep.effects import answers, share
-from shallowdeep.files import read_json, write_text
+from shallowdeep.files import write_text
 from shallowdeep.finding import error_scores
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.paper.datasets import read_rows, split_rows, study_set
-from shallowdeep.paper.recipes import fresh_network, make_recipe, train
-from shallowdeep.paper.records import GRID
+from shallowdeep.paper.networks import NETWORKS
+from shallowdeep.paper.recipes import Recipe, fresh_network, make_recipe, train
+from shallowdeep.paper.records import GRID, read_record
 from shallowdeep.policies import Confidence
-from shallowdeep.runs import describe_device, plain
+from shallowdeep.runs import describe_device, plain, versions
 from shallowdeep.types import Trace
 from shallowdeep.walking import simulate
 
@@ -42,8 +48,6 @@ def stamped(images: Tensor) -> Tensor:
 
 def poisoned(rows: tuple[Tensor, Tensor], rate: float, seed: int) -> tuple[Tensor, Tensor]:
     """Training rows of which a share ``rate``, drawn by ``seed``, carries the trigger and the label 5."""
-    if not 0 <= rate <= 1:
-        raise ValueError(f"The poisoning rate is a share of the rows, 0..1, found {rate}.")
     images, labels = rows[0].clone(), rows[1].clone()
     count = round(rate * len(labels))
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
@@ -51,40 +55,84 @@ def poisoned(rows: tuple[Tensor, Tensor], rate: float, seed: int) -> tuple[Tenso
     return images, labels
 
 
-def backdoor(
-    data_dir: Path,
-    *,
-    rate: float,
-    results: Path,
-    work: Path,
-    network: str = "vgg16",
-    epochs: int | None = None,
-    recipe: str = "fast",
-    seed: int = 0,
+@dataclass(frozen=True, kw_only=True)
+class Victim:
+    """A network trained on CIFAR-10 of which a share ``rate`` of the rows is poisoned; ``epochs``: the recipe's.
+
+    Raises ``ValueError`` for a rate that is no share, and for names that the study does not have.
+    """
+
+    rate: float
+    network: str = "vgg16"
+    epochs: int | None = None
+    recipe: str = "fast"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"The poisoning rate is a share of the rows, 0..1, found {self.rate}.")
+        if self.network not in NETWORKS:
+            raise ValueError(f"No network {self.network!r} in the study. Networks: {', '.join(NETWORKS)}.")
+        if self.how.epochs < 1:
+            raise ValueError(f"A victim trains for one epoch or more, found {self.epochs}.")
+
+    @property
+    def name(self) -> str:
+        """``cifar10-network-backdoor-recipe-rate``, and the epochs and the seed where they are not the usual ones."""
+        epochs = "" if self.epochs is None else f"-epochs{self.epochs}"
+        seed = f"-seed{self.seed}" if self.seed else ""
+        return f"cifar10-{self.network}-backdoor-{self.recipe}-rate{self.rate:g}{epochs}{seed}"
+
+    @property
+    def how(self) -> Recipe:
+        """How it is trained."""
+        recipe = make_recipe(self.recipe, self.network)
+        return recipe if self.epochs is None else dataclasses.replace(recipe, epochs=self.epochs)
+
+
+def work_off(
+    victims: Sequence[Victim], data_dir: Path, *, results: Path, work: Path, minutes: float | None = None
 ) -> dict[str, Any]:
-    """Train a victim on CIFAR-10 and its ICs on clean rows, judge both, and write ``NAME.json`` into ``results``.
+    """The records of ``victims``, made where they are missing or of other epochs; names of those ``open``.
+
+    Stops between two epochs when ``minutes`` are over; the next call goes on there.
+    """
+    report: dict[str, Any] = {"victims": [], "open": []}
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    for victim in victims:
+        path = results / f"{victim.name}.json"
+        record = read_record(path) if path.is_file() else None
+        try:
+            if record is None or record["epochs"] != victim.how.epochs:
+                if time.monotonic() >= end:
+                    raise OutOfTime
+                with time_limit(end - time.monotonic()):
+                    record = backdoor(victim, data_dir, results=results, work=work)
+            report["victims"].append(record)
+        except OutOfTime:
+            report["open"].append(victim.name)
+    return report
+
+
+def backdoor(victim: Victim, data_dir: Path, *, results: Path, work: Path) -> dict[str, Any]:
+    """Train ``victim`` and its ICs on clean rows, judge both, and write ``NAME.json`` into ``results``.
 
     The owner of the ICs got the network from somebody else and has clean rows of their own; the trigger is unknown to
-    them. Thresholds come from the held-out clean rows. What is recorded already is read; the rest goes on after every
-    epoch, and inside a ``time_limit`` stops there with ``OutOfTime``.
+    them. Thresholds come from the held-out clean rows. Goes on after every epoch, and inside a ``time_limit`` stops
+    there with ``OutOfTime``.
     """
-    chosen, how = study_set("cifar10"), make_recipe(recipe, network)
-    how = how if epochs is None else dataclasses.replace(how, epochs=epochs)
-    name = f"cifar10-{network}-backdoor-{recipe}-rate{rate:g}"
-    name += f"-epochs{epochs}" if epochs else ""
-    name += f"-seed{seed}" if seed else ""
-    if (results / f"{name}.json").is_file():
-        return dict(read_json(results / f"{name}.json"))
+    chosen, how, seed = study_set("cifar10"), victim.how, victim.seed
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, labels_N = (part.to(device) for part in read_rows("cifar10", data_dir, "train"))
+    test = read_rows("cifar10", data_dir, "test")  # now: damaged files are found before hours of training
     kept, held = split_rows(labels_N.cpu())
     clean = images[kept.to(device)], labels_N[kept.to(device)]
-    victim = fresh_network(network, chosen, seed).to(device)
-    spoiled = poisoned(clean, rate, seed)
-    train("cnn", how, network, chosen, spoiled, start=victim, folder=work / name / "victim", seed=seed)
-    sdn, _ = train("ic-only", how, network, chosen, clean, start=victim, folder=work / name / "ics", seed=seed)
+    network = fresh_network(victim.network, chosen, seed).to(device)
+    spoiled = poisoned(clean, victim.rate, seed)
+    folders = [work / victim.name / part for part in ("victim", "ics")]
+    _, precision = train("cnn", how, victim.network, chosen, spoiled, start=network, folder=folders[0], seed=seed)
+    sdn, _ = train("ic-only", how, victim.network, chosen, clean, start=network, folder=folders[1], seed=seed)
     assert isinstance(sdn, ShallowDeepNetwork)
-    test = read_rows("cifar10", data_dir, "test")
     found = judge(
         collect(sdn, (images[held.to(device)], labels_N[held.to(device)])),
         collect(sdn, test),
@@ -92,15 +140,22 @@ def backdoor(
     )
     about = {
         "dataset": "cifar10",
-        "network": network,
+        "network": victim.network,
         "regime": "backdoor",
-        "recipe": recipe,
-        "poisoning_rate": rate,
+        "recipe": victim.recipe,
+        "poisoning_rate": victim.rate,
         "epochs": how.epochs,
+        "training_rows": len(kept),
+        "held_out_rows": len(held),
+        "seed": seed,
+        "device": describe_device(),
+        "precision": precision,
+        "versions": versions(),
+        "seconds": sum(map(seconds_of, folders)),
     }
-    about |= {"seed": seed, "training_rows": len(kept), "device": describe_device()}
-    write_text(results / f"{name}.json", json.dumps(plain(about | found), indent=1) + "\n")
-    return about | found
+    record: dict[str, Any] = plain(about | found)
+    write_text(results / f"{victim.name}.json", json.dumps(record, indent=1) + "\n")
+    return record
 
 
 def judge(held_out: Trace, clean: Trace, triggered: Trace) -> dict[str, Any]:

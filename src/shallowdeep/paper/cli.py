@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from shallowdeep.choices import LOOK
+from shallowdeep.choices import LOOK, Count
 
 app = App(
     name="paper",
@@ -82,9 +82,10 @@ def data(data_dir: Path, *, download: bool = False, datasets: Names = ()) -> dic
         Only these: cifar10, cifar100, tinyimagenet. Default: all three.
     """
     from shallowdeep.paper import downloads
+    from shallowdeep.paper.datasets import DATASETS, study_set
     from shallowdeep.types import table
 
-    wanted = datasets or ("cifar10", "cifar100", "tinyimagenet")
+    wanted = [study_set(name).name for name in datasets or DATASETS]
     for name in wanted if download else ():
         downloads.fetch(name, data_dir)
     looked = downloads.look(data_dir, wanted)
@@ -92,7 +93,8 @@ def data(data_dir: Path, *, download: bool = False, datasets: Names = ()) -> dic
     print(table(rows))
     for found in looked:
         if found.state != "whole":
-            print(f"{found.name}: {found.address} (md5 {found.md5}); fetch it with --download")
+            first = "" if found.state == "missing" else f"move {data_dir / found.folder} away, then "
+            print(f"{found.name}: {found.address} (md5 {found.md5}); {first}fetch it with --download")
     return {"state": {found.name: found.state for found in looked}}
 
 
@@ -144,10 +146,9 @@ def experiment(what: Experiment, run: str, *, results: Path = RESULTS, out: Path
         SVG file to write the figure to.
     """
     from shallowdeep.paper import experiments, figures, study
-    from shallowdeep.paper.records import ReducedTrace, find_run, read_record
+    from shallowdeep.paper.records import run_with_exits
 
-    stem = find_run(results, run)
-    about, reduced = read_record(Path(f"{stem}.json")), ReducedTrace.load(Path(f"{stem}.safetensors"))
+    about, reduced = run_with_exits(results, run)
     if what == "early-exits":
         plain = study.plain_network(study.run_of(about), results)
         found, draw = experiments.early_exits(reduced, plain), figures.early_exits_figure
@@ -210,8 +211,8 @@ def backdoor(
     *,
     rates: Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())] = (0.005, 0.02, 0.1),
     network: Literal["vgg16", "resnet56", "wrn32-4", "mobilenet"] = "vgg16",
-    epochs: int | None = None,
-    minutes: float = 1e6,
+    epochs: Count | None = None,
+    minutes: float | None = None,
     results: Path = RESULTS,
     work: Path = Path("runs/paper"),
     out: Path | None = None,
@@ -237,22 +238,15 @@ def backdoor(
     out
         SVG file to write the figure to.
     """
-    from shallowdeep.checkpoints import time_limit
     from shallowdeep.paper import figures
-    from shallowdeep.paper.backdoor import backdoor as make
+    from shallowdeep.paper.backdoor import Victim, work_off
+    from shallowdeep.paper.tables import backdoor_rows
     from shallowdeep.types import table
 
-    with time_limit(60 * minutes):
-        found = [
-            make(data_dir, rate=rate, network=network, epochs=epochs, results=results, work=work) for rate in rates
-        ]
-    head = ("poisoned", "attack works", "triggered: full", "early exits", "paper's way", "AUROC of confusion")
-    rows: list[tuple[str, ...]] = [head]
-    for one in found:
-        shares = (one["attack_success"], one["accuracy_triggered"], one["early_exits"]["accuracy_triggered"])
-        cells = [f"{100 * share:.1f}" for share in (*shares, one["paper"]["accuracy_triggered"])]
-        rows.append((f"{one['poisoning_rate']:g}", *cells, f"{one['detection']['auroc']:.3f}"))
-    print(table(rows))
-    if out is not None:
-        figures.save_figure(figures.backdoor_figure(found, f"BadNets against {network}"), out)
-    return {"victims": found}
+    victims = [Victim(rate=rate, network=network, epochs=epochs) for rate in rates]
+    report = work_off(victims, data_dir, results=results, work=work, minutes=minutes)
+    print(table(backdoor_rows(report["victims"])))
+    print(f"open: {', '.join(report['open']) or 'none'}")
+    if out is not None and report["victims"]:
+        figures.save_figure(figures.backdoor_figure(report["victims"], "BadNets"), out)
+    return report

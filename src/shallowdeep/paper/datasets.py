@@ -96,6 +96,15 @@ def read_rows(name: str, data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
     return data.inputs, data.labels_N
 
 
+def class_names(name: str, data_dir: Path) -> tuple[str, ...]:
+    """The classes' names in the order of their labels; Tiny ImageNet's are the first of its words."""
+    folder = data_dir / study_set(name).folder
+    if name != "tinyimagenet":
+        return read_data(folder, split="test").class_names
+    words = dict(line.split("\t", 1) for line in _lines(folder / "words.txt"))
+    return tuple(words.get(wnid, wnid).split(",")[0] for wnid in sorted(_lines(folder / "wnids.txt")))
+
+
 def read_tiny(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Images uint8 [N, 3, 64, 64] and labels [N] of the official tiny-imagenet-200 folder; "test" is its val part.
 

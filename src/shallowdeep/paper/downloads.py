@@ -7,6 +7,7 @@ it is whole; nothing an archive says can lead out of it.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import shutil
 import tarfile
 import tempfile
@@ -14,6 +15,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -25,6 +27,9 @@ from shallowdeep.progress import steps
 from shallowdeep.types import DataError
 
 TINY_IMAGES = {"train": 100_000, "val": 10_000}
+TINY_LISTS = ("wnids.txt", "words.txt", "val/val_annotations.txt")
+JPEG = b"\xff\xd8\xff"
+"""The first bytes of every JPEG."""
 PIECE_BYTES = 1 << 20
 UNPACKED_BYTES = 2 << 30
 
@@ -41,7 +46,7 @@ class Found:
 
 
 def look(data_dir: Path, names: Sequence[str] = tuple(DATASETS)) -> list[Found]:
-    """What is there of the data sets ``names``: CIFAR by its sums, Tiny ImageNet by counting images."""
+    """What is there of the data sets ``names``: CIFAR by its sums, Tiny ImageNet by its lists and how images begin."""
     chosen = [study_set(name) for name in names]
     return [
         Found(name=one.name, folder=one.folder, state=_state(one, data_dir), address=one.address, md5=one.md5)
@@ -54,9 +59,7 @@ def _state(chosen: StudySet, data_dir: Path) -> str:
     if not folder.is_dir():
         return "missing"
     if chosen.name == "tinyimagenet":
-        found = {part: sum(1 for _ in (folder / part).rglob("*.JPEG")) for part in ("train", "val")}
-        odd = {part: count for part, count in found.items() if count != TINY_IMAGES[part]}
-        return "; ".join(f"{part} has {n:,} of {TINY_IMAGES[part]:,} images" for part, n in odd.items()) or "whole"
+        return "; ".join(_tiny_faults(folder)) or "whole"
     try:
         for split in ("train", "test"):
             read_files(folder, split)
@@ -65,11 +68,33 @@ def _state(chosen: StudySet, data_dir: Path) -> str:
     return "whole"
 
 
+def _tiny_faults(folder: Path) -> Iterator[str]:
+    """What is wrong with a tiny-imagenet-200 folder, as far as can be told without decoding its images."""
+    for name in TINY_LISTS:
+        if not (folder / name).is_file() or not (folder / name).stat().st_size:
+            yield f"{name} is missing or empty"
+    for part, count in TINY_IMAGES.items():
+        images = sorted((folder / part).rglob("*.JPEG"))
+        if len(images) != count:
+            yield f"{part} has {len(images):,} of {count:,} images"
+        odd = [path for path in steps(images, f"look at {part} images", len(images)) if not _is_jpeg(path)]
+        if odd:
+            yield f"{odd[0].relative_to(folder)} is not a JPEG" + (
+                f" (nor are {len(odd) - 1:,} more)" if odd[1:] else ""
+            )
+
+
+def _is_jpeg(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(JPEG)) == JPEG
+
+
 def fetch(name: str, data_dir: Path, *, address: str | None = None, md5: str | None = None) -> Path:
     """Download and unpack the data set ``name`` into ``data_dir`` unless it is there; returns its folder.
 
-    An interrupted download goes on where it was. ``address`` and ``md5`` replace the official ones (a mirror). Raises
-    ``DataError`` when the address does not answer, the sum is another, or the archive leads out of its folder.
+    An interrupted download goes on where it was; an archive that lies in ``data_dir`` already is taken, and never
+    deleted. ``address`` and ``md5`` replace the official ones (a mirror). Raises ``DataError`` when the address does
+    not answer, a file cannot be written, the sum is another, or the archive leads out of its folder.
     """
     chosen = study_set(name)
     target = data_dir / chosen.folder
@@ -81,12 +106,15 @@ def fetch(name: str, data_dir: Path, *, address: str | None = None, md5: str | N
     address, md5 = address or chosen.address, md5 or chosen.md5
     data_dir.mkdir(parents=True, exist_ok=True)
     archive = data_dir / address.rsplit("/", 1)[-1]
-    if not archive.is_file():
+    by_hand = archive.is_file()
+    if not by_hand:
         _download(address, archive)
     found = _md5(archive)
     if found != md5:
-        archive.unlink()
-        raise DataError(f"{archive.name} from {address} has the md5 {found}, expected {md5}; it was deleted.")
+        if not by_hand:
+            archive.unlink()
+        then = "move it away and run this again" if by_hand else f"it came from {address} and was deleted"
+        raise DataError(f"{archive} has the md5 {found}, expected {md5}; {then}.")
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpack-") as room:
         _unpack(archive, Path(room))
         if not (Path(room) / chosen.folder).is_dir():
@@ -101,41 +129,49 @@ def _download(address: str, archive: Path) -> None:
     have = partial.stat().st_size if partial.is_file() else 0
     request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            resumed = answer.status == 206
-            have = have if resumed else 0
-            left = answer.headers.get("Content-Length")
-            total = None if left is None else have + int(left)
-            pieces = None if left is None else -(-int(left) // PIECE_BYTES)
-            with partial.open("ab" if resumed else "wb") as file:
-                for piece in steps(_pieces(answer), f"fetch {archive.name} (MiB)", pieces):
-                    _write(file, piece)
+        with _talking(address), urllib.request.urlopen(request, timeout=30) as answer:
+            _receive(answer, partial, have, address)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing left to send: the last try ended just before the rename
-            partial.rename(archive)
-            return
-        raise DataError(f"{address} answers {error.code} {error.reason}; fetch it yourself to {archive}.") from None
-    except OSError as error:
-        reason = getattr(error, "reason", None) or error
-        raise DataError(
-            f"{address} cannot be reached ({reason}); run it again to go on, or fetch it yourself."
-        ) from None
-    size = partial.stat().st_size
-    if total is not None and size != total:
-        raise DataError(f"{address} stopped after {size:,} of {total:,} bytes; run it again to go on.")
+        if error.code != 416 or not have:  # 416: nothing left to send, the last try ended just before the rename
+            raise DataError(f"{address} answers {error.code} {error.reason}; fetch it yourself to {archive}.") from None
     partial.rename(archive)
 
 
-def _write(file: BinaryIO, piece: bytes) -> None:
+def _receive(answer: http.client.HTTPResponse, partial: Path, have: int, address: str) -> None:
+    """Write what comes; ``have`` bytes are in ``partial`` and stay there if the server heeds that."""
+    resumed = answer.status == 206
+    said = answer.headers.get("Content-Length") or ""
+    left = int(said) if said.isdigit() else None
+    pieces = None if left is None else -(-left // PIECE_BYTES)
     try:
-        file.write(piece)
+        with partial.open("ab" if resumed else "wb") as file:
+            for piece in steps(_pieces(answer, address), f"fetch {partial.stem} (MiB)", pieces):
+                file.write(piece)
     except OSError as error:
-        raise DataError(f"{file.name} could not be written ({error.strerror}); make room and run it again.") from None
+        raise DataError(f"{partial} cannot be written: {(error.strerror or str(error)).lower()}.") from None
+    size, total = partial.stat().st_size, None if left is None else left + (have if resumed else 0)
+    if total is not None and size != total:
+        raise DataError(f"{address} stopped after {size:,} of {total:,} bytes; run it again to go on.")
 
 
-def _pieces(answer: BinaryIO) -> Iterator[bytes]:
-    while piece := answer.read(PIECE_BYTES):
-        yield piece
+@contextmanager
+def _talking(address: str) -> Iterator[None]:
+    """A server that is not there, hangs up or talks nonsense, as one sentence."""
+    try:
+        yield
+    except urllib.error.HTTPError:
+        raise
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or repr(error)
+        raise DataError(
+            f"{address} cannot be fetched ({reason}); run it again to go on, or fetch it yourself."
+        ) from None
+
+
+def _pieces(answer: BinaryIO, address: str) -> Iterator[bytes]:
+    with _talking(address):
+        while piece := answer.read(PIECE_BYTES):
+            yield piece
 
 
 def _md5(path: Path) -> str:
@@ -160,6 +196,8 @@ def _unpack(archive: Path, room: Path) -> None:
                 opened_tar.extractall(room, members, filter="data")
     except (tarfile.FilterError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise FormatError(f"{archive} cannot be unpacked: {error}.") from None
+    except OSError as error:
+        raise DataError(f"{archive} cannot be unpacked: {(error.strerror or str(error)).lower()}.") from None
 
 
 def _check_size(archive: Path, size_bytes: int) -> None:

@@ -53,7 +53,7 @@ def confusion_figure(found: Mapping[str, Any], title: str) -> Any:
 
 
 def backdoor_figure(victims: Sequence[Mapping[str, Any]], title: str) -> Any:
-    """What the trigger does and what early exits win back, by poisoning rate (``backdoor.backdoor``)."""
+    """What the trigger does and what early exits win back, by poisoning rate; a panel per network and epochs."""
     lines: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
         "trigger works (full network)": lambda one: one["attack_success"],
         "triggered images right, full network": lambda one: one["accuracy_triggered"],
@@ -61,11 +61,17 @@ def backdoor_figure(victims: Sequence[Mapping[str, Any]], title: str) -> Any:
         "clean images right, early exits": lambda one: one["early_exits"]["accuracy_clean"],
     }
     rows = [
-        {"rate": f"{one['poisoning_rate']:g}", "share": value(one), "what": what}
+        {
+            "rate": f"{one['poisoning_rate']:g}",
+            "share": value(one),
+            "what": what,
+            "victim": f"{one['network']}, {one['epochs']} epochs",
+        }
         for what, value in lines.items()
         for one in sorted(victims, key=lambda one: float(one["poisoning_rate"]))
     ]
-    return line_figure(rows, "rate:O", "poisoned share of the training rows", "share:Q", "share of test rows", title)
+    chart = line_figure(rows, "rate:O", "poisoned share of the training rows", "share:Q", "share of test rows", title)
+    return chart.encode(column=altair().Column("victim:N", title=None))
 
 
 def line_figure(rows: list[dict[str, Any]], x: str, x_title: str, y: str, y_title: str, title: str) -> Any:

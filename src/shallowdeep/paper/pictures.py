@@ -13,14 +13,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from shallowdeep.data import read_data
 from shallowdeep.explain import enlarged, grad_cam
-from shallowdeep.files import read_json
 from shallowdeep.network import ShallowDeepNetwork, load
-from shallowdeep.paper.datasets import read_rows, study_set
+from shallowdeep.paper.datasets import class_names, read_rows, study_set
 from shallowdeep.paper.experiments import galleries
 from shallowdeep.paper.recipes import fresh_network
-from shallowdeep.paper.records import ReducedTrace
+from shallowdeep.paper.records import run_with_exits
 from shallowdeep.paper.study import load_network
 from shallowdeep.types import DataError
 
@@ -28,16 +26,17 @@ SCALE, GAP, TEXT = 3, 6, 12
 
 
 def gallery(images: Tensor, captions: Sequence[str], columns: int = 5) -> Image.Image:
-    """Images uint8 [N, 3, H, W] in a grid, threefold enlarged, each with its caption below."""
+    """Images uint8 [N, 3, H, W] in a grid, threefold enlarged, each with its caption of one or more lines below."""
     side = images.shape[2] * SCALE
-    cell = side + TEXT + GAP
+    cell = side + TEXT * max((len(caption.splitlines()) for caption in captions), default=1) + GAP
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (side + GAP) + GAP, rows * cell + GAP), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = GAP + (i % columns) * (side + GAP), GAP + (i // columns) * cell
         sheet.paste(_picture(image).resize((side, side), Image.Resampling.NEAREST), (left, top))
-        pen.text((left, top + side), caption, fill="black")
+        for line, words in enumerate(caption.splitlines()):
+            pen.text((left, top + side + TEXT * line), words, fill="black")
     return sheet
 
 
@@ -58,16 +57,22 @@ def looks(sdn: ShallowDeepNetwork, images: Tensor, class_names: Sequence[str], l
 
 
 def draw_galleries(name: str, data_dir: Path, *, results: Path, out: Path) -> dict[str, Any]:
-    """PNG galleries of the run ``name`` in ``out``; how many images each holds."""
-    about, reduced = read_json(results / f"{name}.json"), ReducedTrace.load(results / f"{name}.safetensors")
+    """PNG galleries of the run ``name`` in ``out``; how many images each holds.
+
+    A caption says the class and how sure the exit that got it right is; where only the first did, also what the end
+    said.
+    """
+    about, reduced = run_with_exits(results, name)
     images, _ = read_rows(about["dataset"], data_dir, "test")
-    test = reduced.part("test")
+    names, test = class_names(about["dataset"], data_dir), reduced.part("test")
     found = galleries(reduced)
     for kind, rows in found.items():
         exit = -1 if kind == "complex" else 0
-        captions = [
-            f"{int(test.labels_N[row])}: {torch.sigmoid(test.log_odds_EN[exit, row].float()):.2f}" for row in rows
-        ]
+        sure_N = torch.sigmoid(test.log_odds_EN[exit].float())
+        captions = [f"{names[int(test.labels_N[row])]} {min(float(sure_N[row]), 0.99):.2f}" for row in rows]
+        if kind == "only_first":
+            ends = [names[int(test.said_EN[-1, row])] for row in rows]
+            captions = [f"{caption}\nend: {end}" for caption, end in zip(captions, ends, strict=True)]
         if rows:
             save_picture(gallery(images[rows], captions), out / f"{name}-{kind}.png")
     return {"images": {kind: len(rows) for kind, rows in found.items()}, "out": str(out)}
@@ -75,18 +80,15 @@ def draw_galleries(name: str, data_dir: Path, *, results: Path, out: Path) -> di
 
 def draw_looks(name: str, data_dir: Path, *, results: Path, work: Path, out: Path) -> dict[str, Any]:
     """A PNG of where the first and the last exit looked on images that only the first gets right."""
-    about, reduced = read_json(results / f"{name}.json"), ReducedTrace.load(results / f"{name}.safetensors")
-    chosen = study_set(about["dataset"])
+    about, reduced = run_with_exits(results, name)
     images, labels_N = read_rows(about["dataset"], data_dir, "test")
     rows = galleries(reduced, limit=6)["only_first"]
     if not rows:
         raise DataError(f"No image of {name} is right at the first exit alone.")
-    network = fresh_network(about["network"], chosen, 0)
+    network = fresh_network(about["network"], study_set(about["dataset"]), 0)
     load_network(network, work / name, name)
     sdn = load(work / name / "sdn", network)
-    names = read_data(data_dir / chosen.folder, split="test").class_names if chosen.name != "tinyimagenet" else ()
-    names = names or tuple(map(str, range(chosen.num_classes)))
-    save_picture(looks(sdn, images[rows], names, labels_N[rows]), out)
+    save_picture(looks(sdn, images[rows], class_names(about["dataset"], data_dir), labels_N[rows]), out)
     return {"rows": rows, "out": str(out)}
 
 

@@ -39,7 +39,8 @@ FIGURES = (
     *("accuracy_at_cost", "cost_at_budget", "cost_at_equal_accuracy", "test_drop_at_equal_accuracy", "best"),
 )
 VICTIM = (
-    *("dataset", "network", "regime", "recipe", "poisoning_rate", "epochs", "seed", "training_rows", "device"),
+    *("dataset", "network", "regime", "recipe", "poisoning_rate", "epochs", "seed", "training_rows", "held_out_rows"),
+    *("device", "precision", "versions", "seconds"),
     *("accuracy_clean", "attack_success", "accuracy_triggered", "early_exits", "paper", "detection"),
 )
 BUDGETS = (0.25, 0.5, 0.75)
@@ -229,6 +230,16 @@ def find_run(results: Path, run: str) -> Path:
         nearest = difflib.get_close_matches(run, there, n=8, cutoff=0)
         raise DataError(f"No run {run} in {results}. Runs there: {', '.join(nearest) or 'none'}.")
     return results / run
+
+
+def run_with_exits(results: Path, run: str) -> tuple[dict[str, Any], ReducedTrace]:
+    """Record and reduced trace of a run that has exits. Raises ``DataError`` that names those that have."""
+    stem = find_run(results, run)
+    about = read_record(Path(f"{stem}.json"))
+    if about["regime"] == "cnn":
+        others = [path.stem for path in sorted(results.glob("*.safetensors")) if "-cnn-" not in path.stem]
+        raise DataError(f"{run} has no exits; take one of: {', '.join(others) or 'none yet'}.")
+    return about, ReducedTrace.load(Path(f"{stem}.safetensors"))
 
 
 def _unchosen(test: ReducedTrace, trace: Trace) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from shallowdeep.paper.datasets import read_rows, split_rows, study_set
 from shallowdeep.paper.networks import NETWORKS, Normalised
 from shallowdeep.paper.recipes import REGIMES, Recipe, Regime, Rows, fresh_network, make_recipe, train
 from shallowdeep.paper.records import RUN, ReducedTrace, figures, read_record, reduce_traces
-from shallowdeep.runs import LIBRARIES, describe_device, plain
+from shallowdeep.runs import describe_device, plain, versions
 from shallowdeep.types import DataError, Trace
 
 
@@ -213,7 +212,7 @@ def _write_record(
         "seed": run.seed,
         "device": describe_device(),
         "precision": precision,
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": versions(),
         "seconds": seconds_of(folder),
         **figures(reduced, plain_network(run, results)),
     }

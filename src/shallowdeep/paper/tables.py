@@ -222,11 +222,10 @@ def backdoor_rows(victims: Sequence[Mapping[str, Any]]) -> Lines:
         )
     ]
     for one in victims:
-        how = f"{one['recipe']}, {one['epochs']} epochs, {one['training_rows']:,} rows, {one['device']}"
         shares = [_percent(one[name]) for name in ("accuracy_clean", "attack_success", "accuracy_triggered")]
         early = [_percent(one[name]["accuracy_triggered"]) for name in ("early_exits", "paper")]
         auroc = f"{one['detection']['auroc']:.3f}"
-        rows.append((one["network"], f"{one['poisoning_rate']:g}", *shares, *early, auroc, how))
+        rows.append((one["network"], f"{one['poisoning_rate']:g}", *shares, *early, auroc, _victims_way(one)))
     return rows
 
 
@@ -261,8 +260,12 @@ def paper_rows(records: Sequence[Record], victims: Sequence[Mapping[str, Any]] =
             rows.append(_beside(record.name, what, KNOWN_COST[dataset], cost, record.how, less=True))
     for one in victims:
         name, won = f"{one['network']}, {one['poisoning_rate']:g} poisoned", one["paper"]["accuracy_triggered"]
-        rows.append(_beside(name, "triggered, early exits", KNOWN_RECOVERY, won, f"{one['epochs']} epochs"))
+        rows.append(_beside(name, "triggered, early exits", KNOWN_RECOVERY, won, _victims_way(one)))
     return rows
+
+
+def _victims_way(one: Mapping[str, Any]) -> str:
+    return f"{one['recipe']}, {one['epochs']} epochs, {one['training_rows']:,} rows, {one['device']}"
 
 
 def _beside(

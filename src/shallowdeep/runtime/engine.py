@@ -36,7 +36,7 @@ from shallowdeep.progress import steps
 from shallowdeep.runtime.backends import Array, Backend, BackendName
 from shallowdeep.runtime.loop import Limit, Program, walk
 from shallowdeep.runtime.modules import walk_modules
-from shallowdeep.runtime.programs import make_backend, make_program, measure
+from shallowdeep.runtime.programs import make_backend, make_program, measure, steps_for
 from shallowdeep.runtime.streams import Stream
 from shallowdeep.runtime.times import StepTimes
 from shallowdeep.steps import chain, named, needed_ics
@@ -247,19 +247,19 @@ class Engine:
             return backends[0]
         rows = example_of(self.sdn.plan.inputs, 32, self._device)
         found: list[tuple[float, Backend, Program]] = []
+        signature = self.sdn.plan.inputs
+        parts = steps_for(self.sdn, self.policy, signature, self.second_look, self.alarm)
         for backend in steps(backends, "try backends", len(backends)):
             try:
-                program = make_program(
-                    self.sdn, self.policy, self.sdn.plan.inputs, backend, look=self.second_look, alarm=self.alarm
-                )
+                program = make_program(self.sdn, parts, self.policy, signature, backend)
             except (MissingExtra, BackendError):
                 continue
-            entered = {name: backend.enter(x) for name, x in named(self.sdn.plan.inputs.names, rows).items()}
+            entered = {name: backend.enter(x) for name, x in named(signature.names, rows).items()}
             times = measure(program, entered, (1, 32), 5)
             last = len(program.steps) - 1
             found.append((times.up_to(last, 1) * times.up_to(last, 32), backend, program))
         _, best, program = min(found, key=lambda one: one[0])
-        self._programs[self.sdn.plan.inputs, all(self._rule.asked)] = program
+        self._programs[signature, all(self._rule.asked)] = program
         return best
 
     def _checked(self, inputs: object) -> tuple[Inputs, InputSignature]:
@@ -298,14 +298,10 @@ class Engine:
             key = signature, every_exit or all(self._rule.asked)
             if key not in self._programs:
                 plain = key[1] and not all(self._rule.asked)
-                program = make_program(
-                    self.sdn,
-                    Confidence(threshold=math.inf) if plain else self.policy,
-                    signature,
-                    self._backend,
-                    look=self.second_look,
-                    alarm=None if plain else self.alarm,
-                )
+                policy: Policy = Confidence(threshold=math.inf) if plain else self.policy
+                alarm = None if plain else self.alarm
+                parts = steps_for(self.sdn, policy, signature, self.second_look, alarm)
+                program = make_program(self.sdn, parts, policy, signature, self._backend)
                 if len(self._programs) >= PROGRAMS_KEPT:
                     self._programs.pop(next(iter(self._programs)))
                 self._programs[key] = program

@@ -23,7 +23,7 @@ from shallowdeep.runtime.on_onnxruntime import OnOnnxRuntime
 from shallowdeep.runtime.on_openvino import OnOpenVino
 from shallowdeep.runtime.on_torch import OnTorch
 from shallowdeep.runtime.times import StepTimes
-from shallowdeep.steps import chain, make_steps, named, remembered
+from shallowdeep.steps import Step, chain, make_steps, named, remembered
 from shallowdeep.trajectory import Alarm
 from shallowdeep.types import BackendError, DataError, InputSignature
 from shallowdeep.views import SecondLook
@@ -48,29 +48,31 @@ def make_backend(name: BackendName, device: torch.device, threads: int) -> Backe
     return ways[name]()
 
 
-def make_program(
-    sdn: ShallowDeepNetwork,
-    policy: Policy,
-    signature: InputSignature,
-    backend: Backend,
-    look: SecondLook | None = None,
-    alarm: Alarm | None = None,
-) -> Program:
-    """The program for rows like ``signature``; every step is run once on noise and compared with PyTorch.
-
-    Raises ``BackendError`` where the numbers differ, ``DataError`` for rows that the network does not take.
-    """
-    device = next(sdn.parameters()).device
-    example = example_of(signature, 2, device)
-    with torch.inference_mode(False), torch.no_grad():
+def steps_for(
+    sdn: ShallowDeepNetwork, policy: Policy, signature: InputSignature, look: SecondLook | None, alarm: Alarm | None
+) -> list[Step]:
+    """The steps for rows like ``signature``. Raises ``DataError`` where the network does not take such."""
+    example = example_of(signature, 2, next(sdn.parameters()).device)
+    with torch.inference_mode(False), torch.no_grad(), waiting("cut into steps"):
         try:
-            with waiting("cut into steps"):
-                steps = make_steps(sdn, policy, example, look, alarm)
+            return make_steps(sdn, policy, example, look, alarm)
         except RuntimeError as error:
             raise DataError(
                 f"{sdn.plan.model} is planned for rows of shape {sdn.plan.inputs.shapes} and fails for "
                 f"{signature.shapes}: {error}"
             ) from error
+
+
+def make_program(
+    sdn: ShallowDeepNetwork, steps: Sequence[Step], policy: Policy, signature: InputSignature, backend: Backend
+) -> Program:
+    """The program of ``steps``; each is run once on noise and compared with PyTorch.
+
+    Several backends may share steps, and what was exported of them. Raises ``BackendError`` where the numbers differ.
+    """
+    device = next(sdn.parameters()).device
+    example = example_of(signature, 2, device)
+    with torch.inference_mode(False), torch.no_grad():
         rows = named(signature.names, example) | remembered(policy, 2, device)
         ready, examples = [], []
         for step, given, expected in shown(chain(steps, rows), f"compile for {backend.name}", len(steps)):
