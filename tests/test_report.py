@@ -23,17 +23,20 @@ from safetensors.torch import save_model
 
 from oracle import softmax
 from shallowdeep.calibration import evaluate
+from shallowdeep.certificates import Certificate
 from shallowdeep.cuts import plan
 from shallowdeep.demo import SmallNet
+from shallowdeep.disagreement import fit_confusion
 from shallowdeep.explain import enlarged, grad_cam
 from shallowdeep.files import FormatError
 from shallowdeep.network import attach, save
-from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Patience
+from shallowdeep.policies import CalibrationRecord, Confidence, Ensemble, Fixed, Patience
 from shallowdeep.report import numbers, words
 from shallowdeep.report.compact import NOBODY, kept_rows, packed, steps_of, threshold_of, top_three
 from shallowdeep.report.facts import Facts, facts_of
 from shallowdeep.report.page import page_of
 from shallowdeep.report.pictures import COLUMNS, GRID, as_pictures, sheets_of
+from shallowdeep.report.sections import sections_of
 from shallowdeep.report_verbs import report_verb
 from shallowdeep.runs import write_run
 from shallowdeep.spelling import to_json
@@ -62,7 +65,8 @@ def some_facts(trace: Trace | None = None, **more: Any) -> Facts:
     return facts_of(trace or a_trace(), Confidence(threshold=0.8), **more)
 
 
-def a_bench() -> dict[str, Any]:
+def a_bench(*names: str) -> dict[str, Any]:
+    """Measurements of exits called so; default: of ``a_trace``, every exit asked."""
     one = {"backend": "torch", "batch_size": 4, "threads": 1, "best_full_ms": 8.0, "early_exit_ms": 5.0}
     one |= {"speedup": 1.6, "speedup_quartiles": [1.5, 1.7], "ideal_speedup": 2.0}
     slow = one | {
@@ -72,7 +76,7 @@ def a_bench() -> dict[str, Any]:
         "speedup": 0.7,
         "speedup_quartiles": [0.6, 0.8],
     }
-    return {"measured": [one, slow]}
+    return {"measured": [one, slow], "exits_asked": list(names or ("exit0", "exit1", "exit2", "full"))}
 
 
 # ---------------------------------------------------------------- numbers
@@ -183,8 +187,9 @@ def test_the_summary_is_computed() -> None:
     assert f"AUROC {facts.finding.confusion_auroc:.2f}, confidence alone with {facts.finding.msp_auroc:.2f}" in said
     assert f"{words.percent(facts.overthinking.destructive_of_errors, 0)} of the full network's errors" in said
     assert words.saved(1.034) == "add 3\u202f% to the compute"
-    assert words.points(-0.004) == "and gain 0.4 points of accuracy"
-    assert words.points(0.0002) == "at the same accuracy"
+    assert f"± {100 * facts.doubt:.1f} points" in said
+    assert words.points(-0.004, 0.002) == "and gain 0.4 ± 0.2 points of accuracy"
+    assert words.points(0.0002, 0.01) == "at the same accuracy (± 1.0 points)"
 
 
 def test_the_certificate_is_the_record() -> None:
@@ -193,6 +198,76 @@ def test_the_certificate_is_the_record() -> None:
     assert ("note", "A bound: so it is.") in words.certificate(facts.policy)
     assert "A bound: so it is." in words.on_tradeoff(facts)
     assert "no certificate" in words.on_tradeoff(some_facts())
+
+
+def test_only_a_proof_is_called_a_certificate() -> None:
+    note = "An aim, not a bound: met on average; give confidence= for a bound."
+    record = CalibrationRecord(info={"family": "one threshold", "note": note})
+    aimed = Confidence(threshold=0.8, calibrated_on=record)
+    page = page_of([facts_of(a_trace(), aimed)], title="t", made="m")
+    assert page.count("<summary>The policy&#39;s record</summary>") == 2
+    assert "<summary>The certificate</summary>" not in page
+    assert "An aim, not a bound: met on average." in page
+    assert "confidence=" not in re.sub(r"<script.*?</script>", "", page, flags=re.S)
+    proof = Certificate(
+        method="ltt", test="binomial", risk="harm", bound=0.01, delta=0.05, observed=0.0, rows=9, tested_rows=9,
+        data_hash="", backend="", precision="", exit_names=(), asked_E=(), view="", versions="",
+    )  # fmt: skip
+    proved = dataclasses.replace(aimed, calibrated_on=dataclasses.replace(record, certificate=proof))
+    assert words.record_title(proved) == "The certificate"
+
+
+def test_an_ensemble_is_named_and_says_where_exits_answer_together() -> None:
+    ensemble = Ensemble(weight_EE=((), (), (), (1.0, 1.0, 1.0, 1.0)))
+    policy = Confidence(threshold=0.8, ensemble=ensemble)
+    assert words.rule(policy).endswith(", exits passed have a say in the answer")
+    assert packed(facts_of(a_trace(), policy), torch.arange(9))["together"] == [False, False, False, True]
+    assert packed(some_facts(), torch.arange(9))["together"] == [False] * 4
+    assert "have a say" not in words.rule(Confidence(threshold=0.8))
+
+
+def chart_rows(facts: Facts, section: str, chart: int, key: str) -> list[dict[str, Any]]:
+    """The rows with ``key`` that a chart of the page draws."""
+    spec = next(one for one in sections_of([facts]) if one.id == section).blocks[0].charts[chart].spec
+    return [row for data in spec["data"] for row in data.get("values", ()) if key in row]
+
+
+def test_charts_of_overthinking_end_where_the_network_ends() -> None:
+    facts = some_facts(a_trace(full_exit=2, exit_names=("a", "b", "full", "again:mirror")))
+    assert [row["exit"] for row in chart_rows(facts, "overthinking", 1, "spoiled")] == ["1", "2"]
+    assert {row["exit"] for row in chart_rows(facts, "overthinking", 0, "share")} == {"1", "2", "full"}
+    table = next(one for one in sections_of([facts]) if one.id == "overthinking").blocks[0].tables[0]
+    assert [row[0] for row in table.rows] == ["1", "2", "full"]
+
+
+def test_confusion_says_in_what_it_is_counted() -> None:
+    raw = a_trace()
+    reference = fit_confusion(None, raw)
+    facts = [some_facts(raw), some_facts(dataclasses.replace(raw, confusion_reference=reference))]
+    sections = [
+        next(one for one in sections_of(some) if one.id == "confusion") for some in ([facts[0]], [facts[1]], facts)
+    ]
+    assert sections[0].how.endswith("the sum of L1 distances of softmaxes.")
+    assert "standardised: 0 is the mean" in sections[1].how
+    assert "standardised where the axis says so" in sections[2].how
+    axes = [json.dumps(block.charts[0].spec) for block in sections[2].blocks]
+    assert "a sum of distances" in axes[0]
+    assert "in deviations from the mean" in axes[1]
+    assert [packed(one, torch.arange(9))["standardised"] for one in facts] == [False, True]
+
+
+def test_the_last_bin_of_confusion_is_as_wide_as_the_others() -> None:
+    facts = some_facts()
+    bins = numbers.confusions(facts)
+    wrong = [row for row in chart_rows(facts, "confusion", 0, "confusion") if row["what"] == "wrong answers"]
+    assert [row["confusion"] for row in wrong] == [row["from"] for row in bins] + [bins[-1]["to"]]
+    assert wrong[-1]["share"] == bins[-1]["wrong"]
+
+
+def test_every_picture_can_be_read_aloud() -> None:
+    charts = [chart for one in sections_of([some_facts()]) for block in one.blocks for chart in block.charts]
+    assert len(charts) == 11
+    assert all(chart.spec["description"] == chart.alt for chart in charts)
 
 
 def test_the_drop_comes_with_its_doubt() -> None:
@@ -371,6 +446,7 @@ def test_the_verb_writes_a_page_with_an_explorer(tmp_path: Path) -> None:
     wrong = (~facts.right_EN[3]).nonzero().flatten().tolist()
     assert len(wrong) > 50 or set(wrong) <= set(data["numbers"])
     assert str(tmp_path) not in out.read_text("utf-8")
+    assert "<h2>50 of 120 samples</h2>" in out.read_text("utf-8")
 
 
 def small_net(num_classes: int) -> SmallNet:
@@ -388,7 +464,7 @@ def test_maps_of_where_exits_looked_come_with_an_sdn(tmp_path: Path) -> None:
     half = {"mean": [0.5], "std": [0.5], "size": [8, 8]}
     about = {"model": "test_report:small_net", "num_classes": 5, "preprocessing": half}
     write_run(tmp_path, "train", about | {"weights": tmp_path / "weights.safetensors"}, {})
-    trace = a_trace(samples=60, exits=2)
+    trace = a_trace(samples=60, exits=2, exit_names=sdn.plan.exit_names)
     trace.save(tmp_path / "trace.safetensors")
     grey = np.random.default_rng(0).integers(0, 255, (60, 8, 8, 1), np.uint8)
     np.savez(tmp_path / "rows.npz", images=grey, labels=trace.labels_N.numpy(), class_names=np.array(sdn.class_names))
@@ -402,10 +478,15 @@ def test_maps_of_where_exits_looked_come_with_an_sdn(tmp_path: Path) -> None:
         wanted = torch.stack([enlarged(grad_cam(sdn.eval(), image, exit), (GRID, GRID))[0] for exit in range(2)])
         heat = np.frombuffer(base64.b64decode(packed_heat), np.uint8).reshape(2, GRID, GRID) / 255
         assert np.abs(heat - wanted.numpy()).max() < 0.01
-    fewer = a_trace(samples=60, exits=1)
-    fewer.save(tmp_path / "trace.safetensors")
-    with pytest.raises(DataError, match="do not belong together"):
-        report_verb([tmp_path], out, images=DataChoice(source=str(tmp_path / "rows.npz")), sdn_dir=tmp_path, heats=3)
+    again = a_trace(samples=60, exits=3, full_exit=1, exit_names=(*sdn.plan.exit_names, "again:mirror"))
+    again.save(tmp_path / "trace.safetensors")
+    report_verb([tmp_path], out, images=DataChoice(source=str(tmp_path / "rows.npz")), sdn_dir=tmp_path, heats=1)
+    data = json.loads(re.findall(r'id="explorer-data">(.*?)</script>', out.read_text("utf-8"), re.S)[0])
+    assert [len(base64.b64decode(heat)) for heat in data["heat"].values()] == [2 * GRID * GRID]  # none behind the end
+    for exits in (1, 2, 3):  # fewer, as many of other names, more
+        a_trace(samples=60, exits=exits).save(tmp_path / "trace.safetensors")
+        with pytest.raises(DataError, match="do not belong together"):
+            report_verb([tmp_path], out, images=DataChoice(source=str(tmp_path / "rows.npz")), sdn_dir=tmp_path)
 
 
 def test_bad_requests_are_one_sentence(tmp_path: Path) -> None:
@@ -428,6 +509,15 @@ def test_bad_requests_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_text("{}")
     with pytest.raises(DataError, match="sdn bench"):
         report_verb([tmp_path], out, benches=[tmp_path])
+    policy = tmp_path / "policy.json"
+    policy.write_text(json.dumps(to_json(Confidence(threshold=0.8, enabled_E=(True, False, True, True)))))
+    for names in ((), ("exit0", "full"), ("exit0", "layer7", "full")):  # all exits, too few, another network's
+        (tmp_path / "bench.json").write_text(json.dumps(a_bench(*names)))
+        with pytest.raises(DataError, match=r"the policy of .* asks exit0, exit2, full: give what `sdn bench`"):
+            report_verb([tmp_path], out, policies=[policy], benches=[tmp_path])
+    (tmp_path / "bench.json").write_text(json.dumps({"measured": a_bench()["measured"]}))
+    with pytest.raises(DataError, match="measured exits without a name"):
+        report_verb([tmp_path], out, policies=[policy], benches=[tmp_path])
     with pytest.raises(ValueError, match="one for all, or one each"):
         report_verb([tmp_path], out, policies=[tmp_path] * 2)
     with pytest.raises(ValueError, match="class names"):
