@@ -89,7 +89,7 @@
     const order = by("by-order").value;
     if (order === "confused") found.sort((a, b) => trace.confusion[rows[b]] - trace.confusion[rows[a]]);
     if (order === "unsure") found.sort((a, b) => outcome.sure[rows[a]] - outcome.sure[rows[b]]);
-    by("count").textContent = `${found.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} samples.`;
+    by("count").textContent = `${found.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} samples shown here.`;
     if (found.length === shown.length && found.every((g, i) => g === shown[i])) { buttons.forEach((button, i) => tagged(button, shown[i])); return; }
     shown = found;
     buttons = [];
@@ -158,7 +158,7 @@
   const answered = (g) => {
     const n = rows[g], together = outcome.together?.[outcome.exit[n]], item = make("li", "here"), right = outcome.right[n] === 1, sure = report.confidence(outcome.sure[n]);
     const name = make("div", "exit", `${together ? "together" : "answered"} ${right ? "✓" : "✗"}`);
-    name.append(make("small", "", together ? "of the exits passed" : "by the policy"));
+    name.append(make("small", "", "the answer"));
     item.append(name, guess(outcome.answer[n], sure, trace.truth[n]));
     return item;
   };
