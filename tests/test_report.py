@@ -62,7 +62,8 @@ def some_facts(trace: Trace | None = None, **more: Any) -> Facts:
     return facts_of(trace or a_trace(), Confidence(threshold=0.8), **more)
 
 
-def a_bench() -> dict[str, Any]:
+def a_bench(*names: str) -> dict[str, Any]:
+    """Measurements of exits called so; default: of ``a_trace``, every exit asked."""
     one = {"backend": "torch", "batch_size": 4, "threads": 1, "best_full_ms": 8.0, "early_exit_ms": 5.0}
     one |= {"speedup": 1.6, "speedup_quartiles": [1.5, 1.7], "ideal_speedup": 2.0}
     slow = one | {
@@ -72,7 +73,7 @@ def a_bench() -> dict[str, Any]:
         "speedup": 0.7,
         "speedup_quartiles": [0.6, 0.8],
     }
-    return {"measured": [one, slow]}
+    return {"measured": [one, slow], "exits_asked": list(names or ("exit0", "exit1", "exit2", "full"))}
 
 
 # ---------------------------------------------------------------- numbers
@@ -183,8 +184,9 @@ def test_the_summary_is_computed() -> None:
     assert f"AUROC {facts.finding.confusion_auroc:.2f}, confidence alone with {facts.finding.msp_auroc:.2f}" in said
     assert f"{words.percent(facts.overthinking.destructive_of_errors, 0)} of the full network's errors" in said
     assert words.saved(1.034) == "add 3\u202f% to the compute"
-    assert words.points(-0.004) == "and gain 0.4 points of accuracy"
-    assert words.points(0.0002) == "at the same accuracy"
+    assert f"± {100 * facts.doubt:.1f} points" in said
+    assert words.points(-0.004, 0.002) == "and gain 0.4 ± 0.2 points of accuracy"
+    assert words.points(0.0002, 0.01) == "at the same accuracy (± 1.0 points)"
 
 
 def test_the_certificate_is_the_record() -> None:
@@ -371,6 +373,7 @@ def test_the_verb_writes_a_page_with_an_explorer(tmp_path: Path) -> None:
     wrong = (~facts.right_EN[3]).nonzero().flatten().tolist()
     assert len(wrong) > 50 or set(wrong) <= set(data["numbers"])
     assert str(tmp_path) not in out.read_text("utf-8")
+    assert "<h2>50 of 120 samples</h2>" in out.read_text("utf-8")
 
 
 def small_net(num_classes: int) -> SmallNet:
@@ -388,7 +391,7 @@ def test_maps_of_where_exits_looked_come_with_an_sdn(tmp_path: Path) -> None:
     half = {"mean": [0.5], "std": [0.5], "size": [8, 8]}
     about = {"model": "test_report:small_net", "num_classes": 5, "preprocessing": half}
     write_run(tmp_path, "train", about | {"weights": tmp_path / "weights.safetensors"}, {})
-    trace = a_trace(samples=60, exits=2)
+    trace = a_trace(samples=60, exits=2, exit_names=sdn.plan.exit_names)
     trace.save(tmp_path / "trace.safetensors")
     grey = np.random.default_rng(0).integers(0, 255, (60, 8, 8, 1), np.uint8)
     np.savez(tmp_path / "rows.npz", images=grey, labels=trace.labels_N.numpy(), class_names=np.array(sdn.class_names))
@@ -402,10 +405,15 @@ def test_maps_of_where_exits_looked_come_with_an_sdn(tmp_path: Path) -> None:
         wanted = torch.stack([enlarged(grad_cam(sdn.eval(), image, exit), (GRID, GRID))[0] for exit in range(2)])
         heat = np.frombuffer(base64.b64decode(packed_heat), np.uint8).reshape(2, GRID, GRID) / 255
         assert np.abs(heat - wanted.numpy()).max() < 0.01
-    fewer = a_trace(samples=60, exits=1)
-    fewer.save(tmp_path / "trace.safetensors")
-    with pytest.raises(DataError, match="do not belong together"):
-        report_verb([tmp_path], out, images=DataChoice(source=str(tmp_path / "rows.npz")), sdn_dir=tmp_path, heats=3)
+    again = a_trace(samples=60, exits=3, full_exit=1, exit_names=(*sdn.plan.exit_names, "again:mirror"))
+    again.save(tmp_path / "trace.safetensors")
+    report_verb([tmp_path], out, images=DataChoice(source=str(tmp_path / "rows.npz")), sdn_dir=tmp_path, heats=1)
+    data = json.loads(re.findall(r'id="explorer-data">(.*?)</script>', out.read_text("utf-8"), re.S)[0])
+    assert [len(base64.b64decode(heat)) for heat in data["heat"].values()] == [2 * GRID * GRID]  # none behind the end
+    for exits in (1, 2, 3):  # fewer, as many of other names, more
+        a_trace(samples=60, exits=exits).save(tmp_path / "trace.safetensors")
+        with pytest.raises(DataError, match="do not belong together"):
+            report_verb([tmp_path], out, images=DataChoice(source=str(tmp_path / "rows.npz")), sdn_dir=tmp_path)
 
 
 def test_bad_requests_are_one_sentence(tmp_path: Path) -> None:
@@ -428,6 +436,15 @@ def test_bad_requests_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_text("{}")
     with pytest.raises(DataError, match="sdn bench"):
         report_verb([tmp_path], out, benches=[tmp_path])
+    policy = tmp_path / "policy.json"
+    policy.write_text(json.dumps(to_json(Confidence(threshold=0.8, enabled_E=(True, False, True, True)))))
+    for names in ((), ("exit0", "full"), ("exit0", "layer7", "full")):  # all exits, too few, another network's
+        (tmp_path / "bench.json").write_text(json.dumps(a_bench(*names)))
+        with pytest.raises(DataError, match=r"the policy of .* asks exit0, exit2, full: give what `sdn bench`"):
+            report_verb([tmp_path], out, policies=[policy], benches=[tmp_path])
+    (tmp_path / "bench.json").write_text(json.dumps({"measured": a_bench()["measured"]}))
+    with pytest.raises(DataError, match="measured exits without a name"):
+        report_verb([tmp_path], out, policies=[policy], benches=[tmp_path])
     with pytest.raises(ValueError, match="one for all, or one each"):
         report_verb([tmp_path], out, policies=[tmp_path] * 2)
     with pytest.raises(ValueError, match="class names"):

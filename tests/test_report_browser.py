@@ -18,9 +18,11 @@ import pytest
 import torch
 
 from shallowdeep.calibration import evaluate
-from shallowdeep.policies import Confidence
+from shallowdeep.policies import Confidence, Ensemble
 from shallowdeep.report.compact import threshold_of
-from shallowdeep.report.facts import facts_of
+from shallowdeep.report.facts import Facts, facts_of
+from shallowdeep.report.numbers import by_class
+from shallowdeep.report.words import percent
 from shallowdeep.report_verbs import report_verb
 from shallowdeep.spelling import from_json, to_json
 from shallowdeep.types import Trace
@@ -100,10 +102,28 @@ def test_the_real_report_opens_quietly_and_fits(
         "Math.max(...[...document.querySelectorAll('.chart svg')].map(s => s.getBoundingClientRect().right))"
     )
     assert widest <= size[0]
+    spoken = tab.evaluate("[...document.querySelectorAll('.chart')].map(c => [c.getAttribute('role'), c.ariaLabel])")
+    assert len({label for _, label in spoken}) == len(spoken)
+    assert {role for role, _ in spoken} == {"img"}
+    assert not [label for _, label in spoken if "Vega" in label]
     shoot(tab, f"report-{name}")
     for part in ("tradeoff", "flow", "overthinking", "explorer"):
         tab.evaluate(f"document.getElementById('{part}').scrollIntoView()")
         shoot(tab, f"report-{name}-{part}")
+    gap = "document.getElementById('flow').getBoundingClientRect().top - document.getElementById('bar').offsetHeight"
+    tab.evaluate("document.getElementById('flow').scrollIntoView()")
+    assert abs(tab.evaluate(gap)) < 2
+    tab.focus("#threshold")
+    tab.keyboard.press("Home")
+    tab.wait_for_selector("body.moved")
+    assert tab.is_visible("#rule")
+    assert "by hand on these very rows" in tab.text_content(".rows")
+    tab.emulate_media(media="print")
+    tab.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    tab.set_viewport_size({"width": 700, "height": 900})
+    cut = """[...document.querySelectorAll(".scroll")].filter(
+        (one) => one.scrollWidth > one.clientWidth || getComputedStyle(one).maxHeight !== "none").length"""
+    assert tab.evaluate(cut) == 0
     assert not wrong
     tab.close()
 
@@ -138,7 +158,16 @@ def test_slider_filter_and_keyboard(browser: Any, cifar_report: Path) -> None:
     assert f"{round(100 * (1 - found.mean_cost))}\u202f%" in tab.text_content(".lead")
     assert "plain confidence rule" in tab.text_content("#rule")
     assert tab.inner_html("[data-live=flow] svg") != flow
+    assert_tables_follow(tab, found.accuracy_early_exit, outcome_errors(facts, threshold_of(level)))
+    tab.keyboard.press("Home")
+    tab.wait_for_function("document.querySelector('[data-figure=early]').textContent.startsWith('100')")
+    lowest = "report.views.find((one) => one.live === 'now').view"
+    below = tab.evaluate(f"[{lowest}.data('now')[0].accuracy, {lowest}.scale('y').domain()[0]]")
+    assert below[0] == below[1] > 0.7, "the triangle stays at the edge of the picture"
+    tab.click("#reset")
 
+    tab.select_option("#by-kind", "confused")
+    assert 250 <= int(tab.text_content("#count").split(" of ")[0]) < 260, "a twentieth of all rows, not of those shown"
     tab.select_option("#by-kind", "destructive")
     tab.select_option("#by-answer", "wrong")
     count = int(tab.text_content("#count").split(" of ")[0])
@@ -164,6 +193,17 @@ def test_slider_filter_and_keyboard(browser: Any, cifar_report: Path) -> None:
     shoot(tab, "report-desktop-sample")
     tab.keyboard.press("ArrowRight")
     assert tab.text_content("#sample-title") != title or count == 1
+    row = tab.text_content("#about dd")
+    tab.focus("#threshold-here")
+    tab.keyboard.press("End")
+    tab.wait_for_function("document.getElementById('sample-title').textContent.includes('the full network')")
+    tab.keyboard.press("ArrowLeft")
+    assert tab.text_content("#about dd") == row, "the slider moves the threshold, not the sample"
+    assert tab.evaluate("document.getElementById('threshold').value") == "399"
+    tab.click("#reset-here")
+    tab.wait_for_selector("body:not(.moved)")
+    tab.keyboard.press("ArrowRight")  # the slider has the focus back
+    tab.wait_for_selector("body.moved")
     tab.keyboard.press("Escape")
     assert tab.evaluate("document.activeElement.className").startswith("thumb")
 
@@ -173,6 +213,49 @@ def test_slider_filter_and_keyboard(browser: Any, cifar_report: Path) -> None:
     )
     assert {name: figure(tab, name) for name in before} == before
     assert tab.text_content(".lead") == lead
+    assert not wrong
+    tab.close()
+
+
+def outcome_errors(facts: Facts, threshold: float) -> list[str]:
+    """Per class, in the order of labels, how many of its rows one threshold gets wrong."""
+    found = facts_of(facts.trace, Confidence(threshold=threshold))
+    return [percent(row["policy_errors"]) for row in by_class(found)]
+
+
+def assert_tables_follow(tab: Any, accuracy: float, errors: list[str]) -> None:
+    """The last columns of the tables of risks and of classes speak of the threshold that the slider shows."""
+    last = (
+        "[...document.querySelectorAll('table[data-table={}] tbody tr')].map((row) => row.lastElementChild.textContent)"
+    )
+    assert tab.evaluate(last.format("risk"))[-1] == percent(1 - accuracy, 2)
+    assert tab.evaluate(last.format("class")) == errors
+
+
+def test_an_answer_of_several_exits_has_a_row_of_its_own(browser: Any, tmp_path: Path) -> None:
+    trace = a_trace(samples=80)
+    trace.save(tmp_path / "trace.safetensors")
+    ensemble = Ensemble(weight_EE=((), (), (), (1.0, 1.0, 1.0, 0.0)))
+    policy = Confidence(threshold=0.999, ensemble=ensemble)
+    (tmp_path / "policy.json").write_text(json.dumps(to_json(policy)))
+    out, images = tmp_path / "report.html", DataChoice(source=str(write_rows(tmp_path, trace)))
+    report_verb([tmp_path], out, policies=[tmp_path], images=images)
+    tab, wrong = opened(browser, out, WIDE)
+    facts = facts_of(trace, policy, class_names=(*HOSTILE, "dog"))
+    differ = (facts.outcome.labels_N != facts.said_EN[-1]) & (facts.outcome.exit_N == 3)
+    n = int(differ.nonzero()[0])
+    tab.evaluate(f"document.querySelectorAll('#gallery button')[{n}].click()")
+    answered = facts.class_names[int(facts.outcome.labels_N[n])]
+    assert f"answered “{answered}”" in tab.text_content("#sample-title")
+    assert tab.locator("#depth li").count() == 5
+    together = tab.locator("#depth li.here").nth(1)
+    assert "together" in together.locator(".exit").text_content()
+    assert together.locator(".who").text_content() == answered
+    assert together.locator(".share").text_content() == percent(float(facts.outcome.confidence_N[n]))
+    tab.focus("#threshold-here")
+    tab.keyboard.press("End")
+    tab.wait_for_selector("body.moved")
+    tab.wait_for_function("document.querySelectorAll('#depth li').length === 4")
     assert not wrong
     tab.close()
 
@@ -209,7 +292,7 @@ def test_hostile_names_stay_text(browser: Any, tmp_path: Path, exits: int) -> No
     trace.save(tmp_path / "trace.safetensors")
     policy, bench = tmp_path / "policy.json", tmp_path / "bench.json"
     policy.write_text(json.dumps(to_json(Confidence(threshold=0.7))))
-    bench.write_text(json.dumps(a_bench()))
+    bench.write_text(json.dumps(a_bench(*names)))
     out = tmp_path / "report.html"
     paths = {"policies": [policy], "benches": [bench], "names": [HOSTILE[0]], "title": HOSTILE[1]}
     report_verb([tmp_path], out, images=DataChoice(source=str(write_rows(tmp_path, trace))), **paths)

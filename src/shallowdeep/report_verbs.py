@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -58,8 +59,8 @@ def report_verb(
         if data is not None and not found:
             _same_rows(trace, data, path)
         fits = called if not found or len(called) == trace.num_classes else ()
-        facts = facts_of(trace, _policy(policy), name=name, class_names=fits, bench=_bench(bench))
-        found.append(facts)
+        facts = facts_of(trace, _policy(policy), name=name, class_names=fits)
+        found.append(facts if bench is None else replace(facts, bench=_bench(bench, facts)))
     explorer = _explorer(found, data, sdn_dir, thumbnails, heats) if data is not None else None
     made = _made(traces, given, benches, images)
     with waiting("draw the page"):
@@ -105,12 +106,19 @@ def _policy(path: Path | None) -> Policy | None:
     return None if path is None else from_json(read_json(_inside(path, "policy.json")))
 
 
-def _bench(path: Path | None) -> Mapping[str, Any] | None:
-    if path is None:
-        return None
+def _bench(path: Path, facts: Facts) -> Mapping[str, Any]:
     found = read_json(_inside(path, "bench.json"))
     if not isinstance(found, dict) or not found.get("measured"):
         raise DataError(f"{path} holds no measurements; make them with `sdn bench`.")
+    trace = facts.trace
+    asked = facts.policy.asks(trace.num_exits, trace.full_exit)
+    names = [name for name, on in zip(trace.exit_names, asked, strict=True) if on]
+    if found.get("exits_asked") != names:
+        measured = ", ".join(map(str, found.get("exits_asked", ()))) or "exits without a name"
+        raise DataError(
+            f"{path} measured {measured}, the policy of {facts.name} asks {', '.join(names)}: give what `sdn bench` "
+            "measured of this network under this policy."
+        )
     return found
 
 
@@ -134,12 +142,12 @@ def _explorer(found: Sequence[Facts], data: Dataset, sdn_dir: Path | None, thumb
     sheets = sheets_of(pictures[number_G])
     top, share = top_three(facts, kept[chosen_G])
     heat = _heat(facts, data, sdn_dir, kept, chosen_G, heats) if sdn_dir is not None and heats else {}
-    how = f"{len(chosen_G):,} of {facts.trace.num_samples:,} rows"
-    how += (
-        "" if len(chosen_G) == facts.trace.num_samples else ": every error and oddity first, then others, spread evenly"
-    )
-    how += f". Click a sample, or press Enter, to see what each exit says of it{' and where it looks' if heat else ''}."
+    all_shown = len(chosen_G) == facts.trace.num_samples
+    title = f"{'All' if all_shown else f'{len(chosen_G):,} of'} {facts.trace.num_samples:,} samples"
+    how = "" if all_shown else "Every error and oddity first, then others, spread evenly. "
+    how += f"Click a sample, or press Enter, to see what each exit says of it{' and where it looks' if heat else ''}."
     return Explorer(
+        title=title,
         how=f"{how} The slider above moves where samples stop.",
         data={
             "rows": chosen_G,
@@ -187,9 +195,10 @@ def _spread(rows: Tensor, count: int) -> Tensor:
 def _heat(facts: Facts, data: Dataset, sdn_dir: Path, kept: Tensor, chosen_G: Tensor, heats: int) -> dict[str, str]:
     """Where every exit looked, for so many of the rows shown: destructive ones first, then the most confused."""
     sdn, preprocessing = load_sdn(sdn_dir)
-    if sdn.num_exits > facts.trace.num_exits:
+    names, wanted = sdn.plan.exit_names, facts.trace.exit_names[: facts.trace.full_exit + 1]
+    if names != wanted:
         raise DataError(
-            f"{sdn_dir} has {sdn.num_exits} exits, the trace {facts.trace.num_exits}: they do not belong together."
+            f"{sdn_dir} has the exits {', '.join(names)}, the trace {', '.join(wanted)}: they do not belong together."
         )
     rows_G = kept[chosen_G]
     score_G = facts.confusion_N[rows_G].nan_to_num(nan=0.0) + 1e6 * facts.destructive_N[rows_G]
@@ -197,8 +206,6 @@ def _heat(facts: Facts, data: Dataset, sdn_dir: Path, kept: Tensor, chosen_G: Te
     inputs = ready(data.rows(facts.row_N[rows_G[picked]]), preprocessing)
     parts = steps(range(0, len(picked), 8), "look where exits look", -(-len(picked) // 8))
     found = torch.cat([looks(sdn, take(inputs, slice(i, i + 8))) for i in parts])
-    missing = facts.trace.num_exits - found.shape[1]  # a second look has no map of its own
-    found = torch.cat([found, found[:, -1:].expand(-1, missing, -1, -1)], 1) if missing else found
     return {str(g): eights(one) for g, one in zip(picked.tolist(), found, strict=True)}
 
 

@@ -66,9 +66,8 @@ def tradeoff_chart(found: Tradeoff, exits: Sequence[Row], chosen: Row, accuracy:
     dots = alt.Chart(_data(marks)).mark_point(
         clip=True, filled=True, opacity=1, size=150, stroke="white", strokeWidth=1
     )
-    now = alt.Chart(_data([], "now")).mark_point(
-        clip=True, filled=True, opacity=1, size=170, stroke="white", strokeWidth=1
-    )
+    # The script keeps the triangle on the axes, and at their edge it must not be cut in half.
+    now = alt.Chart(_data([], "now")).mark_point(filled=True, opacity=1, size=170, stroke="white", strokeWidth=1)
     drawn = [chart.encode(**encoded, shape=shaped, color=inked) for chart in (dots, now)]
     return _sized(alt.layer(lines, *drawn).resolve_scale(shape="shared", color="shared"))
 
@@ -129,14 +128,13 @@ def overthinking_chart(rows: Sequence[Row], span: Span) -> Any:
 
 
 def spoiled_chart(rows: Sequence[Row]) -> Any:
-    """Per exit but the full one: the share of rows that are right there and wrong at the end."""
+    """Per exit before the end: the share of rows that are right there and wrong at the end."""
     alt = altair()
-    shown = [row for row in rows if row["exit"] != "full"]
     bars = (
-        alt.Chart(_data(shown))
+        alt.Chart(_data(rows))
         .mark_bar(color=WRONG, stroke=INKS[1], strokeWidth=1, width={"band": 0.6})
         .encode(
-            x=_place("exit:N", [row["exit"] for row in shown], title="exit"),
+            x=_place("exit:N", [row["exit"] for row in rows], title="exit"),
             y=alt.Y("spoiled:Q", title="right here, wrong at the end", axis=alt.Axis(format=".1%", tickCount=5)),
             tooltip=["exit:N", alt.Tooltip("spoiled:Q", format=".2%")],
         )
@@ -182,17 +180,18 @@ def destructive_chart(rows: Sequence[Row]) -> Any:
     return _sized(links + dots, 40 + 22 * len(shown))
 
 
-def confusion_chart(rows: Sequence[Row]) -> Any:
-    """How confusion is spread over right and over wrong answers."""
+def confusion_chart(rows: Sequence[Row], unit: str) -> Any:
+    """How confusion, counted in ``unit``, is spread over right and over wrong answers."""
     alt = altair()
+    closed = [*rows, {**rows[-1], "from": rows[-1]["to"]}]  # a step of no width, so that the last bin has one
     long = [
-        {"confusion": row["from"], "end": row["to"], "share": row[what], "what": f"{what} answers"}
+        {"confusion": row["from"], "share": row[what], "what": f"{what} answers"}
         for what in ("right", "wrong")
-        for row in rows
+        for row in closed
     ]
     kinds = ["right answers", "wrong answers"]
     base = alt.Chart(_data(long)).encode(
-        x=alt.X("confusion:Q", title="confusion of the full network's answer"),
+        x=alt.X("confusion:Q", title=f"confusion of the full network's answer, {unit}"),
         color=alt.Color(
             "what:N",
             scale=alt.Scale(domain=kinds, range=[RIGHT, WRONG]),

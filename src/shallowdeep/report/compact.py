@@ -51,10 +51,13 @@ def packed(facts: Facts, kept: Tensor) -> dict[str, Any]:
     """The rows ``kept`` for the script: answers and steps per exit, truth, and what the chosen policy does."""
     trace, outcome = facts.trace, facts.outcome
     asked = facts.policy.asks(trace.num_exits, trace.full_exit)
-    said = facts.said_EN[:, kept]
+    said, ensemble = facts.said_EN[:, kept], facts.policy.ensemble
     sure = outcome.confidence_N[kept].nan_to_num(nan=0.0)
     return {
         "rows": len(kept),
+        "samples": trace.num_samples,
+        "together": [bool(ensemble and ensemble.weight_EE[e]) for e in range(trace.num_exits)],
+        "standardised": facts.standardised,
         "exits": trace.num_exits,
         "full": trace.full_exit,
         "labels": facts.labels,

@@ -38,9 +38,9 @@
     const end = rightAt(trace.full, n);
     return { wasteful: early, destructive: early && !end, first: trace.full > 0 && rightAt(0, n) && !later && !end };
   });
-  const sorted = rows.map((n) => trace.confusion[n]).sort((a, b) => b - a);
+  const sorted = [...trace.confusion].sort((a, b) => b - a); // of all rows, not of those shown
   const odd = sorted[Math.max(0, Math.ceil(sorted.length / 20) - 1)];
-  let outcome = report.now(), shown = [], buttons = [], opened = -1;
+  let outcome = report.now(), shown = [], buttons = [], opened = -1, sample = -1;
   const passes = (g) => {
     const n = rows[g], kind = by("by-kind").value, exit = by("by-exit").value, label = by("by-class").value, answer = by("by-answer").value;
     if (exit !== "all" && outcome.exit[n] !== Number(exit)) return false;
@@ -89,7 +89,7 @@
     const order = by("by-order").value;
     if (order === "confused") found.sort((a, b) => trace.confusion[rows[b]] - trace.confusion[rows[a]]);
     if (order === "unsure") found.sort((a, b) => outcome.sure[rows[a]] - outcome.sure[rows[b]]);
-    by("count").textContent = `${found.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} samples.`;
+    by("count").textContent = `${found.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} samples shown here.`;
     if (found.length === shown.length && found.every((g, i) => g === shown[i])) { buttons.forEach((button, i) => tagged(button, shown[i])); return; }
     shown = found;
     buttons = [];
@@ -120,6 +120,7 @@
 
   /* ---- one sample */
   const dialog = by("sample");
+  const confused = (value) => trace.standardised ? `${Math.abs(value).toFixed(2)} deviations ${value < 0 ? "below" : "above"} the mean` : `${value.toFixed(2)}, a sum of distances`;
   const paint = async (canvas, g, side, heat) => {
     const { sheet, x, y } = spot(g), image = images[sheet];
     await image.decode();
@@ -137,56 +138,87 @@
     veil.getContext("2d").putImageData(dots, 0, 0);
     pen.drawImage(veil, 0, 0, canvas.width, canvas.height);
   };
+  const guess = (label, sure, truth) => {
+    const row = make("div", "guess"), bar = make("span", "how-sure"), inside = make("i");
+    inside.style.width = `${100 * sure}%`;
+    bar.append(inside);
+    row.append(make("span", "who", className(label)), bar, make("span", "share", report.percent(sure)));
+    if (label === truth) row.classList.add("true");
+    return row;
+  };
   const guesses = (g, e) => {
     const three = make("div", "three");
     for (let k = 0; k < data.top3; k++) {
-      const at = (g * trace.exits + e) * 3 + k, sure = share[at] / 65535, row = make("div", "guess");
-      const bar = make("span", "how-sure"), inside = make("i");
-      inside.style.width = `${100 * sure}%`;
-      bar.append(inside);
-      row.append(make("span", "who", className(top[at])), bar, make("span", "share", report.percent(sure)));
-      if (top[at] === trace.truth[rows[g]]) row.classList.add("true");
-      three.append(row);
+      const at = (g * trace.exits + e) * 3 + k;
+      three.append(guess(top[at], share[at] / 65535, trace.truth[rows[g]]));
     }
     return three;
   };
+  /* What was answered, where it is more than the word of the exit that stopped: of exits together, or of a fallback. */
+  const answered = (g) => {
+    const n = rows[g], together = outcome.together?.[outcome.exit[n]], item = make("li", "here"), right = outcome.right[n] === 1, sure = report.confidence(outcome.sure[n]);
+    const name = make("div", "exit", `${together ? "together" : "answered"} ${right ? "✓" : "✗"}`);
+    name.append(make("small", "", "the answer"));
+    item.append(name, guess(outcome.answer[n], sure, trace.truth[n]));
+    return item;
+  };
   const fillSample = () => {
-    const g = shown[opened], n = rows[g], stop = outcome.exit[n], right = outcome.right[n] === 1;
+    const g = sample, n = rows[g], stop = outcome.exit[n], right = outcome.right[n] === 1;
     by("sample-title").textContent = `${className(trace.truth[n])}: answered “${className(outcome.answer[n])}” at ${exitName(stop).replace("full", "the full")} ${right ? "✓" : "✗"}`;
     const picture = by("picture");
     picture.setAttribute("aria-label", `Row ${data.numbers[g]}, ${className(trace.truth[n])}`);
     paint(picture, g, 432);
     const fate = facts[g].destructive ? "destructive: right earlier, wrong at the end" : facts[g].wasteful ? "wasteful: right before the end" : rightAt(trace.full, n) ? "only the full network is right" : "no exit is right";
-    const about = [["row", String(data.numbers[g])], ["truth", className(trace.truth[n])], ["overthinking", fate], ["confusion", trace.confusion[n].toFixed(2)], ["cost", report.percent(outcome.costs[stop], 0)]];
+    const about = [["row", String(data.numbers[g])], ["truth", className(trace.truth[n])], ["overthinking", fate], ["confusion", confused(trace.confusion[n])], ["cost", report.percent(outcome.costs[stop], 0)]];
     by("about").replaceChildren(...about.flatMap(([name, value]) => [make("dt", "", name), make("dd", "", value)]));
     const heats = g in data.heat ? report.bytes(data.heat[g]) : null, area = data.grid * data.grid;
-    by("depth").replaceChildren(...trace.labels.map((_, e) => {
+    by("depth").replaceChildren(...trace.labels.flatMap((_, e) => {
       const item = make("li", e === stop ? "here" : e > stop ? "past" : ""), name = make("div", "exit", `${exitName(e).replace("full network", "full")} ${rightAt(e, n) ? "✓" : "✗"}`);
       name.append(make("small", "", e === stop ? "stops here" : `cost ${report.percent(trace.costs[e], 0)}`));
       item.append(name, guesses(g, e));
-      if (heats) {
+      if (heats && (e + 1) * area <= heats.length) { // a second look has no map of its own
         const canvas = make("canvas");
         canvas.setAttribute("role", "img");
         canvas.setAttribute("aria-label", `Where ${exitName(e)} looked`);
         paint(canvas, g, 168, heats.subarray(e * area, (e + 1) * area));
         item.append(canvas);
       }
-      return item;
+      return e === stop && (outcome.together?.[e] || outcome.answer[n] !== trace.said[e * trace.rows + n]) ? [item, answered(g)] : [item];
     }));
-    by("before").disabled = opened === 0;
-    by("after").disabled = opened === shown.length - 1;
+    by("before").disabled = opened <= 0;
+    by("after").disabled = opened >= shown.length - 1;
   };
-  const open = (i) => { if (i < 0 || i >= shown.length) return; opened = i; fillSample(); if (!dialog.open) dialog.showModal(); };
+  const open = (i) => { if (i < 0 || i >= shown.length) return; opened = i; sample = shown[i]; fillSample(); if (!dialog.open) dialog.showModal(); };
   const step = (by_) => open(opened + by_);
+  /* The page's slider once more: behind an open sample nothing can be reached. */
+  const slider = by("threshold"), here = by("threshold-here"), back = by("reset-here");
+  const follow = () => {
+    here.value = slider.value;
+    here.setAttribute("aria-valuetext", slider.getAttribute("aria-valuetext"));
+    by("level-here").textContent = by("level").textContent;
+    back.disabled = by("reset").disabled;
+  };
+  here.addEventListener("input", () => { slider.value = here.value; slider.dispatchEvent(new Event("input")); });
+  back.addEventListener("click", () => { by("reset").click(); here.focus(); });
+  follow();
   by("before").addEventListener("click", () => step(-1));
   by("after").addEventListener("click", () => step(1));
   by("close").addEventListener("click", () => dialog.close());
   dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
   dialog.addEventListener("close", () => focus(opened));
   dialog.addEventListener("keydown", (event) => {
+    if (event.target === here) return;
     if (event.key === "ArrowRight") step(1);
     if (event.key === "ArrowLeft") step(-1);
   });
-  report.follow((now) => { outcome = now; select(); if (dialog.open && shown.length) { opened = Math.min(opened, shown.length - 1); fillSample(); } });
+  report.follow((now) => {
+    outcome = now;
+    select();
+    follow();
+    if (!dialog.open) return;
+    /* The sample stays, even where a filter no longer shows it. */
+    opened = shown.includes(sample) ? shown.indexOf(sample) : Math.min(opened, shown.length - 1);
+    fillSample();
+  });
   select();
 })();

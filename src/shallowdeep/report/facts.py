@@ -6,6 +6,7 @@ are such rows; where there are none, ``seen`` is True and the page says so.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,17 @@ class Facts:
         """Right at the first exit and nowhere else up to the full exit."""
         full = self.trace.full_exit
         return self.right_EN[0] & ~self.right_EN[1 : full + 1].any(0) if full else torch.zeros_like(self.right_EN[0])
+
+    @property
+    def standardised(self) -> bool:
+        """Whether ``confusion_N`` counts deviations from the mean of a reference, and is no sum of distances."""
+        return self.trace.confusion_reference is not None
+
+    @property
+    def doubt(self) -> float:
+        """Half the width of a 95 % interval of the drop: rows are paired, each right twice, once or never."""
+        difference_N = self.right_EN[self.trace.full_exit].double() - self.answered_right_N.double()
+        return 1.96 * float(difference_N.std(correction=0)) / math.sqrt(len(difference_N))
 
     @property
     def labels(self) -> list[str]:

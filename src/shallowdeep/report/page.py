@@ -31,8 +31,9 @@ SCRIPTS = ("live.js", "explorer.js")
 
 @dataclass(frozen=True, kw_only=True)
 class Explorer:
-    """The gallery of the first trace: a sentence for people, and what the script needs."""
+    """The gallery of the first trace: title and a sentence for people, and what the script needs."""
 
+    title: str
     how: str
     data: dict[str, Any]
 
@@ -82,6 +83,7 @@ def _view(index: int, one: Facts) -> dict[str, Any]:
         "summary": words.summary(one),
         "rows": words.rows_said(one),
         "rule": words.rule(one.policy),
+        "record": words.record_title(one.policy),
         "certificate": words.certificate(one.policy),
         "info": [(str(name), str(value)) for name, value in one.trace.info.items()],
         "figures": [{"key": key, "name": name, "value": value} for key, (name, value) in values.items()],

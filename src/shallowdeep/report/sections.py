@@ -28,12 +28,16 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Numbers as text, the first column being what the row is about; ``live`` names cells that follow the slider."""
+    """Numbers as text, the first column being what the row is about; ``live`` names cells that follow the slider.
+
+    ``at`` says, where the script must know it exactly, which share or label every row speaks of.
+    """
 
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     live: str = ""
+    at: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,7 @@ def sections_of(found: Sequence[Facts]) -> list[Section]:
         writer.section("tradeoff", "Trade-off", "Accuracy against compute", HOW["tradeoff"], writer.tradeoff),
         writer.section("flow", "Where rows leave", "Where samples leave", HOW["flow"], writer.flow),
         writer.section("overthinking", "Overthinking", "Overthinking", HOW["overthinking"], writer.overthinking),
-        writer.section("confusion", "Confusion", "Confusion finds errors", HOW["confusion"], writer.confusion),
+        writer.section("confusion", "Confusion", "Confusion finds errors", _measure(found), writer.confusion),
         writer.section("risk", "Risk", "Fewer answers, fewer errors", HOW["risk"], writer.risk),
         writer.section("reliability", "Reliability", "Is confidence honest?", HOW["reliability"], writer.reliability),
     ]
@@ -79,18 +83,19 @@ def sections_of(found: Sequence[Facts]) -> list[Section]:
 HOW = {
     "exits": "Each dot is an exit, numbered in order of depth; further right costs more, higher is more often right.",
     "tradeoff": "Each point of a line is one setting of the thresholds, on these rows in hindsight; up and left is "
-    "better. The diamond is the chosen policy, the triangle is where the slider stands.",
+    "better. One shift over levels: every exit has a threshold of its own, and one number raises or lowers them all. "
+    "The diamond is the chosen policy; once moved, the slider is a triangle, at the edge where it is off the axes.",
     "flow": "The stream of all rows, from exit to exit: pale goes on, dark leaves with a right answer, orange with a "
     "wrong one.",
     "overthinking": "Wasteful: an exit was right, and computing went on. Destructive: an exit was right, and the end "
     "is wrong.",
     "confusion": "Confusion is how far the exits' answers are from the full network's: the sum of L1 distances of "
-    "softmaxes.",
+    "softmaxes",
     "risk": "Answer only the surest share of the rows (from the left), and count the errors among them.",
     "reliability": "On the grey diagonal, answers given with 80 % confidence are right 80 % of the time; below it an "
     "exit claims too much.",
-    "time": "Milliseconds a row, per batch size, of the fastest whole network and of early exits; the triangle is what "
-    "early exits would take if deciding and regrouping rows cost nothing.",
+    "time": "Milliseconds a row, per batch size, of the fastest whole network and of early exits under the chosen "
+    "policy; the triangle is what early exits would take if deciding and regrouping rows cost nothing.",
 }
 
 
@@ -112,7 +117,7 @@ class _Writer:
         return Section(id=id, short=short, title=title, how=how, blocks=tuple(blocks))
 
     def chart(self, chart: Any, alt: str, *, title: str = "", live: str = "") -> Chart:
-        spec = vl_convert().vegalite_to_vega(finished(chart))
+        spec = vl_convert().vegalite_to_vega({**finished(chart), "description": alt})
         self.charts += 1
         return Chart(spec=spec, number=self.charts - 1, alt=alt, title=title, live=live)
 
@@ -147,7 +152,8 @@ class _Writer:
         cells += [("full network", f"{one.tradeoff.full_cost:.3f}", percent(one.tradeoff.full_accuracy, 2))]
         cells += [("the chosen policy", f"{found.mean_cost:.3f}", percent(found.accuracy_early_exit, 2))]
         table = Table(title="The numbers", head=("rule", "mean cost", "accuracy"), rows=tuple(cells))
-        promised = Table(title="The certificate", head=("what", "value"), rows=tuple(words.certificate(one.policy)))
+        kept = tuple(words.certificate(one.policy))
+        promised = Table(title=words.record_title(one.policy), head=("what", "value"), rows=kept)
         tables = [table, promised] if promised.rows else [table]
         alt = "Accuracy over mean cost of confidence thresholds, with the chosen policy and the full network"
         return _said(words.on_tradeoff(one), [self.chart(chart, alt, live="now")], *tables)
@@ -172,14 +178,16 @@ class _Writer:
 
     def overthinking(self, one: Facts) -> dict[str, Any]:
         rows, classes = self.rows[id(one)], numbers.by_class(one)
-        shares = ("so_far", "accuracy", "spoiled")
+        full, shares = one.trace.full_exit, ("so_far", "accuracy", "spoiled")
+        rows = rows[: full + 1]  # a second look comes after the end
         exits = [(row["exit"], *(percent(row[name]) for name in shares)) for row in rows]
         head = ("exit", "right so far", "right here", "right here, wrong at the end")
         by_exit = Table(title="The numbers, per exit", head=head, rows=tuple(exits))
         kinds = ("wasteful", "destructive", "errors", "policy_errors")
         cells = [(row["class"], f"{row['rows']:,}", *(percent(row[name]) for name in kinds)) for row in classes]
-        columns = ("class", "rows", "wasteful", "destructive", "full network wrong", "policy wrong")
-        by_class = Table(title="The numbers, per class", head=columns, rows=tuple(cells))
+        columns = ("class", "rows", "wasteful", "destructive", "full network wrong", "wrong where they stop")
+        labels = tuple(row["label"] for row in classes)
+        by_class = Table(title="The numbers, per class", head=columns, rows=tuple(cells), live="class", at=labels)
         drawn = [
             self.chart(
                 charts.overthinking_chart(rows, self.span),
@@ -187,7 +195,9 @@ class _Writer:
                 title="Wasteful, per exit",
             ),
             self.chart(
-                charts.spoiled_chart(rows), "Right here and wrong at the end, per exit", title="Destructive, per exit"
+                charts.spoiled_chart(rows[:full]),
+                "Right here and wrong at the end, per exit",
+                title="Destructive, per exit",
             ),
             self.chart(charts.wasteful_chart(classes), "Right before the end, per class", title="Wasteful, per class"),
             self.chart(
@@ -203,7 +213,10 @@ class _Writer:
         rows = numbers.confusions(one)
         cells = [(f"{r['from']:.2f} to {r['to']:.2f}", percent(r["right"]), percent(r["wrong"])) for r in rows]
         table = Table(title="The numbers", head=("confusion", "right answers", "wrong answers"), rows=tuple(cells))
-        chart = self.chart(charts.confusion_chart(rows), "How confusion is spread over right and over wrong answers")
+        unit = "in deviations from the mean" if one.standardised else "a sum of distances"
+        chart = self.chart(
+            charts.confusion_chart(rows, unit), "How confusion is spread over right and over wrong answers"
+        )
         return _said(words.on_confusion(one), [chart], table)
 
     def risk(self, one: Facts) -> dict[str, Any]:
@@ -211,11 +224,10 @@ class _Writer:
         kinds = list(dict.fromkeys(row["what"] for row in rows))
         curves = [[row for row in rows if row["what"] == what] for what in kinds]
         every = max(1, len(curves[0]) // 20)
-        cells = [
-            (percent(at[0]["coverage"], 0), *(percent(row["risk"], 2) for row in at))
-            for at in list(zip(*curves, strict=True))[every - 1 :: every]
-        ]
-        table = Table(title="The numbers", head=("rows answered", *kinds), rows=tuple(cells))
+        shown = list(zip(*curves, strict=True))[every - 1 :: every]
+        cells = [(percent(at[0]["coverage"], 0), *(percent(row["risk"], 2) for row in at)) for at in shown]
+        shares = tuple(at[0]["coverage"] for at in shown)
+        table = Table(title="The numbers", head=("rows answered", *kinds), rows=tuple(cells), live="risk", at=shares)
         chart = self.chart(charts.risk_chart(rows), "Errors among the surest share of the rows", live="risk")
         return _said(words.on_risks(rows), [chart], table)
 
@@ -250,6 +262,15 @@ class _Writer:
         table = Table(title="The numbers", head=head, rows=tuple(cells))
         chart = self.chart(charts.milliseconds_chart(rows), "Milliseconds a row: whole network, early exits, ideal")
         return _said(words.on_milliseconds(rows), [chart], table)
+
+
+def _measure(found: Sequence[Facts]) -> str:
+    """What confusion is on this page: a sum, or that sum standardised by a trace's reference."""
+    if not any(one.standardised for one in found):
+        return f"{HOW['confusion']}."
+    where = ", standardised" if all(one.standardised for one in found) else "; standardised where the axis says so"
+    standard = "0 is the mean of the rows that the network was given as reference, 1 one deviation above it."
+    return f"{HOW['confusion']}{where}: {standard}"
 
 
 def _said(caption: str, drawn: Sequence[Chart], *tables: Table) -> dict[str, Any]:

@@ -32,12 +32,16 @@ def saved(cost: float) -> str:
     return f"save {share}\u202f% of the compute" if share > 0 else f"add {-share}\u202f% to the compute"
 
 
-def points(drop: float) -> str:
-    """What a drop of accuracy takes or gives, in points."""
-    value = round(100 * drop, 1)
+def points(drop: float, doubt: float) -> str:
+    """What a drop of accuracy takes or gives, in points, with half the width of its 95 % interval.
+
+    >>> points(0.012, 0.003), points(0.0, 0.003)
+    ('for 1.2 ± 0.3 points of accuracy', 'at the same accuracy (± 0.3 points)')
+    """
+    value, give = round(100 * drop, 1), f"± {100 * doubt:.1f}"
     if value == 0:
-        return "at the same accuracy"
-    return f"for {value:.1f} points of accuracy" if value > 0 else f"and gain {-value:.1f} points of accuracy"
+        return f"at the same accuracy ({give} points)"
+    return f"{'for' if value > 0 else 'and gain'} {abs(value):.1f} {give} points of accuracy"
 
 
 def summary(facts: Facts) -> list[Part]:
@@ -48,7 +52,7 @@ def summary(facts: Facts) -> list[Part]:
         best = _best(facts.bench)
         words = f" ({best['speedup']:.1f}x in time, measured with batches of {best['batch_size']})"
         parts.append((words, "time"))
-    parts += [(" ", ""), (points(found.drop), "points")]
+    parts += [(" ", ""), (points(found.drop, facts.doubt), "points")]
     if how.accuracy_E[-1] < 1:
         parts.append((f"; {percent(how.destructive_of_errors, 0)} of the full network's errors were right earlier", ""))
     finding = facts.finding
@@ -75,11 +79,18 @@ def rule(policy: Policy) -> str:
     """The policy in words."""
     if isinstance(policy, Fixed):
         return f"everything stops at exit {policy.exit + 1}"
+    together = ", exits passed have a say in the answer" if policy.ensemble is not None else ""
     if isinstance(policy, Confidence) and isinstance(policy.threshold, float):
-        return f"stop where the confidence reaches {percent(policy.threshold, 2)}"
+        return f"stop where the confidence reaches {percent(policy.threshold, 2)}{together}"
     record = policy.calibrated_on
     family = record.info.get("family") if record is not None else None
-    return f"{type(policy).__name__.lower()}, {family}" if family else type(policy).__name__.lower()
+    return ", ".join(part for part in (type(policy).__name__.lower(), family) if part) + together
+
+
+def record_title(policy: Policy) -> str:
+    """What the policy's record is: only one that proves something is called a certificate."""
+    record = policy.calibrated_on
+    return "The certificate" if record is not None and record.certificate is not None else "The policy's record"
 
 
 def certificate(policy: Policy) -> list[tuple[str, str]]:
@@ -91,7 +102,10 @@ def certificate(policy: Policy) -> list[tuple[str, str]]:
 
 
 def _shown(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    # What to type for a bound is said to who calibrates, not to who looks at the page.
+    return str(value).replace("; give confidence= for a bound", "")
 
 
 def _best(bench: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -120,17 +134,11 @@ def on_tradeoff(facts: Facts) -> str:
     found = facts.evaluation
     words = f"The policy ({rule(facts.policy)}) costs {percent(found.mean_cost, 0)} of the network and is right about "
     words += f"{percent(found.accuracy_early_exit)}; the full network about {percent(found.accuracy_full)}. "
-    words += f"The drop is {100 * found.drop:.2f} points, give or take {100 * _doubt(facts):.2f} (95 %); "
+    words += f"The drop is {100 * found.drop:.2f} points, give or take {100 * facts.doubt:.2f} (95 %); "
     words += f"{percent(found.harm, 2)} of the rows are right at the end and wrong where they stop. "
     record = facts.policy.calibrated_on
     note = record.info.get("note") if record is not None else None
-    return f"{words}Its record says: {note}" if note else f"{words}The policy carries no certificate."
-
-
-def _doubt(facts: Facts) -> float:
-    """Half the width of a 95 % interval of the drop: rows are paired, each right twice, once or never."""
-    difference_N = facts.right_EN[facts.trace.full_exit].double() - facts.answered_right_N.double()
-    return 1.96 * float(difference_N.std(correction=0)) / math.sqrt(len(difference_N))
+    return f"{words}Its record says: {_shown(note)}" if note else f"{words}The policy carries no certificate."
 
 
 def on_flow(facts: Facts, rows: Sequence[Row]) -> str:
@@ -151,8 +159,8 @@ def on_overthinking(facts: Facts) -> str:
     """Wasteful and destructive, per exit."""
     how = facts.overthinking
     words = f"{percent(how.wasteful, 0)} of the rows are right at some exit before the end: what follows is wasted. "
-    words += f"{percent(how.destructive)} are right earlier and wrong at the end, of which the share beyond luck is "
-    words += f"{percent(how.destructive_corrected)} of all rows. "
+    words += f"{percent(how.destructive)} are right earlier and wrong at the end; "
+    words += f"without what guessing would get right, {percent(how.destructive_corrected)}. "
     return words + f"Stopping always at the first right exit would cost {percent(how.oracle_cost, 0)} of the network."
 
 
@@ -190,7 +198,8 @@ def on_risks(rows: Sequence[Row]) -> str:
         f"Declining the least sure fifth of the rows takes the full network's errors from {percent(at(curves[0], 1))}"
     )
     words += f" to {percent(at(curves[0], 0.8))} by confidence and to {percent(at(curves[1], 0.8))} by confusion; "
-    return f"{words}the early answers' from {percent(at(curves[2], 1))} to {percent(at(curves[2], 0.8))}."
+    words += f"all answers' under the chosen policy from {percent(at(curves[2], 1))}"
+    return f"{words} to {percent(at(curves[2], 0.8))}."
 
 
 def on_reliability(facts: Facts, rows: Sequence[Row]) -> str:

@@ -1,0 +1,90 @@
+"""The report's sections: what charts, tables and sentences call things, and where they end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import torch
+
+from shallowdeep.certificates import Certificate
+from shallowdeep.disagreement import fit_confusion
+from shallowdeep.policies import CalibrationRecord, Confidence, Ensemble
+from shallowdeep.report import numbers, words
+from shallowdeep.report.compact import packed
+from shallowdeep.report.facts import Facts, facts_of
+from shallowdeep.report.page import page_of
+from shallowdeep.report.sections import sections_of
+from test_report import a_trace, some_facts
+
+
+def test_only_a_proof_is_called_a_certificate() -> None:
+    note = "An aim, not a bound: met on average; give confidence= for a bound."
+    record = CalibrationRecord(info={"family": "one threshold", "note": note})
+    aimed = Confidence(threshold=0.8, calibrated_on=record)
+    page = page_of([facts_of(a_trace(), aimed)], title="t", made="m")
+    assert page.count("<summary>The policy&#39;s record</summary>") == 2
+    assert "<summary>The certificate</summary>" not in page
+    assert "An aim, not a bound: met on average." in page
+    assert "confidence=" not in re.sub(r"<script.*?</script>", "", page, flags=re.S)
+    proof = Certificate(
+        method="ltt", test="binomial", risk="harm", bound=0.01, delta=0.05, observed=0.0, rows=9, tested_rows=9,
+        data_hash="", backend="", precision="", exit_names=(), asked_E=(), view="", versions="",
+    )  # fmt: skip
+    proved = dataclasses.replace(aimed, calibrated_on=dataclasses.replace(record, certificate=proof))
+    assert words.record_title(proved) == "The certificate"
+
+
+def test_an_ensemble_is_named_and_says_where_exits_answer_together() -> None:
+    ensemble = Ensemble(weight_EE=((), (), (), (1.0, 1.0, 1.0, 1.0)))
+    policy = Confidence(threshold=0.8, ensemble=ensemble)
+    assert words.rule(policy).endswith(", exits passed have a say in the answer")
+    assert packed(facts_of(a_trace(), policy), torch.arange(9))["together"] == [False, False, False, True]
+    assert packed(some_facts(), torch.arange(9))["together"] == [False] * 4
+    assert "have a say" not in words.rule(Confidence(threshold=0.8))
+
+
+def chart_rows(facts: Facts, section: str, chart: int, key: str) -> list[dict[str, Any]]:
+    """The rows with ``key`` that a chart of the page draws."""
+    spec = next(one for one in sections_of([facts]) if one.id == section).blocks[0].charts[chart].spec
+    return [row for data in spec["data"] for row in data.get("values", ()) if key in row]
+
+
+def test_charts_of_overthinking_end_where_the_network_ends() -> None:
+    facts = some_facts(a_trace(full_exit=2, exit_names=("a", "b", "full", "again:mirror")))
+    assert [row["exit"] for row in chart_rows(facts, "overthinking", 1, "spoiled")] == ["1", "2"]
+    assert {row["exit"] for row in chart_rows(facts, "overthinking", 0, "share")} == {"1", "2", "full"}
+    table = next(one for one in sections_of([facts]) if one.id == "overthinking").blocks[0].tables[0]
+    assert [row[0] for row in table.rows] == ["1", "2", "full"]
+
+
+def test_confusion_says_in_what_it_is_counted() -> None:
+    raw = a_trace()
+    reference = fit_confusion(None, raw)
+    facts = [some_facts(raw), some_facts(dataclasses.replace(raw, confusion_reference=reference))]
+    sections = [
+        next(one for one in sections_of(some) if one.id == "confusion") for some in ([facts[0]], [facts[1]], facts)
+    ]
+    assert sections[0].how.endswith("the sum of L1 distances of softmaxes.")
+    assert "standardised: 0 is the mean" in sections[1].how
+    assert "standardised where the axis says so" in sections[2].how
+    axes = [json.dumps(block.charts[0].spec) for block in sections[2].blocks]
+    assert "a sum of distances" in axes[0]
+    assert "in deviations from the mean" in axes[1]
+    assert [packed(one, torch.arange(9))["standardised"] for one in facts] == [False, True]
+
+
+def test_the_last_bin_of_confusion_is_as_wide_as_the_others() -> None:
+    facts = some_facts()
+    bins = numbers.confusions(facts)
+    wrong = [row for row in chart_rows(facts, "confusion", 0, "confusion") if row["what"] == "wrong answers"]
+    assert [row["confusion"] for row in wrong] == [row["from"] for row in bins] + [bins[-1]["to"]]
+    assert wrong[-1]["share"] == bins[-1]["wrong"]
+
+
+def test_every_picture_can_be_read_aloud() -> None:
+    charts = [chart for one in sections_of([some_facts()]) for block in one.blocks for chart in block.charts]
+    assert len(charts) == 11
+    assert all(chart.spec["description"] == chart.alt for chart in charts)
