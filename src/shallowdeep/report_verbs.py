@@ -26,9 +26,9 @@ from shallowdeep.report.facts import Facts, facts_of
 from shallowdeep.report.page import Explorer, page_of
 from shallowdeep.report.pictures import COLUMNS, GRID, SHEET, as_pictures, looks, sheets_of
 from shallowdeep.report.words import summary
-from shallowdeep.spelling import from_json
+from shallowdeep.runs import inside
 from shallowdeep.types import DataError, Trace
-from shallowdeep.verbs import DataChoice, load_sdn, ready
+from shallowdeep.verbs import DataChoice, check_policy, load_sdn, read_policy, read_trace, ready
 
 CONFUSED = 0.05
 
@@ -55,11 +55,11 @@ def report_verb(
     called = class_names or (data.class_names if data is not None else _class_names(sdn_dir))
     found: list[Facts] = []
     for path, policy, bench, name in zip(traces, given, measured, named, strict=True):
-        trace = Trace.load(_inside(path, "trace.safetensors"))
+        trace = read_trace(path)
         if data is not None and not found:
             _same_rows(trace, data, path)
         fits = called if not found or len(called) == trace.num_classes else ()
-        facts = facts_of(trace, _policy(policy), name=name, class_names=fits)
+        facts = facts_of(trace, _policy(policy, trace), name=name, class_names=fits)
         found.append(facts if bench is None else replace(facts, bench=_bench(bench, facts)))
     explorer = _explorer(found, data, sdn_dir, thumbnails, heats) if data is not None else None
     made = _made(traces, given, benches, images)
@@ -81,11 +81,6 @@ def report_verb(
     }
 
 
-def _inside(path: Path, name: str) -> Path:
-    """``path`` itself if it is a file, else the file ``name`` in that folder."""
-    return path / name if path.is_dir() else path
-
-
 def _one_each(paths: Sequence[Path], traces: int, option: str) -> list[Path | None]:
     if len(paths) not in (0, 1, traces):
         raise ValueError(f"{option} was given {len(paths)} times for {traces} traces: give one for all, or one each.")
@@ -102,12 +97,16 @@ def _names(traces: Sequence[Path], names: Sequence[str]) -> list[str]:
     return [name if found.count(name) == 1 else f"{name} ({place + 1})" for place, name in enumerate(found)]
 
 
-def _policy(path: Path | None) -> Policy | None:
-    return None if path is None else from_json(read_json(_inside(path, "policy.json")))
+def _policy(path: Path | None, trace: Trace) -> Policy | None:
+    if path is None:
+        return None
+    policy = read_policy(path)
+    check_policy(policy, path, trace.exit_names, trace.full_exit)
+    return policy
 
 
 def _bench(path: Path, facts: Facts) -> Mapping[str, Any]:
-    found = read_json(_inside(path, "bench.json"))
+    found = read_json(inside(path, "bench.json"))
     if not isinstance(found, dict) or not found.get("measured"):
         raise DataError(f"{path} holds no measurements; make them with `sdn bench`.")
     trace = facts.trace
