@@ -290,7 +290,7 @@ def test_the_verbs_leave_tables_files_and_figures(tmp_path: Path, capsys: pytest
     tuned = tmp_path / "tuned"
     tuned.mkdir()
     facts = {"backend": "torch", "batch_size": 1, "full_ms": 2.0, "reach_ms": [0.5, 1, 2.2], "own_ms": [0.1, 0.1, 0]}
-    (tuned / "run.json").write_text(json.dumps({"results": facts}))
+    (tuned / "run.json").write_text(json.dumps({"verb": "tune", "results": facts}))
     words = ["compare", "--trace", str(tmp_path / "t"), "--splits", "1", "--tuned", str(tuned)]
     main([*words, "--max-accuracy-drops", "0.01", "--out", str(tmp_path / "c")])
     said = capsys.readouterr().out.strip().splitlines()
@@ -310,7 +310,7 @@ def test_the_verbs_leave_tables_files_and_figures(tmp_path: Path, capsys: pytest
     assert json.loads(said[-1])["exits"] == ["exit0", "exit1", "full"]
     about = json.loads((tmp_path / "r" / "reliability.json").read_text())
     assert len(about["after"]["count_EK"][0]) == 15
-    (tuned / "run.json").write_text(json.dumps({"results": {}}))
+    (tuned / "run.json").write_text(json.dumps({"verb": "tune", "results": {}}))
     with pytest.raises(SystemExit):
         main(words)
     assert "is not a folder of `sdn tune`" in capsys.readouterr().err

@@ -345,7 +345,7 @@ def test_foreign_and_half_records_are_named(traces: tuple[Trace, Trace], tmp_pat
     for half, missing in (
         ({}, r"no dataset, network, regime, recipe, epochs and 25 more\."),
         ([], "no dataset"),
-        ({"regime": "backdoor"}, "no dataset, network, recipe, poisoning_rate, epochs and 9 more"),
+        ({"regime": "backdoor"}, "no dataset, network, recipe, poisoning_rate, epochs and 13 more"),
         ({name: whole[name] for name in whole if name != "cost_at_budget"}, r"no cost_at_budget\."),
         (whole | {"paper": less}, r"no paper\.best\."),
         (whole | {"paper": None}, r"no paper\.accuracy_cnn"),

@@ -16,7 +16,7 @@ from shallowdeep.runs import describe_device, plain, read_run, write_run
 
 def test_a_run_is_written_and_read(tmp_path: Path) -> None:
     write_run(tmp_path / "new", "train", {"epochs": 3, "data": Path("a/b")}, {"loss_E": torch.tensor([0.5, 1.0])})
-    about = read_run(tmp_path / "new")
+    about = read_run(tmp_path / "new", "train")
     assert about["verb"] == "train"
     assert about["choices"] == {"epochs": 3, "data": "a/b"}
     assert about["results"] == {"loss_E": [0.5, 1.0]}
@@ -42,7 +42,14 @@ def test_anything_becomes_json(value: Any, expected: Any) -> None:
 
 def test_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"No file .*run\.json"):
-        read_run(tmp_path)
+        read_run(tmp_path, "train")
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(FormatError, match=r"run\.json is damaged"):
-        read_run(tmp_path)
+        read_run(tmp_path, "train")
+    for content in ("[]", "{}"):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(FormatError, match="is no folder of this library's: give one of `sdn train`"):
+            read_run(tmp_path, "train")
+    write_run(tmp_path, "plan", {}, {})
+    with pytest.raises(FormatError, match="is a folder of `sdn plan`: give one of `sdn train`"):
+        read_run(tmp_path, "train")
