@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -263,7 +264,7 @@ class PerClass(_Choosing):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Scored(_Thresholded):
+class _Scored(_Thresholded, ABC):
     """What policies have in common that stop where a score is >= ``threshold``, and remember the label before it."""
 
     def init(self, batch: int, labels_B: Tensor | None, device: torch.device) -> State:
@@ -273,8 +274,9 @@ class _Scored(_Thresholded):
         state, score_B = self.score(state, exit, logits_BC, softmax_BC)
         return state, score_B >= self.at(exit)
 
+    @abstractmethod
     def score(self, state: State, exit: int, logits_BC: Tensor, softmax_BC: Tensor) -> tuple[State, Tensor]:
-        raise NotImplementedError
+        """What is remembered then, and the score of each row."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ from torch import Tensor
 from shallowdeep.data import Dataset
 from shallowdeep.files import read_json, write_text
 from shallowdeep.inputs import take
-from shallowdeep.policies import Policy
 from shallowdeep.progress import steps, waiting
 from shallowdeep.report.compact import eights, kept_rows, top_three
 from shallowdeep.report.facts import Facts, facts_of
@@ -28,7 +27,7 @@ from shallowdeep.report.pictures import COLUMNS, GRID, SHEET, as_pictures, looks
 from shallowdeep.report.words import summary
 from shallowdeep.runs import inside
 from shallowdeep.types import DataError, Trace
-from shallowdeep.verbs import DataChoice, check_policy, load_sdn, read_policy, read_trace, ready
+from shallowdeep.verbs import DataChoice, load_sdn, policy_for, read_trace, ready
 
 CONFUSED = 0.05
 
@@ -59,7 +58,7 @@ def report_verb(
         if data is not None and not found:
             _same_rows(trace, data, path)
         fits = called if not found or len(called) == trace.num_classes else ()
-        facts = facts_of(trace, _policy(policy, trace), name=name, class_names=fits)
+        facts = facts_of(trace, policy_for(trace, policy) if policy else None, name=name, class_names=fits)
         found.append(facts if bench is None else replace(facts, bench=_bench(bench, facts)))
     explorer = _explorer(found, data, sdn_dir, thumbnails, heats) if data is not None else None
     made = _made(traces, given, benches, images)
@@ -95,14 +94,6 @@ def _names(traces: Sequence[Path], names: Sequence[str]) -> list[str]:
         raise ValueError(f"{len(names)} names for {len(traces)} traces: give one each.")
     found = list(names) or [path.stem if path.suffix else path.resolve().name for path in traces]
     return [name if found.count(name) == 1 else f"{name} ({place + 1})" for place, name in enumerate(found)]
-
-
-def _policy(path: Path | None, trace: Trace) -> Policy | None:
-    if path is None:
-        return None
-    policy = read_policy(path)
-    check_policy(policy, path, trace.exit_names, trace.full_exit)
-    return policy
 
 
 def _bench(path: Path, facts: Facts) -> Mapping[str, Any]:

@@ -30,7 +30,7 @@ from shallowdeep.reliability import temper
 from shallowdeep.runs import inside, plain, read_run, write_run
 from shallowdeep.tuning import MachineCosts
 from shallowdeep.types import DataError, MissingExtra
-from shallowdeep.verbs import DataChoice, halves, load_sdn, read_policy, read_trace, ready
+from shallowdeep.verbs import DataChoice, halves, load_sdn, policy_for, read_policy, read_trace, ready
 from shallowdeep.walking import simulate
 
 
@@ -235,7 +235,7 @@ def alarms_verb(
     with a threshold where ``max_error`` is given: ``alarm.json``.
     """
     trace = read_trace(trace_dir)
-    policy = None if policy_dir is None else read_policy(policy_dir)
+    policy = policy_for(trace, policy_dir) if policy_dir else None
     found = alarms(trace, policy, against=None if against is None else read_trace(against))
     print(found)
     if max_error is None:

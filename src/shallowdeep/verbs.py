@@ -213,7 +213,7 @@ def calibrate_verb(
     ``policy.json``.
     """
     trace = read_trace(trace_dir)
-    tuned = read_policy(exits_of) if exits_of is not None else None
+    tuned = policy_for(trace, exits_of) if exits_of is not None else None
     policy = calibrate(
         trace,
         max_accuracy_drop=max_accuracy_drop,
@@ -235,9 +235,7 @@ def calibrate_verb(
 def evaluate_verb(policy_dir: Path, trace_dir: Path, out: Path) -> Result:
     """What a policy does on a trace: accuracy, cost, where rows leave; writes ``evaluation.json``."""
     trace = read_trace(trace_dir)
-    policy = read_policy(policy_dir)
-    check_policy(policy, policy_dir, trace.exit_names, trace.full_exit)
-    found = evaluate(policy, trace)
+    found = evaluate(policy_for(trace, policy_dir), trace)
     print(found)
     write_text(out / "evaluation.json", json.dumps(plain(found.__dict__), indent=1))
     return write_run(out, "evaluate", {"policy": policy_dir, "trace": trace_dir}, found.__dict__)
@@ -316,6 +314,13 @@ def check_policy(policy: Policy, path: Path, exit_names: Sequence[str], full_exi
             f"The policy in {path} is of another network: {why} Calibrate one on a trace of this network: "
             "sdn collect, then sdn calibrate."
         )
+
+
+def policy_for(trace: Trace, path: Path) -> Policy:
+    """The policy at ``path``, which must be of the network that ``trace`` is of."""
+    policy = read_policy(path)
+    check_policy(policy, path, trace.exit_names, trace.full_exit)
+    return policy
 
 
 def load_sdn(folder: Path) -> tuple[ShallowDeepNetwork, Preprocessing | None]:

@@ -6,6 +6,7 @@ It refuses to know anything but arrays.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,15 +22,15 @@ KEPT = ("softmax", "answer", *ANSWERS, "alarm")
 """How the names of outputs begin that are read after the next call; it writes into the memory of all others."""
 
 
-class OnNumpy:
+class OnNumpy(ABC):
     """What backends share that load ONNX graphs and count and pick rows of NumPy arrays."""
 
+    @abstractmethod
     def load(self, model: Any, gives: Sequence[str], *, alone: bool) -> Run:
         """The ONNX ``model`` as a function of arrays in the order of its inputs; its outputs are called ``gives``.
 
         ``alone``: it takes no turns with others, so that its threads may wait as they like.
         """
-        raise NotImplementedError
 
     def compile(self, step: Step | Joined, example: Sequence[Tensor]) -> Run:
         return self.load(onnx_program(step, example), step.gives, alone=isinstance(step, Joined))
@@ -76,7 +77,7 @@ class OnNumpy:
         return softmax_SC.max(1)
 
     def wait(self) -> None:
-        pass
+        return  # arrays are there when a call returns
 
     def marked(self, row_S: Any, out: Any) -> Any:
         row_S = row_S.copy()
