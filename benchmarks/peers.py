@@ -104,6 +104,7 @@ def main() -> None:
         "shallowdeep, onnxruntime": Engine(sdn, policy, backend="onnxruntime", threads=1),
         "shallowdeep, openvino": Engine(sdn, policy, backend="openvino", threads=1),
     }
+    print("timing: other programs should rest now", flush=True)
     ms = timed(ways, x[b], np.random.default_rng(0))
     base = np.array(ms["network, eager"])
     result = {

@@ -73,7 +73,12 @@ def a_bench(*names: str) -> dict[str, Any]:
         "speedup": 0.7,
         "speedup_quartiles": [0.6, 0.8],
     }
-    return {"measured": [one, slow], "exits_asked": list(names or ("exit0", "exit1", "exit2", "full"))}
+    asked = list(names or ("exit0", "exit1", "exit2", "full"))
+    return {
+        "measured": [one, slow],
+        "exits_asked": asked,
+        "policy": {"kind": "Confidence", "fallback": "last", "threshold": 0.8},
+    }
 
 
 # ---------------------------------------------------------------- numbers
@@ -444,6 +449,11 @@ def test_bad_requests_are_one_sentence(tmp_path: Path) -> None:
             report_verb([tmp_path], out, policies=[policy], benches=[tmp_path])
     (tmp_path / "bench.json").write_text(json.dumps({"measured": a_bench()["measured"]}))
     with pytest.raises(DataError, match="measured exits without a name"):
+        report_verb([tmp_path], out, policies=[policy], benches=[tmp_path])
+    other_thresholds = a_bench("exit0", "exit2", "full")
+    other_thresholds["policy"] |= {"enabled_E": [True, False, True, True], "threshold": 0.9}
+    (tmp_path / "bench.json").write_text(json.dumps(other_thresholds))
+    with pytest.raises(DataError, match=r"measured another policy than that of .*: give both the same --policy"):
         report_verb([tmp_path], out, policies=[policy], benches=[tmp_path])
     with pytest.raises(ValueError, match="one for all, or one each"):
         report_verb([tmp_path], out, policies=[tmp_path] * 2)

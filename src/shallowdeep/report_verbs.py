@@ -26,6 +26,7 @@ from shallowdeep.report.page import Explorer, page_of
 from shallowdeep.report.pictures import COLUMNS, GRID, SHEET, as_pictures, looks, sheets_of
 from shallowdeep.report.words import summary
 from shallowdeep.runs import inside
+from shallowdeep.spelling import rule_to_json
 from shallowdeep.types import DataError, Trace
 from shallowdeep.verbs import DataChoice, load_sdn, policy_for, read_trace, ready
 
@@ -109,6 +110,8 @@ def _bench(path: Path, facts: Facts) -> Mapping[str, Any]:
             f"{path} measured {measured}, the policy of {facts.name} asks {', '.join(names)}: give what `sdn bench` "
             "measured of this network under this policy."
         )
+    if found.get("policy") != rule_to_json(facts.policy):
+        raise DataError(f"{path} measured another policy than that of {facts.name}: give both the same --policy.")
     return found
 
 

@@ -25,6 +25,7 @@ from shallowdeep.runs import describe_device
 from shallowdeep.runtime.backends import Backend, BackendName
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.runtime.programs import make_backend
+from shallowdeep.spelling import rule_to_json
 from shallowdeep.steps import Joined, make_steps, named
 from shallowdeep.timing import threads_of_torch
 from shallowdeep.views import Look, SecondLook, second_look_of
@@ -101,6 +102,7 @@ def bench(
         "rows": num_rows(inputs),
         "blocks": blocks,
         "exits_asked": [name for name, on in zip(exits.exit_names, exits.rule(policy).asked, strict=True) if on],
+        "policy": rule_to_json(policy),
         "accuracy_full": accuracy["full"],
         "accuracy_early_exit": float((answer_N["label"] == labels_N).double().mean()),
         "accuracy_others": {what: share for what, share in accuracy.items() if what not in PARTS},
