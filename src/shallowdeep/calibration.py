@@ -28,6 +28,8 @@ from shallowdeep.thresholds import Choice, choose, within_cost, within_drop
 from shallowdeep.types import Trace, table
 from shallowdeep.walking import simulate
 
+SUREST = 1e-6
+"""No confidence is stated closer to 1, or to 0: exact tests sum up what is rarer than 1e-9 in one term."""
 OVERLAP = 0.01
 """Shares of rows seen before that are worth a warning."""
 Found = tuple[Policy, dict[str, Any]]
@@ -114,6 +116,8 @@ def _check(
         raise ValueError(
             f"confidence is a probability between 0 and 1, such as 0.95; found {confidence}. No rows make sure."
         )
+    if confidence is not None and not SUREST <= 1 - confidence <= 1 - SUREST:
+        raise ValueError(f"confidence lies between {SUREST:g} and 1 - {SUREST:g}, found 1 - {1 - confidence:.2g}.")
     if confidence is not None and max_accuracy_drop is None:
         raise ValueError("confidence bounds a drop of accuracy; a mean cost is measured, not risked. Leave one out.")
     if max_accuracy_drop is None and (unsure or method != "auto" or risk != "drop"):
@@ -122,6 +126,11 @@ def _check(
         raise ValueError(f"method={method!r} holds with no stated probability; leave confidence out, or take 'ltt'.")
     if confidence is None and not unsure and (method != "auto" or risk != "drop"):
         raise ValueError(f"method={method!r} with risk={risk!r} bounds a risk: give confidence=0.95, say.")
+    if method == "crc" and risk == "error":
+        raise ValueError(
+            "Conformal risk control falls back on the full network, which may have more errors than any bound: "
+            "take risk='drop', which that keeps, or confidence=0.95 instead of method='crc'."
+        )
     if (confidence is not None or method == "crc") and max_accuracy_drop is not None and max_accuracy_drop <= 0:
         if risk not in ("drop", "brier"):
             raise ValueError(

@@ -185,15 +185,16 @@ def _loss(logits_BC: Tensor, softmax_BC: Tensor, labels_B: Tensor, risk: Claim) 
 def worst_so_far(leaving_KN: Steps, loss_LN: Floats) -> Floats:
     """``loss_LN`` with every loss raised to the largest that its row has met before on the path: it then never falls.
 
-    An exit at which a row stops at no step is passed over.
+    The path begins with the full network, which is what is left when no step passes, and which loses nothing: no loss
+    stays below 0, else draws in which gains bring a step to pass would be set against none. An exit at which a row
+    stops at no step is passed over.
     """
     before_KN = np.concatenate([np.full_like(leaving_KN[:1], np.iinfo(np.int64).max), leaving_KN[:-1]])
-    worst_LN = loss_LN.copy()
-    if len(leaving_KN):
-        worst_LN[-1] = np.where(leaving_KN[-1] > 0, loss_LN[-1], -math.inf)
+    worst_LN = np.maximum(loss_LN, 0.0)
+    worst_LN[-1] *= (leaving_KN > 0).all(0)
     for exit in reversed(range(len(leaving_KN))):
         stops_N = leaving_KN[exit] < before_KN[exit]
-        worst_LN[exit] = np.where(stops_N, np.maximum(worst_LN[exit + 1], loss_LN[exit]), worst_LN[exit + 1])
+        worst_LN[exit] = np.where(stops_N, np.maximum(worst_LN[exit + 1], worst_LN[exit]), worst_LN[exit + 1])
     return worst_LN
 
 
@@ -325,8 +326,8 @@ def certificate_of(trace: Trace, asked: Sequence[bool], aim: Aim, observed: floa
     """What ``tested`` rows of ``trace``, where ``asked`` exits were, prove: ``aim``, of which they saw ``observed``."""
     last = max(exit for exit, on in enumerate(asked) if on or exit == trace.full_exit)
     digest = hashlib.sha256(trace.labels_N.numpy().tobytes())
-    rows = trace.logits_ENC.detach().contiguous() if trace.hash_N is None else trace.hash_N.contiguous()
-    digest.update(rows.numpy().tobytes())
+    rows = trace.logits_ENC.detach() if trace.hash_N is None else trace.hash_N
+    digest.update(rows.contiguous().view(torch.uint8).numpy().tobytes())
     return Certificate(
         method="crc" if aim.delta is None else "betting" if aim.method == "betting" else "ltt",
         test=_test_of(aim),
