@@ -20,7 +20,7 @@ from shallowdeep.effects import share
 from shallowdeep.finding import AurocDifference, ErrorScores, auroc_differences, error_scores
 from shallowdeep.policies import CalibrationRecord, Confidence, Policy, finite_rows
 from shallowdeep.progress import steps
-from shallowdeep.spelling import to_json
+from shallowdeep.spelling import rule_to_json
 from shallowdeep.trajectory import Alarm, log_odds
 from shallowdeep.types import DataError, Outcome, Trace, table
 from shallowdeep.walking import CHUNK_ELEMENTS, simulate
@@ -90,12 +90,13 @@ def fit_alarm(trace: Trace, policy: Policy | None = None) -> Alarm:
         bias_E[exit] = fitted.intercept_[0] + level_K[place]
         weight_EE[exit, exits[: place + 1]] = own_K[: place + 1] + back_K[: place + 1][::-1]
         weight_EE[exit, exit] += last_K[place]
-    rule = {name: value for name, value in to_json(policy).items() if name != "calibrated_on"}
     return Alarm(
         asked_E=asked_E,
         bias_E=tuple(bias_E.tolist()),
         weight_EE=tuple(map(tuple, weight_EE.tolist())),
-        fitted_on=CalibrationRecord.of(trace, asked_E, {"rows": len(wrong_N), "errors": errors, "policy": rule}),
+        fitted_on=CalibrationRecord.of(
+            trace, asked_E, {"rows": len(wrong_N), "errors": errors, "policy": rule_to_json(policy)}
+        ),
     )
 
 
