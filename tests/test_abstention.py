@@ -17,6 +17,7 @@ from shallowdeep import abstention
 from shallowdeep.abstention import Judged, calibrate_alarm, last_passing
 from shallowdeep.alarming import fit_alarm, wrong_answers
 from shallowdeep.policies import CalibrationRecord, Confidence
+from shallowdeep.reliability import scaled
 from shallowdeep.spelling import rule_to_json
 from shallowdeep.trajectory import Alarm
 from shallowdeep.types import Trace
@@ -158,6 +159,14 @@ def test_rows_that_anybody_has_seen_prove_nothing() -> None:
     assert alarm == calibrate_alarm(trace.rows(torch.arange(403, 800)), POLICY, max_error=0.5)
     assert alarm.certificate is not None
     assert alarm.certificate.tested_rows == 199
+
+
+def test_rows_too_few_or_not_as_they_were_are_refused() -> None:
+    trace = oracle.bed(300)
+    with pytest.raises(ValueError, match="takes 10 rows that nobody has seen; here are 9"):
+        calibrate_alarm(trace.rows(torch.arange(9)), POLICY, max_error=0.5)
+    with pytest.raises(ValueError, match="bound the trace as it was collected"):
+        calibrate_alarm(scaled(trace, [2.0] * 5), POLICY, max_error=0.5)
 
 
 def test_the_record_names_the_policy_whose_answers_were_tested() -> None:

@@ -19,7 +19,7 @@ from shallowdeep.bounds import Bools, Counts, Floats, binomial_upper, last_prove
 from shallowdeep.calibration import OVERLAP, SUREST
 from shallowdeep.certificates import Certificate
 from shallowdeep.effects import share
-from shallowdeep.guarantees import Aim, certificate_of
+from shallowdeep.guarantees import Aim, certificate_of, check_provable
 from shallowdeep.policies import CalibrationRecord, Policy
 from shallowdeep.spelling import rule_to_json
 from shallowdeep.trajectory import Alarm
@@ -31,6 +31,8 @@ UPTO = (0.3, 0.5)
 choose and all others test."""
 STEPS = 200
 """Thresholds on the path, by how many of the choosing rows they keep."""
+FEWEST = 10
+"""With fewer rows some part would have none."""
 NOTHING = -1.0
 """The threshold that keeps no answer."""
 
@@ -68,6 +70,7 @@ def calibrate_alarm(
     """
     fresh = _fresh(trace, policy, alarm, max_error, confidence)
     policy = policy or full_network(trace)
+    check_provable(trace, policy.asks(trace.num_exits, trace.full_exit))
     order = fresh[torch.from_numpy(np.random.default_rng(0).permutation(len(fresh)))]
     fitting, choosing, testing = order.tensor_split([round(len(fresh) * upto) for upto in UPTO])
     if alarm is None:
@@ -116,6 +119,8 @@ def _fresh(trace: Trace, policy: Policy | None, alarm: Alarm | None, max_error: 
         if (part := share(trace.trained_N)) > OVERLAP:
             warnings.warn(f"The ICs trained on {part:.1%} of these rows, which are left out.", stacklevel=3)
         seen_N |= trace.trained_N.bool()
+    if int((~seen_N).sum()) < FEWEST:
+        raise ValueError(f"An alarm takes {FEWEST} rows that nobody has seen; here are {int((~seen_N).sum())}.")
     return (~seen_N).nonzero()[:, 0]
 
 

@@ -24,6 +24,7 @@ from shallowdeep.finding import error_auroc
 from shallowdeep.guarantees import Aim, certify, full_cost_of
 from shallowdeep.paths import Rows, brings_of, read_rows
 from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Policy, asked_exits, finite_rows
+from shallowdeep.spelling import rule_to_json
 from shallowdeep.thresholds import Choice, choose, within_cost, within_drop
 from shallowdeep.types import Trace, table
 from shallowdeep.walking import simulate
@@ -88,6 +89,8 @@ def calibrate(
         warnings.warn(str(facts["note"]), stacklevel=2)
     info: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
     info |= {"rows": trace.num_samples} | facts
+    if certificate is not None:
+        info["policy"] = rule_to_json(policy)  # whoever changes a threshold keeps the record, but not the proof
     frozen: Any = policy  # every policy is a dataclass, which a protocol cannot say
     record = CalibrationRecord.of(trace, policy.asks(trace.num_exits, trace.full_exit), info, certificate)
     found: Policy = dataclasses.replace(frozen, calibrated_on=record)

@@ -110,6 +110,21 @@ def parts_of(trace: Trace, asked: Sequence[bool], risk: Claim = "drop") -> Parts
     return kept[key]
 
 
+def check_provable(trace: Trace, asked: Sequence[bool]) -> None:
+    """Raise ``ValueError`` for a trace that a certificate could not tell from others where ``asked`` exits are."""
+    if "temperature_E" in trace.info:
+        raise ValueError(
+            "These logits were divided by temperatures, and a trace does not say which rows taught them: bound the "
+            "trace as it was collected."
+        )
+    view = trace.info.get("second_look", "")
+    if "<" in view and any(asked[trace.full_exit + 1 :]):
+        raise ValueError(
+            f"A certificate names its second look, and {view!r} is the name of many: give SecondLook(name=..., "
+            "view=...), a view of views.VIEWS, or leave that exit out with enabled_E."
+        )
+
+
 def certify(trace: Trace, asked: Sequence[bool], aim: Aim) -> Proof:
     """The cheapest policy that the rows prove, if there is one that saves cost or gains what ``aim`` demands.
 
@@ -117,6 +132,8 @@ def certify(trace: Trace, asked: Sequence[bool], aim: Aim) -> Proof:
     each at the full level, until one fails (arXiv 2110.01052). Testing starts at the first step, if it gives the full
     network's answers to all rows that choose and the rows suffice for the bound; else where these are surest.
     """
+    if aim.method != "split":
+        check_provable(trace, asked)
     parts = parts_of(trace, asked, aim.risk)
     tested, full_cost, accuracy = len(parts.testing), full_cost_of(trace), _accuracy(parts)
     choice = choose(parts.choose_on, lambda brings: _hoped(brings, accuracy, aim, tested), parts.fits)
