@@ -274,7 +274,7 @@ def test_a_certificate_needs_logits_as_they_were_and_a_view_with_a_name(targets:
     with pytest.raises(ValueError, match="which rows taught them: bound the trace as it was collected"):
         calibrate(scaled(trace, fit_temperatures(trace)), max_accuracy_drop=0.1, **targets)
     nameless = dataclasses.replace(trace, full_exit=3, info={"second_look": second_look_of(lambda x: x).name})
-    with pytest.raises(ValueError, match="<locals>.<lambda>' is the name of many"):
+    with pytest.raises(ValueError, match=r"<locals>\.<lambda>' is the name of many"):
         calibrate(nameless, max_accuracy_drop=0.1, **targets)
     once = calibrate(nameless, max_accuracy_drop=0.1, enabled_E=(True,) * 4 + (False,), **targets)
     assert once.calibrated_on.certificate.view == ""

@@ -16,7 +16,7 @@ from shallowdeep.calibration import calibrate, evaluate
 from shallowdeep.families import FAMILIES, Family, fit_ensemble
 from shallowdeep.guarantees import Aim, losses, parts_of, worst_so_far
 from shallowdeep.paths import Rows, along, answering, read_rows
-from shallowdeep.policies import Fixed, Policy
+from shallowdeep.policies import CalibrationRecord, Fixed, Policy
 from shallowdeep.thresholds import Fit, fits
 from shallowdeep.types import DataError, Trace
 from shallowdeep.walking import simulate
@@ -276,6 +276,16 @@ def test_rows_trained_on_are_left_out(population: Trace) -> None:
         policy = calibrate(trained, max_accuracy_drop=0.05, confidence=0.9)
     assert policy.calibrated_on.certificate.tested_rows == 560
     assert min(parts_of(trained, EVERYTHING).testing) >= 300
+
+
+def test_rows_that_taught_something_prove_nothing_about_it() -> None:
+    trace = oracle.bed(400)
+    assert trace.hash_N is not None
+    few, many = (CalibrationRecord(hash_N=tuple(trace.hash_N[:n].tolist())) for n in (3, 5))
+    assert guarantees.unseen(trace, None, "policy").all()
+    assert guarantees.unseen(trace, few, "policy").nonzero()[0].tolist() == list(range(3, 400))
+    with pytest.raises(ValueError, match=r"The policy has seen 1\.2% of these rows, so no bound would hold"):
+        guarantees.unseen(trace, many, "policy")
 
 
 def test_testing_starts_where_the_choosing_rows_are_surest(

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from shallowdeep.alarming import fit_alarm, full_network, wrong_answers
 from shallowdeep.bounds import Bools, Counts, Floats, binomial_upper, last_proved, rows_needed
-from shallowdeep.calibration import OVERLAP, SUREST
+from shallowdeep.calibration import SUREST
 from shallowdeep.certificates import Certificate
 from shallowdeep.effects import share
-from shallowdeep.guarantees import Aim, certificate_of, check_provable
+from shallowdeep.guarantees import OVERLAP, Aim, certificate_of, check_provable, unseen
 from shallowdeep.policies import CalibrationRecord, Policy
 from shallowdeep.spelling import rule_to_json
 from shallowdeep.trajectory import Alarm
@@ -103,25 +103,15 @@ def _fresh(trace: Trace, policy: Policy | None, alarm: Alarm | None, max_error: 
             "max_error and confidence lie between 0 and 1, such as 0.01 and 0.95; "
             f"found {max_error} and {confidence}. No number of rows shows that nothing is ever wrong."
         )
-    seen_N = torch.zeros(trace.num_samples, dtype=torch.bool)
-    records = {"policy": None if policy is None else policy.calibrated_on}
-    records["alarm"] = None if alarm is None else alarm.fitted_on
-    for name, record in records.items():
-        if record is None:
-            continue
-        if (part := share(record.seen(trace))) > OVERLAP:
-            raise ValueError(
-                f"The {name} has seen {part:.1%} of these rows, so no bound on errors would hold: calibrate the alarm "
-                "on other rows, say one half of a trace for the policy and the other for the alarm."
-            )
-        seen_N |= record.seen(trace)
+    fresh_N = unseen(trace, None if policy is None else policy.calibrated_on, "policy")
+    fresh_N &= unseen(trace, None if alarm is None else alarm.fitted_on, "alarm")
     if trace.trained_N is not None:
         if (part := share(trace.trained_N)) > OVERLAP:
             warnings.warn(f"The ICs trained on {part:.1%} of these rows, which are left out.", stacklevel=3)
-        seen_N |= trace.trained_N.bool()
-    if int((~seen_N).sum()) < FEWEST:
-        raise ValueError(f"An alarm takes {FEWEST} rows that nobody has seen; here are {int((~seen_N).sum())}.")
-    return (~seen_N).nonzero()[:, 0]
+        fresh_N &= ~trace.trained_N.bool().numpy()
+    if (rows := int(fresh_N.sum())) < FEWEST:
+        raise ValueError(f"An alarm takes {FEWEST} rows that nobody has seen; here are {rows}.")
+    return torch.from_numpy(fresh_N.nonzero()[0])
 
 
 def _too_few(max_error: float, confidence: float, testing: int, found: Found) -> str:

@@ -21,7 +21,7 @@ from shallowdeep.certificates import Certificate, Method, Risk
 from shallowdeep.effects import answers, share
 from shallowdeep.families import FAMILIES
 from shallowdeep.finding import error_auroc
-from shallowdeep.guarantees import Aim, certify, full_cost_of
+from shallowdeep.guarantees import OVERLAP, Aim, certify, full_cost_of
 from shallowdeep.paths import Rows, brings_of, read_rows
 from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Policy, asked_exits, finite_rows
 from shallowdeep.spelling import rule_to_json
@@ -31,8 +31,6 @@ from shallowdeep.walking import simulate
 
 SUREST = 1e-6
 """No confidence is stated closer to 1, or to 0: exact tests sum up what is rarer than 1e-9 in one term."""
-OVERLAP = 0.01
-"""Shares of rows seen before that are worth a warning."""
 Found = tuple[Policy, dict[str, Any]]
 
 

@@ -30,12 +30,15 @@ from shallowdeep.bounds import (
     rows_needed,
 )
 from shallowdeep.certificates import Certificate, Claim, Method, claim_of
+from shallowdeep.effects import share
 from shallowdeep.paths import Brings, Path, Rows, Steps, along, read_rows
-from shallowdeep.policies import Ensemble, Policy, finite_rows
+from shallowdeep.policies import CalibrationRecord, Ensemble, Policy, finite_rows
 from shallowdeep.thresholds import Choice, choose, fits
 from shallowdeep.types import Trace
 from shallowdeep.walking import policy_costs
 
+OVERLAP = 0.01
+"""Shares of rows seen before that are worth a word: duplicates happen."""
 CHOOSING = 0.2
 """The part of the rows that chooses; others were measured (docs/decisions.md)."""
 PAIRED, BINOMIAL = "exact paired test, fixed sequence", "exact binomial test, fixed sequence"
@@ -123,6 +126,23 @@ def check_provable(trace: Trace, asked: Sequence[bool]) -> None:
             f"A certificate names its second look, and {view!r} is the name of many: give SecondLook(name=..., "
             "view=...), a view of views.VIEWS, or leave that exit out with enabled_E."
         )
+
+
+def unseen(trace: Trace, record: CalibrationRecord | None, name: str) -> Bools:
+    """Which rows of ``trace`` did not teach what has the ``record`` ([N]): others prove nothing about it.
+
+    Raises ``ValueError`` where those are more than a few. Rows without hashes cannot be told apart and count as new.
+    """
+    if record is None:
+        return np.ones(trace.num_samples, bool)
+    seen_N = record.seen(trace)
+    if (part := share(seen_N)) > OVERLAP:
+        raise ValueError(
+            f"The {name} has seen {part:.1%} of these rows, so no bound would hold on what they say of it: take other "
+            f"rows, say one half of a trace for the {name} and the other for the bound."
+        )
+    unseen_N: Bools = (~seen_N).numpy()
+    return unseen_N
 
 
 def certify(trace: Trace, asked: Sequence[bool], aim: Aim) -> Proof:
