@@ -189,6 +189,16 @@ def test_expected_risk_is_kept_where_the_only_step_gains_as_often_as_it_loses() 
     assert np.mean(drops) <= 0.003
 
 
+def test_expected_risk_is_kept_along_a_path_that_begins_with_the_full_network(population: Trace) -> None:
+    """What gains, a second look or an ensemble, would lie between the full network and the path's first step."""
+    looks = second_look(draw(population, 1500, 0))
+    policy = quietly(looks, max_accuracy_drop=0.03, method="crc")
+    assert policy.calibrated_on.certificate is not None
+    assert not policy.asks(6, 4)[5]
+    assert policy.ensemble is None
+    assert quietly(looks, max_accuracy_drop=0.03, confidence=0.95).asks(6, 4)[5]
+
+
 def second_look(trace: Trace) -> Trace:
     """``trace`` with one exit after the full one that mends half of what is wrong."""
     logits_NC = trace.logits_ENC[-1].clone()

@@ -82,7 +82,7 @@ class Parts:
     """
 
     def __init__(self, trace: Trace, asked: Sequence[bool], *, ensembles: bool) -> None:
-        rows = read_rows(trace, asked)
+        self.asked, rows = tuple(asked), read_rows(trace, asked)
         fresh = np.arange(trace.num_samples) if trace.trained_N is None else (~trace.trained_N.bool()).numpy().nonzero()
         order = np.random.default_rng(0).permutation(np.ravel(fresh))
         self.choosing, self.testing = np.split(order, [round(CHOOSING * len(order))])
@@ -103,11 +103,15 @@ class Parts:
 _PARTS: WeakKeyDictionary[Trace, dict[tuple[tuple[bool, ...], bool], Parts]] = WeakKeyDictionary()
 
 
-def parts_of(trace: Trace, asked: Sequence[bool], risk: Claim = "drop") -> Parts:
+def parts_of(trace: Trace, asked: Sequence[bool], risk: Claim = "drop", method: Method = "auto") -> Parts:
     """The ``Parts`` of a trace, made once for all that is asked of it. An ensemble gives other answers than the full
-    network, so it is left out where those count as a loss.
+    network, so it is left out where those count as a loss; and, with second looks, from a path that must begin with
+    the full network, because losses are made monotone from there.
     """
-    kept, key = _PARTS.setdefault(trace, {}), (tuple(asked), risk not in ("harm", "disagreement"))
+    if method == "crc":
+        asked = [on and exit <= trace.full_exit for exit, on in enumerate(asked)]
+    own = risk in ("harm", "disagreement") or method == "crc"
+    kept, key = _PARTS.setdefault(trace, {}), (tuple(asked), not own)
     if key not in kept:
         kept[key] = Parts(trace, asked, ensembles=key[1])
     return kept[key]
@@ -154,7 +158,7 @@ def certify(trace: Trace, asked: Sequence[bool], aim: Aim) -> Proof:
     """
     if aim.method != "split":
         check_provable(trace, asked)
-    parts = parts_of(trace, asked, aim.risk)
+    parts = parts_of(trace, asked, aim.risk, aim.method)
     tested, full_cost, accuracy = len(parts.testing), full_cost_of(trace), _accuracy(parts)
     choice = choose(parts.choose_on, lambda brings: _hoped(brings, accuracy, aim, tested), parts.fits)
     if choice is None or not tested:
@@ -173,7 +177,7 @@ def certify(trace: Trace, asked: Sequence[bool], aim: Aim) -> Proof:
         "expected_mean_cost": float(cost_P[step]),
         "expected_drop": float(parts.test_on.full_N.mean() - along(leaving_KN, right_LN, steps)[step] / tested),
     }
-    policy = choice.path.policy(step, asked, trace.num_exits)
+    policy = choice.path.policy(step, parts.asked, trace.num_exits)
     if aim.method == "split":
         note = (
             f"No statement about fresh rows: {tested} rows that did not choose saw a mean {aim.risk} of {observed:.2%}."
@@ -222,9 +226,8 @@ def _loss(logits_BC: Tensor, softmax_BC: Tensor, labels_B: Tensor, risk: Claim) 
 def worst_so_far(leaving_KN: Steps, loss_LN: Floats) -> Floats:
     """``loss_LN`` with every loss raised to the largest that its row has met before on the path: it then never falls.
 
-    The path begins with the full network, which is what is left when no step passes, and which loses nothing: no loss
-    stays below 0, else draws in which gains bring a step to pass would be set against none. An exit at which a row
-    stops at no step is passed over.
+    The path begins with the full network, which is what is left when no step passes, and which loses nothing: so no
+    loss stays below 0. An exit at which a row stops at no step is passed over.
     """
     before_KN = np.concatenate([np.full_like(leaving_KN[:1], np.iinfo(np.int64).max), leaving_KN[:-1]])
     worst_LN = np.maximum(loss_LN, 0.0)
