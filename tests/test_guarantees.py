@@ -298,6 +298,14 @@ def test_rows_that_taught_something_prove_nothing_about_it() -> None:
         guarantees.unseen(trace, many, "policy")
 
 
+def test_rows_that_are_there_twice_are_named() -> None:
+    trace = oracle.bed(400)
+    twice = trace.rows(torch.cat([torch.arange(400), torch.arange(100)]))
+    with pytest.warns(UserWarning, match=r"20.0% of these rows are copies of others"):
+        calibrate(twice, max_accuracy_drop=0.1, confidence=0.9)
+    calibrate(trace, max_accuracy_drop=0.1, confidence=0.9)
+
+
 def test_testing_starts_where_the_choosing_rows_are_surest(
     population: Trace, few_families: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

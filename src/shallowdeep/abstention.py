@@ -19,8 +19,8 @@ from shallowdeep.bounds import Bools, Counts, Floats, binomial_upper, last_prove
 from shallowdeep.calibration import SUREST
 from shallowdeep.certificates import Certificate
 from shallowdeep.effects import share
-from shallowdeep.guarantees import OVERLAP, Aim, certificate_of, check_provable, unseen
-from shallowdeep.policies import CalibrationRecord, Policy
+from shallowdeep.guarantees import Aim, certificate_of, check_provable, unseen
+from shallowdeep.policies import OVERLAP, CalibrationRecord, Policy
 from shallowdeep.spelling import rule_to_json
 from shallowdeep.trajectory import Alarm
 from shallowdeep.types import Trace

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from shallowdeep.effects import share
 from shallowdeep.finding import AurocDifference, ErrorScores, auroc_differences, error_scores
-from shallowdeep.policies import CalibrationRecord, Confidence, Policy, finite_rows
+from shallowdeep.policies import OVERLAP, CalibrationRecord, Confidence, Policy, finite_rows
 from shallowdeep.progress import steps
 from shallowdeep.spelling import rule_to_json
 from shallowdeep.trajectory import Alarm, log_odds
@@ -220,6 +221,8 @@ def alarms(trace: Trace, policy: Policy | None = None, *, against: Trace | None 
     True
     """
     policy, traces = policy or full_network(trace), [trace]
+    if policy.calibrated_on is not None and (seen := share(policy.calibrated_on.seen(trace))) > OVERLAP:
+        warnings.warn(f"The policy was calibrated on {seen:.1%} of these rows: its errors look rarer.", stacklevel=2)
     if against is not None:
         if against.logits_ENC.shape[::2] != trace.logits_ENC.shape[::2]:
             found, wanted = (tuple(given.logits_ENC.shape[::2]) for given in (against, trace))

@@ -21,9 +21,9 @@ from shallowdeep.certificates import Certificate, Method, Risk
 from shallowdeep.effects import answers, share
 from shallowdeep.families import FAMILIES
 from shallowdeep.finding import error_auroc
-from shallowdeep.guarantees import OVERLAP, Aim, certify, full_cost_of
+from shallowdeep.guarantees import Aim, certify, full_cost_of
 from shallowdeep.paths import Rows, brings_of, read_rows
-from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Policy, asked_exits, finite_rows
+from shallowdeep.policies import OVERLAP, CalibrationRecord, Confidence, Fixed, Policy, asked_exits, finite_rows
 from shallowdeep.spelling import rule_to_json
 from shallowdeep.thresholds import Choice, choose, within_cost, within_drop
 from shallowdeep.types import Trace, table

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
@@ -32,13 +33,11 @@ from shallowdeep.bounds import (
 from shallowdeep.certificates import Certificate, Claim, Method, claim_of
 from shallowdeep.effects import share
 from shallowdeep.paths import Brings, Path, Rows, Steps, along, read_rows
-from shallowdeep.policies import CalibrationRecord, Ensemble, Policy, finite_rows
+from shallowdeep.policies import OVERLAP, CalibrationRecord, Ensemble, Policy, finite_rows
 from shallowdeep.thresholds import Choice, choose, fits
 from shallowdeep.types import Trace
 from shallowdeep.walking import policy_costs
 
-OVERLAP = 0.01
-"""Shares of rows seen before that are worth a word: duplicates happen."""
 CHOOSING = 0.2
 """The part of the rows that chooses; others were measured (docs/decisions.md)."""
 PAIRED, BINOMIAL = "exact paired test, fixed sequence", "exact binomial test, fixed sequence"
@@ -118,7 +117,9 @@ def parts_of(trace: Trace, asked: Sequence[bool], risk: Claim = "drop", method: 
 
 
 def check_provable(trace: Trace, asked: Sequence[bool]) -> None:
-    """Raise ``ValueError`` for a trace that a certificate could not tell from others where ``asked`` exits are."""
+    """Raise ``ValueError`` for a trace that a certificate could not tell from others where ``asked`` exits are. Warn of
+    rows that are there twice.
+    """
     if "temperature_E" in trace.info:
         raise ValueError(
             "These logits were divided by temperatures, and a trace does not say which rows taught them: bound the "
@@ -129,6 +130,12 @@ def check_provable(trace: Trace, asked: Sequence[bool]) -> None:
         raise ValueError(
             f"A certificate names its second look, and {view!r} is the name of many: give SecondLook(name=..., "
             "view=...), a view of views.VIEWS, or leave that exit out with enabled_E."
+        )
+    if trace.hash_N is not None and (copies := 1 - len(trace.hash_N.unique()) / trace.num_samples) > OVERLAP:
+        warnings.warn(
+            f"{copies:.1%} of these rows are copies of others: the bound holds only if rows were drawn, one by one, "
+            "from where copies are as common.",
+            stacklevel=5,
         )
 
 
