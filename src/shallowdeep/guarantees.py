@@ -131,7 +131,7 @@ def check_provable(trace: Trace, asked: Sequence[bool]) -> None:
             f"A certificate names its second look, and {view!r} is the name of many: give SecondLook(name=..., "
             "view=...), a view of views.VIEWS, or leave that exit out with enabled_E."
         )
-    if trace.hash_N is not None and (copies := 1 - len(trace.hash_N.unique()) / trace.num_samples) > OVERLAP:
+    if trace.hash_N is not None and (copies := 1 - len(np.unique(trace.hash_N.numpy())) / trace.num_samples) > OVERLAP:
         warnings.warn(
             f"{copies:.1%} of these rows are copies of others: the bound holds only if rows were drawn, one by one, "
             "from where copies are as common.",
