@@ -12,7 +12,6 @@ import dataclasses
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path as File
 from typing import Any
@@ -20,62 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from shallowdeep.families import FAMILIES, SECOND_LOOK, Family, _steps, fit_ensemble, without_second_look
+from shallowdeep.families import FAMILIES, SECOND_LOOK, Family, fit_ensemble, without_second_look
 from shallowdeep.files import write_text
 from shallowdeep.guarantees import full_cost_of
 from shallowdeep.paths import Floats, Path, Rows, answering, brings_of, read_rows
-from shallowdeep.policies import Accumulated, Confidence, Score
+from shallowdeep.rivals import rivals_for
 from shallowdeep.thresholds import choose, fits, within_drop
 from shallowdeep.types import Trace
 
 SPLITS = 20
 AIMS, AIMS_WITH_A_SECOND_LOOK = (0.005, 0.0055, 0.006, 0.01), (-0.005, -0.0045, -0.0005, 0.0, 0.005)
 READ_AT = (-0.005, 0.0, 0.0025, 0.005, 0.01)
-
-
-def scored(policy: Score | Accumulated) -> Callable[[Rows, Floats | None], Path]:
-    """One threshold on what ``policy`` scores."""
-
-    def unit(rows: Rows) -> Floats:
-        found_KN = np.empty((len(rows.exits) - 1, len(rows.index_N)))
-        for chunk, logits, labels_B in rows.chunks(len(rows.exits) - 1):
-            state = policy.init(len(labels_B), None, labels_B.device)
-            for place, logits_BC in enumerate(logits):
-                softmax_BC = torch.softmax(logits_BC, 1, dtype=torch.float64)
-                state, score_B = policy.score(state, rows.exits[place], logits_BC, softmax_BC)
-                found_KN[place, chunk] = score_B.numpy()
-        return found_KN
-
-    return on_one_line(unit)
-
-
-def on_one_line(unit: Callable[[Rows], Floats]) -> Callable[[Rows, Floats | None], Path]:
-    def fit(rows: Rows, grid_P: Floats | None) -> Path:
-        grid_P = _steps(unit(rows)) if grid_P is None else grid_P
-        return Path(grid_P=grid_P, bar_PK=np.repeat(grid_P[:, None], len(rows.exits) - 1, 1), unit=unit, make=unmade)
-
-    return fit
-
-
-def unmade(*_: Any) -> Any:
-    raise NotImplementedError("a path that is only measured")
-
-
-def per_class(rows: Rows, grid_P: Floats | None) -> Path:
-    """One shift over levels of classes: log-odds, shrunk by 50 rows, of an exit's saying a class harmfully."""
-    classes = rows.logits_ENC.shape[2]
-
-    def said(others: Rows) -> Any:
-        return np.stack([rows.logits_ENC[e, others.index_N].argmax(1).numpy() for e in others.exits[:-1]])
-
-    harm_KN, label_KN = rows.right_LN[-1] & ~rows.right_LN[:-1], said(rows)
-    share = harm_KN.mean()
-    harmed_C, count_C = (
-        np.bincount(label_KN[harm_KN], minlength=classes),
-        np.bincount(label_KN.ravel(), minlength=classes),
-    )
-    level_C = -np.log((harmed_C + 50 * share) / (count_C + 50) / share)
-    return on_one_line(lambda others: others.scores[Confidence].score_KN + level_C[said(others)])(rows, grid_P)
 
 
 def everywhere(rows: Rows, grid_P: Floats | None) -> Path:
@@ -89,9 +43,7 @@ def candidates(rows: Rows) -> dict[str, tuple[Family, bool]]:
     """Families by name, and whether the ends are answered by an ensemble."""
     tried = [
         *FAMILIES,
-        Family("agreement bonus .5", scored(Score(threshold=0.0, agreement=0.5))),
-        Family("accumulated confidence (BEEM)", scored(Accumulated(threshold=0.0))),
-        Family("levels of classes", per_class),
+        *rivals_for(rows),
     ]
     if rows.full < len(rows.exits) - 1:
         tried = [SECOND_LOOK, without_second_look(FAMILIES[0], 0.0)]

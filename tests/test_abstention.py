@@ -17,6 +17,8 @@ from shallowdeep import abstention
 from shallowdeep.abstention import Judged, calibrate_alarm, last_passing
 from shallowdeep.alarming import fit_alarm, wrong_answers
 from shallowdeep.policies import CalibrationRecord, Confidence
+from shallowdeep.reliability import scaled
+from shallowdeep.spelling import rule_to_json
 from shallowdeep.trajectory import Alarm
 from shallowdeep.types import Trace
 from shallowdeep.walking import simulate
@@ -142,10 +144,36 @@ def test_rows_that_were_seen_are_refused() -> None:
     with pytest.raises(ValueError, match=r"The alarm has seen 100.0% of these rows"):
         calibrate_alarm(trace, POLICY, max_error=0.2, alarm=fit_alarm(trace, POLICY))
     calibrate_alarm(other, seen, max_error=0.5)
-    with pytest.warns(UserWarning, match="trained on 100.0% of these rows"):
-        calibrate_alarm(dataclasses.replace(other, trained_N=torch.ones(400).bool()), POLICY, max_error=0.5)
     with pytest.raises(ValueError, match="no threshold"):
         fit_alarm(trace).keeps(torch.tensor([math.nan]))
+
+
+def test_rows_that_anybody_has_seen_prove_nothing() -> None:
+    """Half of the rows trained the ICs, three were seen by the policy: the others alone fit, choose and test."""
+    trace = oracle.bed(800)
+    assert trace.hash_N is not None
+    seen = dataclasses.replace(POLICY, calibrated_on=CalibrationRecord(hash_N=tuple(trace.hash_N[400:403].tolist())))
+    trained = dataclasses.replace(trace, trained_N=torch.arange(800) < 400)
+    with pytest.warns(UserWarning, match=r"trained on 50.0% of these rows, which are left out"):
+        alarm = calibrate_alarm(trained, seen, max_error=0.5)
+    assert alarm == calibrate_alarm(trace.rows(torch.arange(403, 800)), POLICY, max_error=0.5)
+    assert alarm.certificate is not None
+    assert alarm.certificate.tested_rows == 199
+
+
+def test_rows_too_few_or_not_as_they_were_are_refused() -> None:
+    trace = oracle.bed(300)
+    with pytest.raises(ValueError, match="takes 10 rows that nobody has seen; here are 9"):
+        calibrate_alarm(trace.rows(torch.arange(9)), POLICY, max_error=0.5)
+    with pytest.raises(ValueError, match="bound the trace as it was collected"):
+        calibrate_alarm(scaled(trace, [2.0] * 5), POLICY, max_error=0.5)
+
+
+def test_the_record_names_the_policy_whose_answers_were_tested() -> None:
+    elsewhere = fit_alarm(oracle.bed(500, seed=9), Confidence(threshold=0.5))
+    alarm = calibrate_alarm(oracle.bed(1000), POLICY, max_error=0.3, alarm=elsewhere)
+    assert alarm.fitted_on is not None
+    assert alarm.fitted_on.info["policy"] == rule_to_json(POLICY)
 
 
 def test_the_examples_run() -> None:

@@ -20,6 +20,7 @@ import oracle
 import shallowdeep as sd
 from shallowdeep import alarming, trajectory
 from shallowdeep.alarming import alarms, fit_alarm, full_network, suspicions, wrong_answers
+from shallowdeep.calibration import calibrate
 from shallowdeep.export import _runner, export_file, export_folder
 from shallowdeep.host import EarlyExits
 from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Patience, Policy
@@ -236,6 +237,14 @@ def test_suspicions_are_the_slow_ones(policy: Policy | None) -> None:
             "near log-odds": -sum(odds[-4:]) / len(odds[-4:]),
         }
         assert {name: float(score_N[n]) for name, score_N in found.items()} == pytest.approx(expected)
+
+
+def test_a_policy_that_has_seen_the_rows_is_named() -> None:
+    trace = oracle.bed(400)
+    policy = calibrate(trace, max_accuracy_drop=0.05)
+    with pytest.warns(UserWarning, match=r"calibrated on 100.0% of these rows: its errors look rarer"):
+        alarms(trace, policy)
+    alarms(oracle.bed(400, seed=1), policy)
 
 
 def test_alarms_scores_every_score_and_judges_only_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,5 +190,21 @@ def test_conformal_risk_control_keeps_the_mean() -> None:
         last_conformal(np.array([0.1, 0.05]), 99, 0.05)
 
 
+def test_fixed_sequences_and_conformal_bounds_are_mapies() -> None:
+    fwer = pytest.importorskip("mapie.risk_control.fwer_control")
+    methods = pytest.importorskip("mapie.risk_control.methods")
+    rng, found = np.random.default_rng(0), set[int | None]()
+    for _ in range(200):
+        p = rng.random(8) ** 4
+        last = last_proved(p <= 0.1)
+        assert list(range(0 if last is None else last + 1)) == fwer.control_fwer(p, 0.1, "fixed_sequence").tolist()
+        loss_NP = (rng.random((50, 1)) < np.sort(rng.random(10) * 0.3)).astype(float)
+        _, raised_P = methods.get_r_hat_plus(loss_NP, np.linspace(0, 1, 10), "crc", None, None, None)
+        met = np.flatnonzero(raised_P <= 0.15)
+        assert last_conformal(loss_NP.mean(0), 50, 0.15) == (met[-1] if len(met) else None)
+        found |= {last, int(met[-1]) if len(met) else None}
+    assert len(found) > 5
+
+
 def test_the_examples_run() -> None:
     assert doctest.testmod(bounds).failed == 0

@@ -17,9 +17,11 @@ from shallowdeep.calibration import calibrate, evaluate, tradeoff
 from shallowdeep.families import FAMILIES
 from shallowdeep.paths import brings_of, read_rows
 from shallowdeep.policies import Confidence, Fixed
+from shallowdeep.reliability import fit_temperatures, scaled
 from shallowdeep.spelling import from_json, to_json
 from shallowdeep.thresholds import within_drop
 from shallowdeep.types import Trace
+from shallowdeep.views import second_look_of
 from shallowdeep.walking import simulate
 
 EVERYTHING = (True,) * 5
@@ -266,6 +268,18 @@ def test_the_examples_run() -> None:
     oracle.run_examples(calibration, "calibration")
 
 
+@pytest.mark.parametrize("targets", [{"confidence": 0.9}, {"method": "crc"}])
+def test_a_certificate_needs_logits_as_they_were_and_a_view_with_a_name(targets: dict) -> None:
+    trace = population(500)
+    with pytest.raises(ValueError, match="which rows taught them: bound the trace as it was collected"):
+        calibrate(scaled(trace, fit_temperatures(trace)), max_accuracy_drop=0.1, **targets)
+    nameless = dataclasses.replace(trace, full_exit=3, info={"second_look": second_look_of(lambda x: x).name})
+    with pytest.raises(ValueError, match=r"<locals>\.<lambda>' is the name of many"):
+        calibrate(nameless, max_accuracy_drop=0.1, **targets)
+    once = calibrate(nameless, max_accuracy_drop=0.1, enabled_E=(True,) * 4 + (False,), **targets)
+    assert once.calibrated_on.certificate.view == ""
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
@@ -278,6 +292,9 @@ def test_the_examples_run() -> None:
         ({"max_accuracy_drop": 0.01, "confidence": 95}, "between 0 and 1, such as 0.95; found 95"),
         ({"max_mean_cost": 0.5, "confidence": 0.95}, "a mean cost is measured"),
         ({"max_accuracy_drop": 0.01, "confidence": 1.0}, "found 1.0. No rows make sure"),
+        ({"max_accuracy_drop": 0.01, "confidence": 1 - 1e-13}, "between 1e-06 and 1 - 1e-06, found 1 - 1e-13"),
+        ({"max_accuracy_drop": 0.01, "confidence": 1e-13}, "between 1e-06 and 1 - 1e-06"),
+        ({"max_accuracy_drop": 0.1, "method": "crc", "risk": "error"}, "more errors than any bound: take risk='drop'"),
         ({"max_accuracy_drop": 0.0, "confidence": 0.95, "risk": "harm"}, "harm is never below 0"),
         ({"max_accuracy_drop": 0.0, "method": "crc"}, "counts one loss more than seen"),
         ({"max_accuracy_drop": 0.01, "confidence": 0.95, "method": "crc"}, "leave confidence out, or take 'ltt'"),

@@ -112,6 +112,9 @@ def test_all_verbs_one_after_another(
         capsys, "calibrate", "--max-accuracy-drop", "0.05", "--exits-of", "runs/calibrate", "--out", "runs/again"
     )
     assert asked["kind"] in ("Confidence", "Margin", "Fixed")
+    with pytest.raises(SystemExit):
+        main(["calibrate", "--max-accuracy-drop", "0.05", "--confidence", "0.9", "--exits-of", "runs/calibrate"])
+    assert "The policy of these exits has seen 100.0% of these rows, so no bound would hold" in capsys.readouterr().err
     words = ("--backends", "torch", "--batch-sizes", "1", "8", "--threads", "1", "--blocks", "2")
     benched = run(capsys, "bench", photos, "--half", "b", *words, "--rival", "test_cli:tiny")
     assert len(benched["measured"]) == 2  # type: ignore[arg-type]

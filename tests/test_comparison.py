@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from scipy.optimize import isotonic_regression
 
 import oracle
-from shallowdeep import comparison
+from shallowdeep import comparison, families
 from shallowdeep.cli import main
 from shallowdeep.comparison import AIMS, Comparison, Difference, compare, holm, usual_policies
 from shallowdeep.families import FAMILIES, Family
@@ -21,6 +22,7 @@ from shallowdeep.paths import Floats, Rows, read_rows
 from shallowdeep.paths import Path as Steps
 from shallowdeep.policies import Confidence, Entropy, Fixed, Oracle, Policy, Tempered
 from shallowdeep.reliability import fit_temperatures, scaled
+from shallowdeep.rivals import rivals_for
 from shallowdeep.thresholds import choose, fits, within_drop
 from shallowdeep.types import Trace
 from shallowdeep.walking import simulate
@@ -30,8 +32,10 @@ ONE = next(family for family in FAMILIES if family.name == "one confidence thres
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cheap families and fewer resamples; the first is the default."""
+    """Two cheap families, small ensembles and fewer resamples; the first is the default."""
+    monkeypatch.setattr(families, "ENSEMBLE_ROWS", 40)
     monkeypatch.setattr(comparison, "families_for", lambda rows: (FAMILIES[0], ONE))
+    monkeypatch.setattr(comparison, "rivals_for", lambda rows: ())
     monkeypatch.setattr(comparison, "RESAMPLES", 500)
 
 
@@ -57,7 +61,8 @@ def test_lines_are_what_policies_do_on_rows_that_did_not_choose_them(second_look
     found = compare(trace, {"entropy": [Entropy(threshold=0.1), Entropy(threshold=0.7)]}, splits=2, seed=5)
     names = [FAMILIES[0].name, ONE.name]
     tempered_names = [f"{name}, tempered" for name in names]
-    assert [line.name for line in found.lines] == [*names, f"{names[0]}, ensemble", *tempered_names, "entropy"]
+    mixed = [f"{names[0]}, ensemble", "ensembles at every exit (ZTW)"]
+    assert [line.name for line in found.lines] == [*names, *mixed, *tempered_names, "entropy"]
     cases = [*zip(names, (FAMILIES[0], ONE), strict=True), *zip(tempered_names, (FAMILIES[0], ONE), strict=True)]
     for name, family in cases:
         line, tempered = next(line for line in found.lines if line.name == name), name in tempered_names
@@ -100,6 +105,32 @@ def test_policies_by_hand_are_chosen_on_one_half_too() -> None:
     np.testing.assert_allclose(found.lines[-1].cost_A.numpy(), paid, atol=1e-12)
 
 
+def test_what_others_proposed_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zero Time Waste answers as it was fitted on the rows that chose, at every exit."""
+    monkeypatch.setattr(comparison, "rivals_for", rivals_for)
+    monkeypatch.setattr(comparison, "RESAMPLES", 20)
+    monkeypatch.setattr(comparison, "families_for", lambda rows: (ONE,))
+    trace = oracle.bed(600, exits=3)
+    found = compare(trace, {}, splits=1)
+    names = [line.name for line in found.lines]
+    assert {"agreement bonus .5", "accumulated confidence (BEEM)", "levels of classes"} < set(names)
+    order, rows, paid = np.random.default_rng(0).permutation(600), read_rows(trace, (True,) * 3), np.zeros(len(AIMS))
+    for part, other in ((order[:300], order[300:]), (order[300:], order[:300])):
+        mine, fresh = rows.take(np.sort(part)), trace.rows(torch.from_numpy(np.sort(other)))
+        for place, aim in enumerate(AIMS):
+            reach = partial(within_drop, accuracy_full=float(mine.full_N.mean()), max_accuracy_drop=aim)
+            choice = choose(mine, reach, fits(mine, families=(ONE,), first=1))
+            if choice is None or choice.brings.cost_P[choice.step] >= 1:
+                paid[place] += 0.5
+                continue
+            policy = choice.path.policy(choice.step, (True,) * 3, 3)
+            assert policy.ensemble is not None
+            assert [len(weight_E) for weight_E in policy.ensemble.weight_EE] == [0, 2, 3]
+            paid[place] += float(simulate(policy, fresh).cost_N.mean()) / 2
+    ztw = found.lines[names.index("ensembles at every exit (ZTW)")]
+    np.testing.assert_allclose(ztw.cost_A.numpy(), paid, atol=1e-12)
+
+
 def test_no_row_reports_on_a_path_that_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are known by their scores at the first exit."""
     fitted: list[set[float]] = []
@@ -122,7 +153,7 @@ def test_no_row_reports_on_a_path_that_it_chose(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(comparison, "families_for", lambda rows: (Family("spy", fit),))
     monkeypatch.setattr(Steps, "leaving", spied)
     compare(oracle.bed(300, exits=3), {}, splits=2)
-    assert len(fitted) == 12, "plain, ensemble, tempered"
+    assert len(fitted) == 16, "plain, ensemble at the end and everywhere, tempered"
     assert len(judged) == 4
     for chose, told in zip(fitted, judged, strict=False):
         assert len(chose) == len(told) == 150
@@ -191,7 +222,7 @@ def test_what_is_the_same_is_not_different_and_what_is_better_is(monkeypatch: py
     # A line that never gets cheap enough is not tried.
     assert math.isnan(of(found, "last but one", "accuracy").value)
     tried = [one for one in found.differences if one.name != ONE.name and not math.isnan(one.p)]
-    assert len(tried) == 2 * (5 * 2 + 1), "cost and accuracy of twin, ensemble, two tempered, oracle; cost of the last"
+    assert len(tried) == 2 * (6 * 2 + 1), "cost and accuracy of twin, 2 ensembles, 2 tempered, oracle; cost of the last"
     assert found.verdict().startswith(f"{len(tried)} differences to 'one confidence threshold' were tried")
     assert "Really different in cost at a 1.00% drop: dearer: last but one; cheaper: oracle." in found.verdict()
     assert "default" in str(found)
@@ -265,7 +296,7 @@ def test_usual_policies_go_from_dear_to_cheap() -> None:
         assert costs == sorted(costs, reverse=True), name
         assert costs[0] > 0.9
     found = compare(trace, splits=1)
-    assert [line.name for line in found.lines[5:]] == list(usual_policies(trace))
+    assert [line.name for line in found.lines[6:]] == list(usual_policies(trace))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +331,7 @@ def test_the_verbs_leave_tables_files_and_figures(tmp_path: Path, capsys: pytest
     assert 0.4 < last["ms at 0.01"][ONE.name] < 2.2
     assert any(line.startswith("at a drop of 1.00%") for line in said)
     about = json.loads((tmp_path / "c" / "compare.json").read_text())
-    assert len(about["lines"]) == 8
+    assert len(about["lines"]) == 9
     assert len(about["lines"][0]["drop_A"]) == len(AIMS)
     assert {one["what"] for one in about["differences"]} == {"cost", "ms", "accuracy"}
     for name in ("compare.svg", "compare_ms.svg"):

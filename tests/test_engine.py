@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 from collections import defaultdict
 from functools import cache, partial
@@ -18,7 +19,9 @@ from shallowdeep.inputs import Inputs, each, num_rows
 from shallowdeep.network import ShallowDeepNetwork, fingerprint
 from shallowdeep.policies import CalibrationRecord, Confidence, Entropy, Fixed, Oracle, Patience, Policy
 from shallowdeep.runtime import engine as engine_module
+from shallowdeep.spelling import from_json, rule_to_json, to_json
 from shallowdeep.steps import Step, needed_ics
+from shallowdeep.trajectory import Alarm
 from shallowdeep.types import Answer, BackboneMismatch, DataError
 from test_certificates import PROVED
 
@@ -373,3 +376,18 @@ def test_a_hard_cap_voids_the_certificate_of_the_call() -> None:
         assert bool(engine(images(3), max_cost=0.9).capped_B.all())
     engine(images(3))
     assert engine.certificate is not None
+    record = certified(sdn, NEVER).calibrated_on
+    exits = sdn.num_exits
+    alarm = Alarm(asked_E=(True,) * exits, bias_E=(0.0,) * exits, weight_EE=((0.0,) * exits,) * exits, fitted_on=record)
+    with pytest.warns(UserWarning, match="alarm's certificate is void for this call: a hard cap"):
+        Engine(sdn, NEVER, alarm=alarm)(images(3), max_cost=0.9)
+
+
+def test_a_certificate_is_void_for_a_policy_that_was_changed() -> None:
+    sdn = made()
+    proved = certified(sdn, NEVER).calibrated_on
+    record = dataclasses.replace(proved, info={"policy": rule_to_json(NEVER)})
+    policy = from_json(json.loads(json.dumps(to_json(dataclasses.replace(NEVER, calibrated_on=record)))))
+    assert Engine(sdn, policy).certificate is not None
+    with pytest.warns(UserWarning, match="tested with another policy, or this one was changed since"):
+        assert Engine(sdn, dataclasses.replace(policy, threshold=0.5)).certificate is None

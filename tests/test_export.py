@@ -197,3 +197,8 @@ def test_a_certificate_goes_only_with_the_runtime_that_made_its_trace(tmp_path: 
     )
     assert kept["certificate"]["data_hash"] == proved.data_hash
     assert "certificate" not in gone
+    elsewhere = dataclasses.replace(proved, precision="torch.float64")
+    policy = dataclasses.replace(policy, calibrated_on=CalibrationRecord(certificate=elsewhere))
+    export_folder(tiny(), policy, tmp_path / "folder", rows(60))
+    kept = json.loads((tmp_path / "folder" / "manifest.json").read_text())["policy"]["calibrated_on"]
+    assert "certificate" not in kept, "tested in another precision"

@@ -16,7 +16,7 @@ from shallowdeep.calibration import calibrate, evaluate
 from shallowdeep.families import FAMILIES, Family, fit_ensemble
 from shallowdeep.guarantees import Aim, losses, parts_of, worst_so_far
 from shallowdeep.paths import Rows, along, answering, read_rows
-from shallowdeep.policies import Fixed, Policy
+from shallowdeep.policies import CalibrationRecord, Fixed, Policy
 from shallowdeep.thresholds import Fit, fits
 from shallowdeep.types import DataError, Trace
 from shallowdeep.walking import simulate
@@ -105,7 +105,7 @@ def test_losses_made_monotone_are_the_running_worst() -> None:
     for step in range(path.steps):
         stop_N = (leaving_KN > step).sum(0)
         now_N = loss_LN[stop_N, np.arange(200)]
-        slow_PN.append(now_N if not slow_PN else np.maximum(slow_PN[-1], now_N))
+        slow_PN.append(np.maximum(slow_PN[-1] if slow_PN else 0.0, now_N))
     assert found_P == pytest.approx(np.stack(slow_PN).sum(1))
     assert (np.diff(found_P) >= 0).all()
     assert (np.diff(along(leaving_KN, loss_LN, path.steps)) < 0).any(), "nothing was there to be made monotone"
@@ -177,6 +177,26 @@ def test_expected_risk_is_kept_in_the_mean_over_draws(population: Trace, few_fam
         drops.append(evaluate(policy, population).drop)
     assert np.mean(drops) <= 0.03
     assert np.mean(drops) > 0.0
+
+
+def test_expected_risk_is_kept_where_the_only_step_gains_as_often_as_it_loses() -> None:
+    """Its mean loss is .02. Taken whenever gains outweigh losses, and else the full network, it would lose .006."""
+    rng, aim, drops = np.random.default_rng(0), Aim("drop", 0.003, None, "crc"), []
+    for _ in range(300):
+        loss_LN = np.stack([rng.choice([-1.0, 0.0, 1.0], 400, p=[0.24, 0.5, 0.26]), np.zeros(400)])
+        step = guarantees._proved(np.zeros((1, 400), np.int64), loss_LN, aim, 0, 1)
+        drops.append(0.0 if step is None else 0.02)
+    assert np.mean(drops) <= 0.003
+
+
+def test_expected_risk_is_kept_along_a_path_that_begins_with_the_full_network(population: Trace) -> None:
+    """What gains, a second look or an ensemble, would lie between the full network and the path's first step."""
+    looks = second_look(draw(population, 1500, 0))
+    policy = quietly(looks, max_accuracy_drop=0.03, method="crc")
+    assert policy.calibrated_on.certificate is not None
+    assert not policy.asks(6, 4)[5]
+    assert policy.ensemble is None
+    assert quietly(looks, max_accuracy_drop=0.03, confidence=0.95).asks(6, 4)[5]
 
 
 def second_look(trace: Trace) -> Trace:
@@ -252,6 +272,13 @@ def test_what_a_certificate_records(population: Trace) -> None:
     assert quietly(other, max_accuracy_drop=0.5, confidence=0.9).calibrated_on.certificate.data_hash != proved.data_hash
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_trace_in_half_precision_is_certified(population: Trace, dtype: torch.dtype) -> None:
+    trace = draw(population, 900, 0)
+    half = dataclasses.replace(trace, logits_ENC=trace.logits_ENC.to(dtype))
+    assert calibrate(half, max_accuracy_drop=0.05, confidence=0.9).calibrated_on.certificate is not None
+
+
 def test_rows_trained_on_are_left_out(population: Trace) -> None:
     trace = draw(population, 1000, 0)
     trained = dataclasses.replace(trace, trained_N=torch.arange(1000) < 300)
@@ -259,6 +286,24 @@ def test_rows_trained_on_are_left_out(population: Trace) -> None:
         policy = calibrate(trained, max_accuracy_drop=0.05, confidence=0.9)
     assert policy.calibrated_on.certificate.tested_rows == 560
     assert min(parts_of(trained, EVERYTHING).testing) >= 300
+
+
+def test_rows_that_taught_something_prove_nothing_about_it() -> None:
+    trace = oracle.bed(400)
+    assert trace.hash_N is not None
+    few, many = (CalibrationRecord(hash_N=tuple(trace.hash_N[:n].tolist())) for n in (3, 5))
+    assert guarantees.unseen(trace, None, "policy").all()
+    assert guarantees.unseen(trace, few, "policy").nonzero()[0].tolist() == list(range(3, 400))
+    with pytest.raises(ValueError, match=r"The policy has seen 1\.2% of these rows, so no bound would hold"):
+        guarantees.unseen(trace, many, "policy")
+
+
+def test_rows_that_are_there_twice_are_named() -> None:
+    trace = oracle.bed(400)
+    twice = trace.rows(torch.cat([torch.arange(400), torch.arange(100)]))
+    with pytest.warns(UserWarning, match=r"20.0% of these rows are copies of others"):
+        calibrate(twice, max_accuracy_drop=0.1, confidence=0.9)
+    calibrate(trace, max_accuracy_drop=0.1, confidence=0.9)
 
 
 def test_testing_starts_where_the_choosing_rows_are_surest(

@@ -55,6 +55,13 @@ def test_draws_are_counted_and_resumed(small: Path) -> None:
     assert evaluate(policy, population).mean_cost == pytest.approx(one["cost"])
 
 
+def test_draws_from_another_trace_are_not_gone_on_with(small: Path) -> None:
+    prove(small / "trace.safetensors", small / "out", draws=2, minutes=0)
+    oracle.bed(1000, exits=4, seed=1).save(small / "other.safetensors")
+    with pytest.raises(ValueError, match="holds draws from another trace; give another folder"):
+        prove(small / "other.safetensors", small / "out", draws=2, minutes=0)
+
+
 def test_a_bound_broken_too_often_is_said() -> None:
     population = simulated("helpful", 500)
     broken = [

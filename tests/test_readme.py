@@ -17,7 +17,7 @@ STABLE = (
 )
 RIVER = (
     "files progress types bounds certificates policies spelling trajectory walking effects finding disagreement",
-    "reliability paths families thresholds guarantees calibration alarming abstention comparison",
+    "reliability paths families rivals thresholds guarantees calibration alarming abstention comparison",
     "sequential audits reference monitor",
     "inputs views taps classifiers graph cuts network costs proof collection rates checkpoints segments",
     "augment features convolutions training joint timing steps onnx nested runs",

@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy.stats import beta
+from torch import Tensor
 
 from shallowdeep.alarming import fit_alarm, full_network, wrong_answers
 from shallowdeep.bounds import Bools, Counts, Floats, binomial_upper, last_proved, rows_needed
-from shallowdeep.calibration import OVERLAP
+from shallowdeep.calibration import SUREST
 from shallowdeep.certificates import Certificate
 from shallowdeep.effects import share
-from shallowdeep.guarantees import Aim, certificate_of
-from shallowdeep.policies import CalibrationRecord, Policy
+from shallowdeep.guarantees import Aim, certificate_of, check_provable, unseen
+from shallowdeep.policies import OVERLAP, CalibrationRecord, Policy
+from shallowdeep.spelling import rule_to_json
 from shallowdeep.trajectory import Alarm
 from shallowdeep.types import Trace
 from shallowdeep.walking import simulate
@@ -29,6 +31,8 @@ UPTO = (0.3, 0.5)
 choose and all others test."""
 STEPS = 200
 """Thresholds on the path, by how many of the choosing rows they keep."""
+FEWEST = 10
+"""With fewer rows some part would have none."""
 NOTHING = -1.0
 """The threshold that keeps no answer."""
 
@@ -49,7 +53,8 @@ def calibrate_alarm(
     rows). Where nothing can be shown, the threshold keeps no answer, with a warning that says how many rows it takes.
     ``certificate`` holds the statement and what it is void for, ``fitted_on.info`` the counts.
 
-    Raises ``ValueError`` on impossible targets, and on rows that policy or alarm have seen: the bound would be void.
+    Rows that the ICs trained on, or that policy or alarm have seen, are left out: with them the bound would be void.
+    Raises ``ValueError`` on impossible targets, and where policy or alarm have seen more than a few.
 
     Source: Learn then Test, arXiv 2110.01052 (a fixed sequence), with Clopper-Pearson's exact limit of the errors among
     the test rows kept, which are binomial given how many are kept.
@@ -63,17 +68,19 @@ def calibrate_alarm(
     >>> bool(kept_N.double().mean() > 0.8), bool(flaw_N[kept_N].double().mean() < 0.01)
     (True, True)
     """
-    _check(trace, policy, alarm, max_error, confidence)
+    fresh = _fresh(trace, policy, alarm, max_error, confidence)
     policy = policy or full_network(trace)
-    order = torch.from_numpy(np.random.default_rng(0).permutation(trace.num_samples))
-    fitting, choosing, testing = order.tensor_split([round(trace.num_samples * upto) for upto in UPTO])
+    check_provable(trace, policy.asks(trace.num_exits, trace.full_exit))
+    order = fresh[torch.from_numpy(np.random.default_rng(0).permutation(len(fresh)))]
+    fitting, choosing, testing = order.tensor_split([round(len(fresh) * upto) for upto in UPTO])
     if alarm is None:
         alarm = fit_alarm(trace.rows(fitting), policy)
     else:
-        choosing, testing = order.tensor_split([round(trace.num_samples * UPTO[0])])
+        choosing, testing = order.tensor_split([round(len(fresh) * UPTO[0])])
     choose, test = (judged(trace.rows(part), policy, alarm) for part in (choosing, testing))
     found = last_passing(choose, test, max_error, confidence)
     facts: dict[str, Any] = {"max_error": max_error, "confidence": confidence, "tested_rows": len(testing)}
+    facts["policy"] = rule_to_json(policy)
     certificate: Certificate | None = None
     if found.passed:
         facts |= {"kept_rows": found.kept, "wrong_rows": found.wrong, "coverage": found.kept / len(testing)}
@@ -89,16 +96,22 @@ def calibrate_alarm(
     return dataclasses.replace(alarm, threshold=found.threshold if found.passed else NOTHING, fitted_on=record)
 
 
-def _check(trace: Trace, policy: Policy | None, alarm: Alarm | None, max_error: float, confidence: float) -> None:
-    if not 0 < max_error < 1 or not 0 < confidence < 1:
+def _fresh(trace: Trace, policy: Policy | None, alarm: Alarm | None, max_error: float, confidence: float) -> Tensor:
+    """The positions of rows that nobody has seen. Raises ``ValueError`` as ``calibrate_alarm``."""
+    if not 0 < max_error < 1 or not SUREST <= 1 - confidence <= 1 - SUREST:
         raise ValueError(
             "max_error and confidence lie between 0 and 1, such as 0.01 and 0.95; "
             f"found {max_error} and {confidence}. No number of rows shows that nothing is ever wrong."
         )
-    _refuse_seen(trace, "policy", None if policy is None else policy.calibrated_on)
-    _refuse_seen(trace, "alarm", None if alarm is None else alarm.fitted_on)
-    if trace.trained_N is not None and (seen := share(trace.trained_N)) > OVERLAP:
-        warnings.warn(f"The ICs trained on {seen:.1%} of these rows: errors look rarer than they are.", stacklevel=2)
+    fresh_N = unseen(trace, None if policy is None else policy.calibrated_on, "policy")
+    fresh_N &= unseen(trace, None if alarm is None else alarm.fitted_on, "alarm")
+    if trace.trained_N is not None:
+        if (part := share(trace.trained_N)) > OVERLAP:
+            warnings.warn(f"The ICs trained on {part:.1%} of these rows, which are left out.", stacklevel=3)
+        fresh_N &= ~trace.trained_N.bool().numpy()
+    if (rows := int(fresh_N.sum())) < FEWEST:
+        raise ValueError(f"An alarm takes {FEWEST} rows that nobody has seen; here are {rows}.")
+    return torch.from_numpy(fresh_N.nonzero()[0])
 
 
 def _too_few(max_error: float, confidence: float, testing: int, found: Found) -> str:
@@ -108,14 +121,6 @@ def _too_few(max_error: float, confidence: float, testing: int, found: Found) ->
         f"at least {least} kept answers without any error among the rows that test, of which there are {testing} "
         f"here; the most promising threshold keeps {found.kept}, {found.wrong} of them wrong."
     )
-
-
-def _refuse_seen(trace: Trace, name: str, record: CalibrationRecord | None) -> None:
-    if record is not None and (seen := share(record.seen(trace))) > OVERLAP:
-        raise ValueError(
-            f"The {name} has seen {seen:.1%} of these rows, so no bound on errors would hold: calibrate the alarm on "
-            "other rows, say one half of a trace for the policy and the other for the alarm."
-        )
 
 
 class Judged(NamedTuple):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from shallowdeep.effects import share
 from shallowdeep.finding import AurocDifference, ErrorScores, auroc_differences, error_scores
-from shallowdeep.policies import CalibrationRecord, Confidence, Policy, finite_rows
+from shallowdeep.policies import OVERLAP, CalibrationRecord, Confidence, Policy, finite_rows
 from shallowdeep.progress import steps
-from shallowdeep.spelling import to_json
+from shallowdeep.spelling import rule_to_json
 from shallowdeep.trajectory import Alarm, log_odds
 from shallowdeep.types import DataError, Outcome, Trace, table
 from shallowdeep.walking import CHUNK_ELEMENTS, simulate
@@ -90,12 +91,13 @@ def fit_alarm(trace: Trace, policy: Policy | None = None) -> Alarm:
         bias_E[exit] = fitted.intercept_[0] + level_K[place]
         weight_EE[exit, exits[: place + 1]] = own_K[: place + 1] + back_K[: place + 1][::-1]
         weight_EE[exit, exit] += last_K[place]
-    rule = {name: value for name, value in to_json(policy).items() if name != "calibrated_on"}
     return Alarm(
         asked_E=asked_E,
         bias_E=tuple(bias_E.tolist()),
         weight_EE=tuple(map(tuple, weight_EE.tolist())),
-        fitted_on=CalibrationRecord.of(trace, asked_E, {"rows": len(wrong_N), "errors": errors, "policy": rule}),
+        fitted_on=CalibrationRecord.of(
+            trace, asked_E, {"rows": len(wrong_N), "errors": errors, "policy": rule_to_json(policy)}
+        ),
     )
 
 
@@ -219,6 +221,8 @@ def alarms(trace: Trace, policy: Policy | None = None, *, against: Trace | None 
     True
     """
     policy, traces = policy or full_network(trace), [trace]
+    if policy.calibrated_on is not None and (seen := share(policy.calibrated_on.seen(trace))) > OVERLAP:
+        warnings.warn(f"The policy was calibrated on {seen:.1%} of these rows: its errors look rarer.", stacklevel=2)
     if against is not None:
         if against.logits_ENC.shape[::2] != trace.logits_ENC.shape[::2]:
             found, wanted = (tuple(given.logits_ENC.shape[::2]) for given in (against, trace))

@@ -23,13 +23,14 @@ from shallowdeep.families import FAMILIES
 from shallowdeep.finding import error_auroc
 from shallowdeep.guarantees import Aim, certify, full_cost_of
 from shallowdeep.paths import Rows, brings_of, read_rows
-from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Policy, asked_exits, finite_rows
+from shallowdeep.policies import OVERLAP, CalibrationRecord, Confidence, Fixed, Policy, asked_exits, finite_rows
+from shallowdeep.spelling import rule_to_json
 from shallowdeep.thresholds import Choice, choose, within_cost, within_drop
 from shallowdeep.types import Trace, table
 from shallowdeep.walking import simulate
 
-OVERLAP = 0.01
-"""Shares of rows seen before that are worth a warning."""
+SUREST = 1e-6
+"""No confidence is stated closer to 1, or to 0: exact tests sum up what is rarer than 1e-9 in one term."""
 Found = tuple[Policy, dict[str, Any]]
 
 
@@ -86,6 +87,8 @@ def calibrate(
         warnings.warn(str(facts["note"]), stacklevel=2)
     info: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
     info |= {"rows": trace.num_samples} | facts
+    if certificate is not None:
+        info["policy"] = rule_to_json(policy)  # whoever changes a threshold keeps the record, but not the proof
     frozen: Any = policy  # every policy is a dataclass, which a protocol cannot say
     record = CalibrationRecord.of(trace, policy.asks(trace.num_exits, trace.full_exit), info, certificate)
     found: Policy = dataclasses.replace(frozen, calibrated_on=record)
@@ -114,6 +117,8 @@ def _check(
         raise ValueError(
             f"confidence is a probability between 0 and 1, such as 0.95; found {confidence}. No rows make sure."
         )
+    if confidence is not None and not SUREST <= 1 - confidence <= 1 - SUREST:
+        raise ValueError(f"confidence lies between {SUREST:g} and 1 - {SUREST:g}, found 1 - {1 - confidence:.2g}.")
     if confidence is not None and max_accuracy_drop is None:
         raise ValueError("confidence bounds a drop of accuracy; a mean cost is measured, not risked. Leave one out.")
     if max_accuracy_drop is None and (unsure or method != "auto" or risk != "drop"):
@@ -122,6 +127,11 @@ def _check(
         raise ValueError(f"method={method!r} holds with no stated probability; leave confidence out, or take 'ltt'.")
     if confidence is None and not unsure and (method != "auto" or risk != "drop"):
         raise ValueError(f"method={method!r} with risk={risk!r} bounds a risk: give confidence=0.95, say.")
+    if method == "crc" and risk == "error":
+        raise ValueError(
+            "Conformal risk control falls back on the full network, which may have more errors than any bound: "
+            "take risk='drop', which that keeps, or confidence=0.95 instead of method='crc'."
+        )
     if (confidence is not None or method == "crc") and max_accuracy_drop is not None and max_accuracy_drop <= 0:
         if risk not in ("drop", "brier"):
             raise ValueError(

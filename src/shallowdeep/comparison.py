@@ -21,6 +21,7 @@ from shallowdeep.paths import Bools, Brings, Floats, Rows, Steps, read_rows
 from shallowdeep.policies import Entropy, Fixed, Oracle, Patience, Policy, asked_exits, finite_rows
 from shallowdeep.progress import steps
 from shallowdeep.reliability import fit_temperatures, scaled
+from shallowdeep.rivals import rivals_for
 from shallowdeep.thresholds import choose, fits, within_drop
 from shallowdeep.types import Trace, table
 from shallowdeep.walking import CHUNK_ELEMENTS, policy_costs, simulate
@@ -181,7 +182,8 @@ def compare(
     """Every family of ``calibrate``, and ``policies`` in named lines from dear to cheap, on one accuracy-cost plane.
 
     The first family, the rule, also answers by ensembles; it and the last, the single threshold, also run on logits
-    tempered exit by exit.
+    tempered exit by exit. Families that others proposed (``rivals_for``) are fitted in the same way, Zero Time Waste's
+    ensembles at every exit (arXiv 2106.05409) under the single threshold.
     ``policies`` are set by hand or calibrated on other rows (None: ``usual_policies``). In each of ``splits`` random
     halvings each half chooses, as ``calibrate`` would, a step of every line for every aim, and the other half reports:
     every row is reported ``splits`` times. Between aims, two policies are thought mixed at random. Differences are to
@@ -204,19 +206,19 @@ def compare(
     prices = _Prices(trace, clock)
     exits = [exit for exit, on in enumerate(asked) if on]
     families, paid_XL = families_for(rows), prices.of(asked)[:, exits]
-    contenders = {family.name: _fitted(family, rows, paid_XL) for family in families}
+    contenders = {family.name: _fitted(family, rows, paid_XL) for family in (*families, *rivals_for(rows))}
     contenders[f"{families[0].name}, ensemble"] = _fitted(families[0], rows, paid_XL, ensembles=True)
+    contenders["ensembles at every exit (ZTW)"] = _fitted(families[-1], rows, paid_XL, ensembles=True, first=1)
     for family in (families[0], families[-1]):
         contenders[f"{family.name}, tempered"] = _tempered(family, trace, asked, paid_XL)
     for name, line in (usual_policies(trace) if policies is None else policies).items():
         contenders[name] = _by_hand(line, trace, prices)
-    full_N = rows.full_N.astype(np.float64)
-    full_X = prices.of(Fixed(exit=trace.full_exit).asks(trace.num_exits, trace.full_exit))[:, trace.full_exit]
+    full_N, full = rows.full_N.astype(np.float64), trace.full_exit
+    full_X = prices.of(Fixed(exit=full).asks(trace.num_exits, full))[:, full]
     halves = [half for split in range(splits) for half in _halves(trace.num_samples, seed + split)]
     asked_in_turn = steps(contenders.items(), "compare policies", len(contenders))
     found = {name: _reported(contender, halves, full_N, full_X) for name, contender in asked_in_turn}
-    oracle = simulate(Oracle(), trace)
-    default, accuracy = families[0].name, float(full_N.mean())
+    oracle, default, accuracy = simulate(Oracle(), trace), families[0].name, float(full_N.mean())
     return Comparison(
         samples=trace.num_samples,
         splits=splits,
@@ -267,12 +269,16 @@ class _Prices:
 Contender = Callable[[Steps, Steps], tuple[Brings, Callable[[int], tuple[Floats, Floats]]]]
 
 
-def _fitted(family: Family, rows: Rows, paid_XL: Floats, *, ensembles: bool = False) -> Contender:
-    """The family as ``calibrate`` fits it; with ``ensembles``, where held-out answers are better by them."""
+def _fitted(
+    family: Family, rows: Rows, paid_XL: Floats, *, ensembles: bool = False, first: int | None = None
+) -> Contender:
+    """The family as ``calibrate`` fits it; with ``ensembles``, where held-out answers are better by them, or at all
+    exits from the ``first`` on.
+    """
 
     def split(choosing: Steps, reporting: Steps) -> tuple[Brings, Callable[[int], tuple[Floats, Floats]]]:
         mine = rows.take(choosing)
-        choice = choose(mine, lambda _: 0, fits(mine, families=(family,), ensembles=ensembles))
+        choice = choose(mine, lambda _: 0, fits(mine, families=(family,), ensembles=ensembles, first=first))
         assert choice is not None, "any step would do"
         others = choice.path.seen(rows.take(reporting))
         leaving_KM = choice.path.leaving(rows.take(reporting))

@@ -28,7 +28,7 @@ from shallowdeep.onnx import onnx_program
 from shallowdeep.policies import Policy
 from shallowdeep.progress import steps as shown
 from shallowdeep.progress import waiting
-from shallowdeep.runtime.engine import Engine
+from shallowdeep.runtime.engine import Engine, why_void
 from shallowdeep.spelling import to_json
 from shallowdeep.steps import Step, chain, export_step, make_steps, named, remembered
 from shallowdeep.trajectory import LEAST, Alarm
@@ -211,18 +211,18 @@ def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _about(what: _What, runtime: str) -> dict[str, Any]:
-    """What is true of every kind of artefact; of a certificate only that of the ``runtime`` which made its trace."""
+    """What is true of every kind of artefact; of certificates only those that hold on ``runtime``."""
     sdn, facts = what.sdn, to_json(what.policy)
-    if "calibrated_on" in facts:
-        record = facts["calibrated_on"]
-        del record["hash_N"]
-        if record.get("certificate", {}).get("backend") != runtime:
-            record.pop("certificate", None)
     watched = None if what.alarm is None else what.alarm.to_json()
-    if watched is not None and "fitted_on" in watched:
-        del watched["fitted_on"]["hash_N"]
-        if watched["fitted_on"].get("certificate", {}).get("backend") != runtime:
-            watched["fitted_on"].pop("certificate", None)
+    for record, told in (
+        (what.policy.calibrated_on, facts.get("calibrated_on")),
+        (what.alarm.fitted_on if what.alarm else None, (watched or {}).get("fitted_on")),
+    ):
+        if record is None or told is None:
+            continue
+        del told["hash_N"]
+        if why_void(record, sdn, what.policy, look=what.look, backend=runtime):
+            del told["certificate"]
     signature = sdn.plan.inputs
     leaves = zip(signature.names, signature.shapes, signature.dtypes, strict=True)
     return {

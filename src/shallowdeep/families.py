@@ -50,7 +50,8 @@ class Family(NamedTuple):
     evidence: float = 2.0
 
 
-def _steps(score_KN: Floats) -> Floats:
+def marks(score_KN: Floats) -> Floats:
+    """A scale of scores as they were seen, from the one that nobody reaches to the one that everybody does [P]."""
     seen = score_KN[np.isfinite(score_KN)]
     inner = np.quantile(seen, np.linspace(1, 0, POINTS)) if len(seen) else np.empty(0)
     return np.concatenate([[math.inf], inner, [-math.inf]])
@@ -60,7 +61,7 @@ def _thresholds(kind: Kind, grid_P: Floats, path_PK: Floats, rows: Rows, *, shar
     """Thresholds [P, K] on scores as a path of policies of ``kind``; ``shared``: one number for all exits."""
 
     def make(bar_K: Floats, asked: Sequence[bool], num_exits: int) -> Policy:
-        enabled_E = _enabled(asked)
+        enabled_E = enabled(asked)
         if shared:
             return kind(threshold=float(bar_K[0]), enabled_E=enabled_E)
         return kind(threshold=_per_exit(bar_K, asked, num_exits), enabled_E=enabled_E)
@@ -69,7 +70,8 @@ def _thresholds(kind: Kind, grid_P: Floats, path_PK: Floats, rows: Rows, *, shar
     return Path(grid_P=grid_P, bar_PK=bar_PK, unit=lambda others: others.scores[kind].unit_KN, make=make)
 
 
-def _enabled(asked: Sequence[bool]) -> tuple[bool, ...] | None:
+def enabled(asked: Sequence[bool]) -> tuple[bool, ...] | None:
+    """``enabled_E`` of policies that ask these exits."""
     return None if all(asked) else tuple(asked)
 
 
@@ -83,7 +85,7 @@ def _per_exit(bar_K: Floats, asked: Sequence[bool], num_exits: int) -> tuple[flo
 
 def _one(rows: Rows, grid_P: Floats | None) -> Path:
     score_KN = rows.scores[Confidence].score_KN
-    grid_P = _steps(score_KN) if grid_P is None else grid_P
+    grid_P = marks(score_KN) if grid_P is None else grid_P
     return _thresholds(Confidence, grid_P, np.repeat(grid_P[:, None], len(score_KN), 1), rows, shared=True)
 
 
@@ -95,7 +97,7 @@ def _levels(kind: Kind, rows: Rows, grid_P: Floats | None, bonus: float = 0.0) -
     score_KN = rows.scores[kind].score_KN
     level_K, slope_K = _safety(score_KN, rows.right_LN)
     level_K[rows.full : rows.full + 1] += bonus
-    grid_P = _steps(level_K[:, None] + slope_K[:, None] * score_KN) if grid_P is None else grid_P
+    grid_P = marks(level_K[:, None] + slope_K[:, None] * score_KN) if grid_P is None else grid_P
     return _thresholds(kind, grid_P, (grid_P[:, None] - level_K) / slope_K, rows)
 
 
@@ -119,14 +121,14 @@ def _learned(rows: Rows, grid_P: Floats | None) -> Path:
         weight_F, level_K = coefficient[:4] / spread_F, coefficient[4:]
         level_K = level_K - weight_F @ middle_F
     score_KN = _weighed(weight_F, said_FKN)
-    grid_P = _steps(level_K[:, None] + score_KN) if grid_P is None else grid_P
+    grid_P = marks(level_K[:, None] + score_KN) if grid_P is None else grid_P
     bar_PK = in_units(grid_P[:, None] - level_K, Scores(score_KN, score_KN), False)
     confidence, margin, entropy, agreement = weight_F.tolist()
     learned = Score(threshold=0.0, confidence=confidence, margin=margin, entropy=entropy, agreement=agreement)
 
     def make(bar_K: Floats, asked: Sequence[bool], num_exits: int) -> Policy:
         threshold = _per_exit(bar_K, asked, num_exits)
-        return dataclasses.replace(learned, threshold=threshold, enabled_E=_enabled(asked))
+        return dataclasses.replace(learned, threshold=threshold, enabled_E=enabled(asked))
 
     return Path(grid_P=grid_P, bar_PK=bar_PK, unit=lambda others: _weighed(weight_F, _features(others)), make=make)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
@@ -30,8 +31,9 @@ from shallowdeep.bounds import (
     rows_needed,
 )
 from shallowdeep.certificates import Certificate, Claim, Method, claim_of
+from shallowdeep.effects import share
 from shallowdeep.paths import Brings, Path, Rows, Steps, along, read_rows
-from shallowdeep.policies import Ensemble, Policy, finite_rows
+from shallowdeep.policies import OVERLAP, CalibrationRecord, Ensemble, Policy, finite_rows
 from shallowdeep.thresholds import Choice, choose, fits
 from shallowdeep.types import Trace
 from shallowdeep.walking import policy_costs
@@ -79,7 +81,7 @@ class Parts:
     """
 
     def __init__(self, trace: Trace, asked: Sequence[bool], *, ensembles: bool) -> None:
-        rows = read_rows(trace, asked)
+        self.asked, rows = tuple(asked), read_rows(trace, asked)
         fresh = np.arange(trace.num_samples) if trace.trained_N is None else (~trace.trained_N.bool()).numpy().nonzero()
         order = np.random.default_rng(0).permutation(np.ravel(fresh))
         self.choosing, self.testing = np.split(order, [round(CHOOSING * len(order))])
@@ -100,14 +102,58 @@ class Parts:
 _PARTS: WeakKeyDictionary[Trace, dict[tuple[tuple[bool, ...], bool], Parts]] = WeakKeyDictionary()
 
 
-def parts_of(trace: Trace, asked: Sequence[bool], risk: Claim = "drop") -> Parts:
+def parts_of(trace: Trace, asked: Sequence[bool], risk: Claim = "drop", method: Method = "auto") -> Parts:
     """The ``Parts`` of a trace, made once for all that is asked of it. An ensemble gives other answers than the full
-    network, so it is left out where those count as a loss.
+    network, so it is left out where those count as a loss; and, with second looks, from a path that must begin with
+    the full network, because losses are made monotone from there.
     """
-    kept, key = _PARTS.setdefault(trace, {}), (tuple(asked), risk not in ("harm", "disagreement"))
+    if method == "crc":
+        asked = [on and exit <= trace.full_exit for exit, on in enumerate(asked)]
+    own = risk in ("harm", "disagreement") or method == "crc"
+    kept, key = _PARTS.setdefault(trace, {}), (tuple(asked), not own)
     if key not in kept:
         kept[key] = Parts(trace, asked, ensembles=key[1])
     return kept[key]
+
+
+def check_provable(trace: Trace, asked: Sequence[bool]) -> None:
+    """Raise ``ValueError`` for a trace that a certificate could not tell from others where ``asked`` exits are. Warn of
+    rows that are there twice.
+    """
+    if "temperature_E" in trace.info:
+        raise ValueError(
+            "These logits were divided by temperatures, and a trace does not say which rows taught them: bound the "
+            "trace as it was collected."
+        )
+    view = trace.info.get("second_look", "")
+    if "<" in view and any(asked[trace.full_exit + 1 :]):
+        raise ValueError(
+            f"A certificate names its second look, and {view!r} is the name of many: give SecondLook(name=..., "
+            "view=...), a view of views.VIEWS, or leave that exit out with enabled_E."
+        )
+    if trace.hash_N is not None and (copies := 1 - len(np.unique(trace.hash_N.numpy())) / trace.num_samples) > OVERLAP:
+        warnings.warn(
+            f"{copies:.1%} of these rows are copies of others: the bound holds only if rows were drawn, one by one, "
+            "from where copies are as common.",
+            stacklevel=5,
+        )
+
+
+def unseen(trace: Trace, record: CalibrationRecord | None, name: str) -> Bools:
+    """Which rows of ``trace`` did not teach what has the ``record`` ([N]): others prove nothing about it.
+
+    Raises ``ValueError`` where those are more than a few. Rows without hashes cannot be told apart and count as new.
+    """
+    if record is None:
+        return np.ones(trace.num_samples, bool)
+    seen_N = record.seen(trace)
+    if (part := share(seen_N)) > OVERLAP:
+        raise ValueError(
+            f"The {name} has seen {part:.1%} of these rows, so no bound would hold on what they say of it: take other "
+            f"rows, say one half of a trace for the {name} and the other for the bound."
+        )
+    unseen_N: Bools = (~seen_N).numpy()
+    return unseen_N
 
 
 def certify(trace: Trace, asked: Sequence[bool], aim: Aim) -> Proof:
@@ -117,7 +163,9 @@ def certify(trace: Trace, asked: Sequence[bool], aim: Aim) -> Proof:
     each at the full level, until one fails (arXiv 2110.01052). Testing starts at the first step, if it gives the full
     network's answers to all rows that choose and the rows suffice for the bound; else where these are surest.
     """
-    parts = parts_of(trace, asked, aim.risk)
+    if aim.method != "split":
+        check_provable(trace, asked)
+    parts = parts_of(trace, asked, aim.risk, aim.method)
     tested, full_cost, accuracy = len(parts.testing), full_cost_of(trace), _accuracy(parts)
     choice = choose(parts.choose_on, lambda brings: _hoped(brings, accuracy, aim, tested), parts.fits)
     if choice is None or not tested:
@@ -136,7 +184,7 @@ def certify(trace: Trace, asked: Sequence[bool], aim: Aim) -> Proof:
         "expected_mean_cost": float(cost_P[step]),
         "expected_drop": float(parts.test_on.full_N.mean() - along(leaving_KN, right_LN, steps)[step] / tested),
     }
-    policy = choice.path.policy(step, asked, trace.num_exits)
+    policy = choice.path.policy(step, parts.asked, trace.num_exits)
     if aim.method == "split":
         note = (
             f"No statement about fresh rows: {tested} rows that did not choose saw a mean {aim.risk} of {observed:.2%}."
@@ -185,15 +233,15 @@ def _loss(logits_BC: Tensor, softmax_BC: Tensor, labels_B: Tensor, risk: Claim) 
 def worst_so_far(leaving_KN: Steps, loss_LN: Floats) -> Floats:
     """``loss_LN`` with every loss raised to the largest that its row has met before on the path: it then never falls.
 
-    An exit at which a row stops at no step is passed over.
+    The path begins with the full network, which is what is left when no step passes, and which loses nothing: so no
+    loss stays below 0. An exit at which a row stops at no step is passed over.
     """
     before_KN = np.concatenate([np.full_like(leaving_KN[:1], np.iinfo(np.int64).max), leaving_KN[:-1]])
-    worst_LN = loss_LN.copy()
-    if len(leaving_KN):
-        worst_LN[-1] = np.where(leaving_KN[-1] > 0, loss_LN[-1], -math.inf)
+    worst_LN = np.maximum(loss_LN, 0.0)
+    worst_LN[-1] *= (leaving_KN > 0).all(0)
     for exit in reversed(range(len(leaving_KN))):
         stops_N = leaving_KN[exit] < before_KN[exit]
-        worst_LN[exit] = np.where(stops_N, np.maximum(worst_LN[exit + 1], loss_LN[exit]), worst_LN[exit + 1])
+        worst_LN[exit] = np.where(stops_N, np.maximum(worst_LN[exit + 1], worst_LN[exit]), worst_LN[exit + 1])
     return worst_LN
 
 
@@ -325,8 +373,8 @@ def certificate_of(trace: Trace, asked: Sequence[bool], aim: Aim, observed: floa
     """What ``tested`` rows of ``trace``, where ``asked`` exits were, prove: ``aim``, of which they saw ``observed``."""
     last = max(exit for exit, on in enumerate(asked) if on or exit == trace.full_exit)
     digest = hashlib.sha256(trace.labels_N.numpy().tobytes())
-    rows = trace.logits_ENC.detach().contiguous() if trace.hash_N is None else trace.hash_N.contiguous()
-    digest.update(rows.numpy().tobytes())
+    rows = trace.logits_ENC.detach() if trace.hash_N is None else trace.hash_N
+    digest.update(rows.contiguous().view(torch.uint8).numpy().tobytes())
     return Certificate(
         method="crc" if aim.delta is None else "betting" if aim.method == "betting" else "ltt",
         test=_test_of(aim),

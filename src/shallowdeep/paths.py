@@ -225,7 +225,7 @@ def _midway(threshold_P: Floats, score_N: Floats, unit_N: Floats) -> Floats:
         return np.where(np.isinf(threshold_P), threshold_P, math.inf)
     middle_N = (unit_N[:-1] + unit_N[1:]) / 2
     apart_N = (unit_N[:-1] < middle_N) & (middle_N < unit_N[1:])  # saturated scores have no middle: the next that has
-    below = unit_N[0] / 2 if unit_N[0] > 0 else -1.0
+    below = unit_N[0] / 2 if unit_N[0] > 0 else unit_N[0] - 1.0
     cut_N = np.concatenate([[below], np.where(apart_N, middle_N, math.inf), [math.inf]])
     cut_N = np.minimum.accumulate(cut_N[::-1])[::-1]
     units_P: Floats = cut_N[np.searchsorted(score_N[order], threshold_P)]

@@ -20,6 +20,8 @@ from shallowdeep.certificates import Certificate
 from shallowdeep.types import Trace
 
 Fallback = Literal["last", "most_confident"]
+OVERLAP = 0.01
+"""Shares of rows seen before that are worth a word: duplicates happen."""
 LEAST = 1e-12
 """No probability is taken to be less where its logarithm counts."""
 State = tuple[Tensor, ...]  # what a policy remembers of its rows, their axis first: compacted as rows leave

@@ -6,6 +6,7 @@ It refuses to know how certificates are made: it calls ``calibrate`` as anybody 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -76,7 +77,8 @@ def prove(
     """
     start = time.perf_counter()
     names = ("trace", *SIMULATED)
-    _population(str(trace_file), "trace")  # whether it can be read is said before hours of simulations begin
+    population = _population(str(trace_file), "trace")  # whether it can be read is said before hours of simulations
+    _same_trace(out, population)
     todo = [
         (name, first) for first in range(0, draws, BLOCK) for name in names if not _file(out, name, first).is_file()
     ]
@@ -93,6 +95,16 @@ def prove(
     found["verdict"] = verdict(found)
     write_text(out / "proof.json", json.dumps(found, indent=1) + "\n")
     return found
+
+
+def _same_trace(out: Path, population: Trace) -> None:
+    """Draws from one trace say nothing of another. Raises ``ValueError`` where ``out`` holds another's."""
+    own = hashlib.sha256(population.logits_ENC.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    known = out / "draws" / "trace.txt"
+    if not known.is_file():
+        write_text(known, own + "\n")
+    elif known.read_text().strip() != own:
+        raise ValueError(f"{out}/draws holds draws from another trace; give another folder, or remove it.")
 
 
 def _file(out: Path, name: str, first: int) -> Path:

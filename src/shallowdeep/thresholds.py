@@ -28,13 +28,13 @@ class _Fold(NamedTuple):
     held: Steps
 
 
-def _folds(rows: Rows, *, ensembles: bool) -> list[_Fold]:
+def _folds(rows: Rows, *, ensembles: bool, first: int | None = None) -> list[_Fold]:
     """Every row is judged once by what was fitted without it."""
     fold_N = np.random.default_rng(0).permutation(len(rows.full_N)) % FOLDS
     found = []
     for fold in range(FOLDS):
         fit_on, held = rows.take(fold_N != fold), np.flatnonzero(fold_N == fold)
-        ensemble = fit_ensemble(fit_on) if ensembles else None
+        ensemble = fit_ensemble(fit_on, first) if ensembles else None
         found.append(_Fold(answering(fit_on, ensemble), answering(rows.take(held), ensemble), held))
     return found
 
@@ -83,20 +83,23 @@ class Fit(NamedTuple):
     evidence: float
 
 
-def fits(rows: Rows, *, families: Sequence[Family] | None = None, ensembles: bool = True) -> tuple[Fit, ...]:
+def fits(
+    rows: Rows, *, families: Sequence[Family] | None = None, ensembles: bool = True, first: int | None = None
+) -> tuple[Fit, ...]:
     """What every family worth trying finds on ``rows``, the rule first.
 
     Where held-out answers at the ends are more often right by an ensemble with earlier exits, all families have it.
-    ``families`` (None: ``families_for(rows)``) and ``ensembles`` restrict the search.
+    ``families`` (None: ``families_for(rows)``) and ``ensembles`` restrict the search. With ``first`` exits answer by
+    ensembles from that one on, be it better or not.
     """
     if len(rows.right_LN) == 1 or not len(rows.full_N):
         return ()
     folds, judged, ensemble = _folds(rows, ensembles=False), rows, None
     if ensembles and len(rows.full_N) >= FEW_ROWS:
-        mixed = _folds(rows, ensembles=True)
+        mixed = _folds(rows, ensembles=True, first=first)
         mixed_judged = _judged(mixed, rows)
-        if mixed_judged.right_LN[rows.full :].sum() > rows.right_LN[rows.full :].sum():
-            folds, judged, ensemble = mixed, mixed_judged, fit_ensemble(rows)
+        if first is not None or mixed_judged.right_LN[rows.full :].sum() > rows.right_LN[rows.full :].sum():
+            folds, judged, ensemble = mixed, mixed_judged, fit_ensemble(rows, first)
     seen, found = answering(rows, ensemble), []
     asked = families_for(rows) if families is None else families
     for family in steps(asked, "search thresholds", len(asked)):

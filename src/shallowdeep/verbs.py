@@ -27,6 +27,7 @@ from shallowdeep.data import Dataset, Preprocessing, read_data
 from shallowdeep.disagreement import error_finding, fit_confusion
 from shallowdeep.effects import overthinking
 from shallowdeep.files import FormatError, read_json, write_text
+from shallowdeep.guarantees import unseen
 from shallowdeep.inputs import Inputs, each
 from shallowdeep.joint import JointRecipe, train_jointly
 from shallowdeep.models import load_model
@@ -214,6 +215,8 @@ def calibrate_verb(
     """
     trace = read_trace(trace_dir)
     tuned = policy_for(trace, exits_of) if exits_of is not None else None
+    if tuned is not None and (confidence is not None or method == "crc"):
+        trace = trace.rows(torch.from_numpy(unseen(trace, tuned.calibrated_on, "policy of these exits")))
     policy = calibrate(
         trace,
         max_accuracy_drop=max_accuracy_drop,

@@ -97,7 +97,7 @@ def second_look_of(view: Look) -> SecondLook | None:
     if not callable(view):
         raise TypeError(f"A second look is the name of a view or a function of a batch, found {type(view).__name__}.")
     named = {known: name for name, known in VIEWS.items()}
-    own = f"{view.__module__}.{getattr(view, '__qualname__', type(view).__name__)}"
+    own = f"{view.__module__}.{getattr(view, '__qualname__', f'<{type(view).__name__}>')}"  # <..>: a name of many
     return SecondLook(name=named.get(view, own), view=view)
 
 

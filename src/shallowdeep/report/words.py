@@ -97,8 +97,10 @@ def certificate(policy: Policy) -> list[tuple[str, str]]:
     """What the policy's record promises, as names and values; empty without one."""
     if policy.calibrated_on is None:
         return []
-    facts = policy.calibrated_on.info
-    return [(str(name).replace("_", " "), _shown(value)) for name, value in facts.items()]
+    facts = policy.calibrated_on.info.items()
+    return [
+        (str(name).replace("_", " "), _shown(value)) for name, value in facts if not isinstance(value, Mapping)
+    ]  # what the page says in words is not said in JSON, too
 
 
 def _shown(value: object) -> str:

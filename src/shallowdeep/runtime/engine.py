@@ -16,7 +16,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from shallowdeep.certificates import Certificate
 from shallowdeep.collection import collect, collect_answers
 from shallowdeep.costs import exits_of
 from shallowdeep.inputs import (
@@ -31,7 +30,7 @@ from shallowdeep.inputs import (
     take,
 )
 from shallowdeep.network import ShallowDeepNetwork
-from shallowdeep.policies import Confidence, Policy
+from shallowdeep.policies import CalibrationRecord, Confidence, Policy
 from shallowdeep.progress import steps
 from shallowdeep.runtime.backends import Array, Backend, BackendName
 from shallowdeep.runtime.loop import Limit, Program, walk
@@ -39,6 +38,7 @@ from shallowdeep.runtime.modules import walk_modules
 from shallowdeep.runtime.programs import make_backend, make_program, measure, steps_for
 from shallowdeep.runtime.streams import Stream
 from shallowdeep.runtime.times import StepTimes
+from shallowdeep.spelling import rule_to_json
 from shallowdeep.steps import chain, named, needed_ics
 from shallowdeep.trajectory import Alarm
 from shallowdeep.types import (
@@ -51,7 +51,7 @@ from shallowdeep.types import (
     MissingExtra,
     Trace,
 )
-from shallowdeep.views import CHECKED_ROWS, Look, check_view, second_look_of
+from shallowdeep.views import CHECKED_ROWS, Look, SecondLook, check_view, second_look_of
 from shallowdeep.walking import Left, in_batch_order
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -62,6 +62,35 @@ ROWS_AT_ONCE = 1024
 """Rows of one call that are computed together where no times are known."""
 LOOK_SECONDS = 0.1
 """How often an engine with its own weights looks whether the SDN's have changed, which takes up to 0.4 ms."""
+
+
+def why_void(
+    record: CalibrationRecord,
+    sdn: ShallowDeepNetwork,
+    policy: Policy,
+    *,
+    look: SecondLook | None,
+    backend: str,
+    capped: bool = False,
+) -> str | None:
+    """Why the certificate on the record of ``policy``, or of an alarm, does not hold where ``policy`` runs on
+    ``backend``; None where it does, and where there is none.
+    """
+    if record.certificate is None:
+        return None
+    rule = rule_to_json(policy)
+    if record.info.get("policy", rule) != rule:
+        return "it was tested with another policy, or this one was changed since"
+    exits = exits_of(sdn, look)
+    last = max(exits.rule(policy).last, exits.full_exit)
+    floats = (p.dtype for p in sdn.parameters() if p.is_floating_point())
+    return record.certificate.void_for(
+        backend=backend,
+        precision=str(next(floats, torch.float32)),
+        exit_names=exits.exit_names[: last + 1],
+        view=look.name if look is not None and last > exits.full_exit else "",
+        capped=capped,
+    )
 
 
 class Engine:
@@ -99,7 +128,6 @@ class Engine:
         self._rule = exits.rule(policy, alarm)
         policy.init(1, None, self._device)  # a rule that needs labels says so now
         self._cost_E = exits.costs(self._rule)
-        self._names = exits.exit_names[: max(self._rule.last, exits.full_exit) + 1]
         self._runs = needed_ics(self._rule.asked[: sdn.num_exits], exits.feeds_EE)
         if self.second_look is not None:
             self.second_look.check(example_of(sdn.plan.inputs, CHECKED_ROWS, self._device))
@@ -108,18 +136,20 @@ class Engine:
         self._seen, self._looked = self._state(), 0.0
         self._programs: dict[tuple[InputSignature, bool], Program] = {}
         self._lock = threading.RLock()
-        self.certificate = policy.calibrated_on.certificate if policy.calibrated_on is not None else None
-        kept = None if alarm is None else alarm.certificate
-        proved = next((one.backend for one in (self.certificate, kept) if one is not None and one.backend), "")
-        if backend == "auto" and proved:
-            backend = cast(BackendName, proved)
+        records = {"policy": policy.calibrated_on, "alarm": None if alarm is None else alarm.fitted_on}
+        proved = {name: one for name, one in records.items() if one is not None and one.certificate is not None}
+        backends = [one.certificate.backend for one in proved.values() if one.certificate is not None]
+        if backend == "auto" and any(backends):
+            backend = cast(BackendName, next(filter(None, backends)))
         self._backend = self._chosen(backend, threads or torch.get_num_threads())
         self.backend: BackendName = self._backend.name
-        if self.certificate is not None and (reason := self._void(self.certificate)):
-            warnings.warn(f"The policy's certificate is void here: {reason}.", stacklevel=2)
-            self.certificate = None
-        if kept is not None and (reason := self._void(kept)):
-            warnings.warn(f"The alarm's certificate is void here: {reason}.", stacklevel=2)
+        self._proved = dict[str, CalibrationRecord]()
+        for name, record in proved.items():
+            if reason := why_void(record, sdn, policy, look=self.second_look, backend=self.backend):
+                warnings.warn(f"The {name}'s certificate is void here: {reason}.", stacklevel=2)
+            else:
+                self._proved[name] = record
+        self.certificate = self._proved["policy"].certificate if "policy" in self._proved else None
         self._cost = self._backend.enter(self._cost_E)
         if self._exported:
             self._program(sdn.plan.inputs)
@@ -133,9 +163,12 @@ class Engine:
         """
         batch, signature = self._checked(inputs)
         rows = num_rows(batch)
-        if self.certificate is not None and (max_cost is not None or max_ms is not None):
-            reason = self._void(self.certificate, capped=True)
-            warnings.warn(f"The policy's certificate is void for this call: {reason}.", stacklevel=2)
+        if max_cost is not None or max_ms is not None:
+            for name, record in self._proved.items():
+                reason = why_void(
+                    record, self.sdn, self.policy, look=self.second_look, backend=self.backend, capped=True
+                )
+                warnings.warn(f"The {name}'s certificate is void for this call: {reason}.", stacklevel=2)
         if rows == 0:
             return self._nothing()
         program = self._program(signature) if self._exported else None
@@ -156,18 +189,6 @@ class Engine:
             found = walk(program, self._named(part), num_rows(part), self.times, own)
             left += [some._replace(row_S=some.row_S + first) for some in found]
         return self._answer(left)
-
-    def _void(self, certificate: Certificate, *, capped: bool = False) -> str | None:
-        """Why ``certificate`` does not hold here."""
-        floats = (p.dtype for p in self.sdn.parameters() if p.is_floating_point())
-        look = self.second_look if self._rule.last > self._rule.full_exit else None
-        return certificate.void_for(
-            backend=self.backend,
-            precision=str(next(floats, torch.float32)),
-            exit_names=self._names,
-            view=look.name if look is not None else "",
-            capped=capped,
-        )
 
     def _before_others(self, limit: Limit | None, rows: int) -> Limit | None:
         """``limit`` less the time that ``rows`` rows to come need for their first step."""
