@@ -276,13 +276,8 @@ class Engine:
             return inputs, planned  # a look, not a description: after a pass the processor has forgotten our code
         batch = in_order(as_inputs(inputs), planned.names)
         found = signature_of(batch)
-        if (found.kind, found.names, found.dtypes) != (planned.kind, planned.names, planned.dtypes):
-            raise DataError(
-                f"{self.sdn.plan.model} takes {planned.kind} {dict(zip(planned.names, planned.dtypes, strict=True))}, "
-                f"found {found.kind} {dict(zip(found.names, found.dtypes, strict=True))}."
-            )
-        if tuple(map(len, found.shapes)) != tuple(map(len, planned.shapes)):
-            raise DataError(f"{self.sdn.plan.model} takes rows of shape {planned.shapes}, found {found.shapes}.")
+        if not found.like(planned):
+            raise DataError(f"{self.sdn.plan.model} takes {planned}, found {found}.")
         return batch, found
 
     def _as_planned(self, x: Tensor) -> bool:
@@ -296,7 +291,8 @@ class Engine:
         """The program for inputs of this shape, made on first sight."""
         with self._lock:
             key = signature, every_exit or all(self._rule.asked)
-            if key not in self._programs:
+            program = self._programs.pop(key, None)  # put back as the one used last
+            if program is None:
                 plain = key[1] and not all(self._rule.asked)
                 policy: Policy = Confidence(threshold=math.inf) if plain else self.policy
                 alarm = None if plain else self.alarm
@@ -304,8 +300,8 @@ class Engine:
                 program = make_program(self.sdn, parts, policy, signature, self._backend)
                 if len(self._programs) >= PROGRAMS_KEPT:
                     self._programs.pop(next(iter(self._programs)))
-                self._programs[key] = program
-            return self._programs[key]
+            self._programs[key] = program
+            return program
 
     def _said(self, inputs: Inputs) -> Tensor:
         """Logits [E, B, C] of every exit."""
@@ -328,8 +324,9 @@ class Engine:
                 raise ValueError(f"max_cost={max_cost:g} is below {first:.3f}, the cost of the first exit asked.")
         if max_ms is None:
             return Limit(place)
-        if self.times is not None and self.times.up_to(0, rows) > max_ms:
-            raise ValueError(f"max_ms={max_ms:g} is below {self.times.up_to(0, rows):.3f}, the time to the first exit.")
+        first_ms = 0.0 if self.times is None else self.times.up_to(0, rows)
+        if not max_ms >= first_ms:
+            raise ValueError(f"max_ms={max_ms:g} is below {first_ms:.3f}, the time to the first exit.")
         return Limit(place, time.perf_counter() + max_ms / 1e3)
 
     def _answer(self, left: Sequence[Left]) -> Answer:
