@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ def onnx_program(step: Step | Joined, example: Sequence[Tensor]) -> Any:
                 dynamo=True,
                 input_names=list(step.takes),
                 output_names=[f"next.{name}" if name in step.takes else name for name in step.gives],
+                custom_translation_table={torch.ops.aten.scalar_tensor.default: _number},
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
@@ -44,6 +46,14 @@ def onnx_program(step: Step | Joined, example: Sequence[Tensor]) -> Any:
     assert program is not None
     _MADE[step] = program.model_proto
     return program.model_proto
+
+
+def _number(s: float, dtype: int = 1, layout: str = "", device: str = "", pin_memory: bool = False) -> Any:
+    """The exporter's own way puts every number down in float32, where a threshold next to 1 is 1."""
+    from onnx import helper, numpy_helper
+    from onnxscript import opset18
+
+    return opset18.Constant(value=numpy_helper.from_array(np.array(s, helper.tensor_dtype_to_np_dtype(dtype))))
 
 
 _MADE: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # several backends and numbers of threads ask
