@@ -462,6 +462,22 @@ def test_into_which_parts_a_batch_is_cut() -> None:
     assert StepTimes(sizes=(1, 8), ms_PS=((1.0, 4.0),), move_ms_P=(0.0,)).chunk(1000) == 8, "memory stays bounded"
 
 
+def test_what_cannot_be_measured() -> None:
+    engine = Engine(tiny(), Confidence(threshold=0.5), backend="torch")
+    for sizes, rounds in (((), 1), ((0, 4), 1), ((4,), 0)):
+        with pytest.raises(ValueError, match="Give sizes and rounds of at least 1, found sizes"):
+            engine.measure(sizes=sizes, rounds=rounds)
+
+
+def test_a_network_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = narrow(torch.float32)
+        sdn = sd.attach(model, sd.plan(model, torch.zeros(1, 6), at=(0.3,)))
+    answer = Engine(sdn, Confidence(threshold=math.inf), backend="torch")(rows(4))
+    with torch.no_grad():
+        torch.testing.assert_close(answer.logits_BC, model(rows(4)))
+
+
 def test_limits_that_are_no_number() -> None:
     engine = Engine(tiny(), Confidence(threshold=0.5), backend="torch")
     engine.times = StepTimes((1, 8), ((1.0, 2.0),) * 3, (0.0,) * 3)

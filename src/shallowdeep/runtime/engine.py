@@ -104,7 +104,8 @@ class Engine:
         if self.second_look is not None:
             self.second_look.check(example_of(sdn.plan.inputs, CHECKED_ROWS, self._device))
         self._dtype: torch.dtype = getattr(torch, sdn.plan.inputs.dtypes[0])
-        self._watched = [*sdn.parameters(), *sdn.buffers()]
+        # Those made in inference mode do not know how often they have changed.
+        self._watched = [tensor for tensor in (*sdn.parameters(), *sdn.buffers()) if not tensor.is_inference()]
         self._seen, self._looked = self._state(), 0.0
         self._programs: dict[tuple[InputSignature, bool], Program] = {}
         self._lock = threading.RLock()
@@ -224,6 +225,8 @@ class Engine:
         """
         if not self._exported:
             raise CutError(f"{self.sdn.plan.model} cannot be exported, so it has no steps to measure.")
+        if not sizes or min(sizes) < 1 or rounds < 1:
+            raise ValueError(f"Give sizes and rounds of at least 1, found sizes {tuple(sizes)} and {rounds} rounds.")
         given = example_of(self.sdn.plan.inputs, max(sizes), self._device) if inputs is None else inputs
         rows, signature = self._checked(given)
         if num_rows(rows) < max(sizes):
