@@ -159,6 +159,94 @@ def test_an_ic_that_cannot_be_a_graph_runs_eagerly_alone() -> None:
     assert Engine(sdn, Confidence(threshold=0.5)).backend == "torch", "auto takes what runs"
 
 
+class Bessel(nn.Module):
+    """A network with a function that ONNX does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = torch.special.i0(self.second(self.first(x)) / 10)
+        return self.head(hidden)  # type: ignore[no-any-return]
+
+
+def narrow(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    torch.manual_seed(0)
+    deep = [layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.Tanh())]
+    return nn.Sequential(nn.Linear(6, 64), *deep, nn.Linear(64, 4)).to(dtype)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_what_a_backend_cannot_run_is_said_and_auto_goes_by(backend: Any) -> None:
+    sdn = sd.attach(Bessel(), sd.plan(Bessel(), torch.zeros(1, 6), at=(0.3,)))
+    with pytest.raises(BackendError, match=r"^The network cannot be an ONNX graph: .*bessel_i0.*\.$"):
+        Engine(sdn, Confidence(threshold=0.5), backend=backend)
+    half = sd.attach(narrow(), sd.plan(narrow(), torch.zeros(1, 6, dtype=torch.bfloat16), at=(0.3,)))
+    with pytest.raises(
+        BackendError, match=rf"^The backend '{backend}' cannot run this network: .* Take backend='torch'"
+    ):
+        Engine(half, Confidence(threshold=0.5), backend=backend)
+    for one in (sdn, half):
+        assert Engine(one, Confidence(threshold=0.5)).backend == "torch"
+
+
+class Surer(nn.Module):
+    """An IC all but certain of the second class, of some rows more so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensor([0.0, 1.0, 0.0, 0.0]) * (25 + 2 * x[:, :1].tanh())
+
+
+def test_exits_that_are_all_but_certain() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    nn.init.zeros_(model[2].weight)
+    model[2].bias.data = torch.tensor([30.0, 0.0, 0.0, 0.0])
+    plan = sd.plan(model, torch.zeros(1, 6), at=(0.3,), classifier=lambda shape, classes: Surer())
+    sdn = sd.attach(model, plan).eval()
+    trace = sd.collect(sdn, (rows(40), torch.zeros(40, dtype=torch.int64)))
+    doubt_N = 1 - trace.logits_ENC[0].double().softmax(1)[:, 1]
+    parting = Confidence(threshold=float(1 - doubt_N.sort().values[19:21].mean()))
+    assert 1 - 1e-9 < parting.at(0) < 1, "nothing of it is left in float32"
+    exit_N = sd.simulate(parting, trace).exit_N
+    assert torch.equal(Engine(sdn, parting, backend="onnxruntime")(rows(40)).exit_B, exit_N)
+    assert int(exit_N.sum()) == 20
+    policy = Confidence(threshold=math.inf, fallback="most_confident")
+    assert Engine(sdn, policy, backend="onnxruntime")(rows(3)).labels_B.tolist() == [0] * 3
+    assert Engine(sdn, policy, backend="openvino")(rows(3)).exit_B.tolist() == [1] * 3
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_half_precision_is_compared_in_its_own_roundings(backend: Any) -> None:
+    half = sd.attach(narrow(torch.half), sd.plan(narrow(torch.half), torch.zeros(1, 6, dtype=torch.half), at=(0.3,)))
+    engine = Engine(half, Confidence(threshold=math.inf), backend=backend)
+    torch.testing.assert_close(
+        engine(rows(9).half()).logits_BC, narrow(torch.half)(rows(9).half()), rtol=0.01, atol=0.01
+    )
+
+
+class Branching(nn.Module):
+    """A network that decides inside, for the whole batch, without leaving the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        hidden = torch.cond((hidden.sum() > -1).reshape(()), lambda h: h * 2, lambda h: h + 1, (hidden,))
+        return self.head(self.second(hidden).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_a_network_with_branches_of_its_own(backend: Any) -> None:
+    sdn = sd.attach(Branching(), sd.plan(Branching(), torch.zeros(2, 6), at=(0.3,))).eval()
+    policy = Confidence(threshold=middle(sdn, rows(20)))
+    same(Engine(sdn, policy, backend=backend)(rows(20)), Engine(sdn, policy, backend="torch")(rows(20)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("name", ["residual", "masked_tokens"])
@@ -372,6 +460,36 @@ def test_into_which_parts_a_batch_is_cut() -> None:
     assert TIMES.chunk(1000) == 8
     assert TIMES.chunk(64) == 64, "within the sizes measured nothing is cut"
     assert StepTimes(sizes=(1, 8), ms_PS=((1.0, 4.0),), move_ms_P=(0.0,)).chunk(1000) == 8, "memory stays bounded"
+
+
+def test_what_cannot_be_measured() -> None:
+    engine = Engine(tiny(), Confidence(threshold=0.5), backend="torch")
+    for sizes, rounds in (((), 1), ((0, 4), 1), ((4,), 0)):
+        with pytest.raises(ValueError, match="Give sizes and rounds of at least 1, found sizes"):
+            engine.measure(sizes=sizes, rounds=rounds)
+
+
+def test_a_network_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = narrow(torch.float32)
+        sdn = sd.attach(model, sd.plan(model, torch.zeros(1, 6), at=(0.3,)))
+    answer = Engine(sdn, Confidence(threshold=math.inf), backend="torch")(rows(4))
+    with torch.no_grad():
+        torch.testing.assert_close(answer.logits_BC, model(rows(4)))
+
+
+def test_limits_that_are_no_number() -> None:
+    engine = Engine(tiny(), Confidence(threshold=0.5), backend="torch")
+    engine.times = StepTimes((1, 8), ((1.0, 2.0),) * 3, (0.0,) * 3)
+    for limit in (math.nan, -1.0, 0.5):
+        with pytest.raises(ValueError, match=r"is below 1\.000, the time to the first exit"):
+            engine(rows(1), max_ms=limit)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_tensors_that_are_views_of_another_sign(backend: Any) -> None:
+    engine = Engine(tiny(), Confidence(threshold=0.5), backend=backend)
+    same(engine(torch._neg_view(rows(3))), engine(-rows(3)))
 
 
 def test_engines_measure_themselves() -> None:

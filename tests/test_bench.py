@@ -38,6 +38,10 @@ def test_on_real_networks() -> None:
     for one in found["measured"]:
         assert set(one["other_ms"]) == {"full", "small", "cut 0", "cut 1", "every"}
         assert one["early_exit_ms"] > 0
+        assert one["ideal_speedup_macs"] == pytest.approx(1 / found["mean_cost"])
+        assert (one["accuracy_full"], one["accuracy_early_exit"]) == (
+            found["accuracy_full"], found["accuracy_early_exit"],
+        )  # fmt: skip
         assert one["full_ms_percentiles"]["p50"] <= one["full_ms_percentiles"]["p99"]
     assert len(verdict(found).splitlines()) == 2
     with pytest.raises(ValueError, match="Batches of 256 need as many rows, found 64"):

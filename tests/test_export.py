@@ -24,8 +24,8 @@ from shallowdeep.host import EarlyExits
 from shallowdeep.inputs import take, tensors
 from shallowdeep.policies import CalibrationRecord, Confidence
 from shallowdeep.runtime.engine import Engine
-from shallowdeep.types import Answer, ExportError
-from test_backends import NAMES, middle, policies, rows, tiny
+from shallowdeep.types import Answer, BackendError, DataError, ExportError
+from test_backends import NAMES, Bessel, middle, narrow, policies, rows, tiny
 from test_certificates import PROVED
 
 
@@ -135,15 +135,29 @@ def test_the_manifest_says_what_it_is(exported: Path) -> None:
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
-        ((np.zeros((2, 6)),), r"0 is float32 \[rows, \*\[6\]\], found float64 \[2, 6\]"),
+        ((np.zeros((2, 6)),), r"Input '0' is float32 \[rows, 6\], found float64 \[2, 6\]"),
         ((np.zeros((2, 6, 1), np.float32),), r"found float32 \[2, 6, 1\]"),
-        (([[0.0]],), "found list "),
+        ((np.zeros((2, 5), np.float32),), r"Input '0' is float32 \[rows, 6\], found float32 \[2, 5\]"),
+        ((np.float32(1),), r"found float32 \[\]"),
+        (([[0.0]],), r"found list \[\]"),
         ((), r"The network takes \['0'\], found 0 arrays"),
     ],
 )
 def test_inputs_that_do_not_fit(exported: Path, inputs: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         EarlyExits(exported)(*inputs)
+
+
+def test_inputs_of_different_lengths(exported: Path) -> None:
+    network = EarlyExits(exported)
+    first = network.manifest["inputs"][0]
+    network.manifest = {**network.manifest, "inputs": [first, {**first, "name": "meta"}]}
+    with pytest.raises(ValueError, match=r"Input 'meta' is float32 \[2, 6\], found float32 \[3, 6\]"):
+        network(np.zeros((2, 6), np.float32), np.zeros((3, 6), np.float32))
+
+
+def manifest_of(folder: Path) -> str:
+    return (folder / "manifest.json").read_text()
 
 
 def test_files_that_are_not_what_was_exported(exported: Path, tmp_path: Path) -> None:
@@ -156,6 +170,15 @@ def test_files_that_are_not_what_was_exported(exported: Path, tmp_path: Path) ->
         EarlyExits(folder)
     (folder / "step1.onnx").unlink()
     with pytest.raises(ValueError, match=r"step1\.onnx is missing"):
+        EarlyExits(folder)
+    for text in (manifest_of(exported)[:-9], "[]", "[1]"):
+        (folder / "manifest.json").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"manifest\.json (is damaged: export the network again|has the format None)"
+        ):
+            EarlyExits(folder)
+    (folder / "manifest.json").write_text(manifest_of(exported).replace('"kind": "folder"', '"kind": "file"'))
+    with pytest.raises(ValueError, match="copy is an export of kind 'file'; this loop runs 'folder'"):
         EarlyExits(folder)
     (folder / "manifest.json").write_text('{"format": 9}')
     with pytest.raises(ValueError, match="has the format 9; this loop reads format 1"):
@@ -184,6 +207,28 @@ def test_what_is_not_exported(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     with pytest.raises(ExportError, match="photos is there and is no export"):
         export_folder(tiny(), policies()["never"], tmp_path / "photos", rows(60))
+    (tmp_path / "photos/manifest.json").write_text('{"name": "an app of mine"}')
+    with pytest.raises(ExportError, match="photos is there and is no export"):
+        export_folder(tiny(), policies()["never"], tmp_path / "photos", rows(60))
+    for export in (export_folder, export_file, export_programs):
+        with pytest.raises(
+            DataError, match=r"takes float32 \[rows, 6\]; the rows to compare it on are float64 \[rows, 6"
+        ):
+            export(tiny(), policies()["never"], tmp_path / "out", rows(60).double())
+    with pytest.raises(DataError, match="Inputs must be a tensor"):
+        export_folder(tiny(), policies()["never"], tmp_path / "out", rows(60).numpy())  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_what_onnx_cannot_say(tmp_path: Path) -> None:
+    sdn = sd.attach(Bessel(), sd.plan(Bessel(), torch.zeros(1, 6), at=(0.3,)))
+    half = sd.attach(narrow(), sd.plan(narrow(), torch.zeros(1, 6, dtype=torch.bfloat16), at=(0.3,)))
+    for export in (export_folder, export_file):
+        with pytest.raises(BackendError, match=r"^The network cannot be an ONNX graph: .*bessel_i0.*\.$"):
+            export(sdn, policies()["never"], tmp_path / "out", rows(60))
+        with pytest.raises(ExportError, match=r"^ONNX Runtime cannot read the export: .*\.$"):
+            export(half, policies()["never"], tmp_path / "out", rows(60).bfloat16())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_certificate_goes_only_with_the_runtime_that_made_its_trace(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import time
@@ -17,6 +18,7 @@ from nets import ZOO, images, planned
 from shallowdeep.inputs import each
 from shallowdeep.policies import Confidence
 from shallowdeep.runtime.engine import Engine
+from shallowdeep.runtime.loop import advance
 from shallowdeep.types import Answer, CutError, DataError
 from test_backends import made, middle, policies, rows, same, tiny
 
@@ -111,6 +113,56 @@ def test_memory_is_bounded_and_nothing_is_lost_when_the_consumer_stops() -> None
         next(stream)
 
 
+def test_answers_that_wait_for_an_earlier_one_count_as_memory() -> None:
+    drawn: list[Tensor] = []
+    expected = engine_of()(rows(60))
+    late, early = rows(60)[expected.exit_B == 2][:1], rows(60)[expected.exit_B == 0][:1]
+
+    def endless() -> Iterator[Tensor]:
+        for i in range(200):
+            drawn.append(early if i else late)
+            yield drawn[-1]
+
+    with engine_of().map(endless(), batch_size=4, max_wait_ms=1e6, max_rows=20) as stream:
+        assert answered(next(stream)).exit_B.tolist() == [2]
+        assert len(drawn) <= 20 + 2
+        assert len(stream.unanswered) == 0
+    assert len(stream.unanswered) == len(drawn) - 1
+
+
+def test_a_large_request_is_computed_in_batches(work: list[int]) -> None:
+    with engine_of().map([rows(3), rows(60), rows(2)], batch_size=8) as stream:
+        found = [answered(one) for one in stream]
+    assert max(work) == 8
+    for answer, count in zip(found, (3, 60, 2), strict=True):
+        same(answer, engine_of()(rows(count)))
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every step that is run."""
+    from shallowdeep.runtime import streams
+
+    sizes: list[int] = []
+
+    def counting(program: Any, place: int, rows: Any, row_S: Any) -> Any:
+        sizes.append(len(row_S))
+        return advance(program, place, rows, row_S)
+
+    monkeypatch.setattr(streams, "advance", counting)
+    return sizes
+
+
+def test_a_stream_that_is_dropped_reads_no_more() -> None:
+    stream = engine_of().map(itertools.repeat(rows(2)))
+    reader = stream._reader
+    next(stream)
+    del stream
+    gc.collect()
+    reader.join(10)
+    assert not reader.is_alive()
+
+
 def test_a_request_that_is_no_input_harms_nobody() -> None:
     requests: list[Any] = [rows(2), rows(2).double(), "photo.png", rows(3)]
     first, wrong, none, last = engine_of().map(requests)
@@ -148,6 +200,15 @@ def test_a_source_that_breaks_is_the_last_to_be_heard() -> None:
     same(answered(found[0]), engine_of()(rows(2)))
     assert str(found[1]) == "the camera is gone"
     assert len(found) == 2
+
+
+def test_a_source_that_ends_the_program_is_heard() -> None:
+    def leaving() -> Iterator[Tensor]:
+        yield rows(2)
+        raise SystemExit("enough")
+
+    found = list(engine_of().map(leaving()))
+    assert str(found[1]) == "enough"
 
 
 def test_what_is_no_stream() -> None:

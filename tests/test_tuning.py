@@ -11,7 +11,7 @@ import shallowdeep as sd
 from nets import ZOO, images, planned
 from shallowdeep.policies import Confidence, Fixed
 from shallowdeep.tuning import MachineCosts, machine_costs, tune
-from shallowdeep.types import Trace
+from shallowdeep.types import DataError, Trace
 
 SDN = sd.attach(ZOO["residual"].make(), planned("residual")).eval()
 
@@ -85,3 +85,19 @@ def test_this_machine_is_measured() -> None:
     assert float(costs.own_ms_E[-1]) == 0.0
     trace = dataclasses.replace(a_trace(feeds=False), cost_E=torch.ones(5) / 2)
     assert float(costs.timed(trace).cost_E[-1]) == pytest.approx(float(costs.reach_ms_E[-1]) / costs.full_ms)
+
+
+def test_costs_of_other_exits() -> None:
+    looked = dataclasses.replace(a_trace(feeds=False), full_exit=3)
+    more = dataclasses.replace(
+        looked,
+        logits_ENC=looked.logits_ENC[:4],
+        cost_E=looked.cost_E[:4],
+        own_cost_E=None,
+        feeds_EE=None,
+        exit_names=(),
+    )
+    with pytest.raises(DataError, match="The costs are of 5 exits, the trace of 4: measure with the second look"):
+        tune(SDN, more, costs_where_asking_costs(0.5), max_accuracy_drop=0.01)
+    with pytest.raises(ValueError, match="batch_size and rounds are at least 1, found 0 and 5"):
+        machine_costs(SDN, batch_size=0)

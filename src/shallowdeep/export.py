@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from shallowdeep.costs import Exits, exits_of
-from shallowdeep.graph import silence
-from shallowdeep.inputs import Inputs, example_of, in_order, num_rows, take, tensors
+from shallowdeep.files import FormatError, read_json
+from shallowdeep.graph import silence, told
+from shallowdeep.inputs import Inputs, as_inputs, example_of, in_order, num_rows, signature_of, take, tensors
 from shallowdeep.network import ShallowDeepNetwork, fingerprint, plan_to_json
 from shallowdeep.onnx import onnx_program
 from shallowdeep.policies import Policy
@@ -32,7 +33,7 @@ from shallowdeep.runtime.engine import Engine, why_void
 from shallowdeep.spelling import to_json
 from shallowdeep.steps import Step, chain, export_step, make_steps, named, remembered
 from shallowdeep.trajectory import LEAST, Alarm
-from shallowdeep.types import ExportError, MissingExtra
+from shallowdeep.types import DataError, ExportError, MissingExtra
 from shallowdeep.views import Look, SecondLook, check_view, second_look_of
 from shallowdeep.walking import Rule, inverse
 
@@ -70,15 +71,15 @@ def export_folder(
     """
     with _put_in_place(Path(folder)) as fresh:
         what = _what(sdn, policy, second_look, alarm)
+        inputs = _rows(what, inputs)
         steps, examples, state = _steps(what)
-        inputs = in_order(inputs, sdn.plan.inputs.names)
         files = []
         for step, given in shown(zip(steps, examples, strict=True), "export", len(steps)):
             files.append(fresh / f"step{step.place}.onnx")
             files[-1].write_bytes(onnx_program(step, given).SerializeToString())
-        _write(fresh, _about(what, "onnxruntime") | _loop_facts(what, steps, files, state))
+        _write(fresh, "folder", _about(what, "onnxruntime") | _loop_facts(what, steps, files, state))
         shutil.copyfile(Path(__file__).with_name("host.py"), fresh / "host.py")
-        _compare(what, EarlyExits(fresh), inputs)
+        _compare(what, lambda: EarlyExits(fresh), inputs)
 
 
 def export_programs(
@@ -96,8 +97,8 @@ def export_programs(
     """
     with _put_in_place(Path(folder)) as fresh, torch.no_grad():
         what = _what(sdn, policy, second_look, alarm)
+        inputs = _rows(what, inputs)
         steps, examples, state = _steps(what)
-        inputs = in_order(inputs, sdn.plan.inputs.names)
         rows = named(sdn.plan.inputs.names, inputs) | remembered(policy, num_rows(inputs), torch.device("cpu"))
         files = []
         pairs = zip(examples, chain(steps, rows), strict=True)
@@ -109,7 +110,7 @@ def export_programs(
             files.append(fresh / f"step{step.place}.pt2")
             with silence():
                 torch.export.save(program, files[-1])
-        _write(fresh, _about(what, "torch") | _loop_facts(what, steps, files, state))
+        _write(fresh, "programs", _about(what, "torch") | _loop_facts(what, steps, files, state))
 
 
 def export_file(
@@ -129,8 +130,8 @@ def export_file(
     """
     with _put_in_place(Path(folder)) as fresh:
         what = _what(sdn, policy, second_look, alarm)
+        inputs = _rows(what, inputs)
         steps, examples, state = _steps(what)
-        inputs = in_order(inputs, sdn.plan.inputs.names)
         pairs = shown(zip(steps, examples, strict=True), "export", len(steps))
         models = [onnx_program(step, given) for step, given in pairs]
         answers = ("label", "probabilities", "exit", "confidence", "confusion", *["alarm"] * (alarm is not None))
@@ -140,8 +141,8 @@ def export_file(
         manifest["outputs"] = answers
         exits = [_step(what, step) for step in steps]
         manifest["exits"] = [{name: one[name] for name in ("exit", "name", "cost")} for one in exits]
-        _write(fresh, _about(what, "onnxruntime") | manifest)
-        _compare(what, _runner(fresh / "model.onnx", sdn.plan.inputs.names), inputs)
+        _write(fresh, "file", _about(what, "onnxruntime") | manifest)
+        _compare(what, lambda: _runner(fresh / "model.onnx", sdn.plan.inputs.names), inputs)
 
 
 class _What(NamedTuple):
@@ -165,6 +166,17 @@ def _what(sdn: ShallowDeepNetwork, policy: Policy, second_look: Look, alarm: Ala
     check_view(policy, look)
     exits = exits_of(sdn, look)
     return _What(sdn, policy, look, alarm, exits, exits.rule(policy, alarm))
+
+
+def _rows(what: _What, inputs: Inputs) -> Inputs:
+    """``inputs`` as the network was planned for, enough of them to compare."""
+    planned = what.sdn.plan.inputs
+    inputs = in_order(as_inputs(inputs), planned.names)
+    if signature_of(inputs) != planned:
+        raise DataError(f"The export takes {planned}; the rows to compare it on are {signature_of(inputs)}.")
+    if num_rows(inputs) < max(CHECKED):
+        raise ExportError(f"To compare an export give at least {max(CHECKED)} real rows, found {num_rows(inputs)}.")
+    return inputs
 
 
 def _steps(what: _What) -> tuple[list[Step], list[list[Tensor]], dict[str, Tensor]]:
@@ -206,8 +218,9 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _write(folder: Path, manifest: Mapping[str, Any]) -> None:
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+def _write(folder: Path, kind: str, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps({"format": FORMAT, "kind": kind, **manifest}, indent=1)
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
 def _about(what: _What, runtime: str) -> dict[str, Any]:
@@ -226,7 +239,6 @@ def _about(what: _What, runtime: str) -> dict[str, Any]:
     signature = sdn.plan.inputs
     leaves = zip(signature.names, signature.shapes, signature.dtypes, strict=True)
     return {
-        "format": FORMAT,
         "model": sdn.plan.model,
         "fingerprint": fingerprint(sdn.backbone),
         "inputs": [{"name": name, "shape": shape, "dtype": dtype} for name, shape, dtype in leaves],
@@ -257,16 +269,17 @@ def _step(what: _What, step: Step) -> dict[str, Any]:
     }
 
 
-def _compare(what: _What, exported: Callable[..., Mapping[str, Any]], inputs: Inputs) -> None:
-    """Raise ``ExportError`` unless the artefact answers ``inputs`` as the engine does."""
+def _compare(what: _What, load: Callable[[], Callable[..., Mapping[str, Any]]], inputs: Inputs) -> None:
+    """Raise ``ExportError`` unless the artefact that ``load`` reads answers ``inputs`` as the engine does."""
+    try:
+        exported = load()
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime cannot read the export: {told(error)}.") from error
     # Compared in PyTorch whatever was certified, and with whatever view: the rule alone matters.
     plain: Any = what.policy
     rule = dataclasses.replace(plain, calibrated_on=None)
     engine = Engine(what.sdn, rule, second_look=what.look, alarm=what.alarm, backend="torch")
-    rows = num_rows(inputs)
-    if rows < max(CHECKED):
-        raise ExportError(f"To compare an export give at least {max(CHECKED)} real rows, found {rows}.")
-    for size in shown((*CHECKED, rows), "compare with the engine", len(CHECKED) + 1):
+    for size in shown((*CHECKED, num_rows(inputs)), "compare with the engine", len(CHECKED) + 1):
         batch = take(inputs, slice(0, size))
         expected, found = engine(batch), exported(*(leaf.cpu().numpy() for leaf in tensors(batch)))
         same_B = torch.from_numpy(found["exit"]) == expected.exit_B.cpu()
@@ -284,10 +297,19 @@ def _compare(what: _What, exported: Callable[..., Mapping[str, Any]], inputs: In
                 raise ExportError(f"The export's alarms are {float(far_B.max()):.2g} away from the engine's.")
 
 
+def _is_export(folder: Path) -> bool:
+    """Whether ``folder`` holds what was exported before; others have files of that name, too."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except FormatError:
+        return False
+    return isinstance(manifest, dict) and {"format", "fingerprint", "policy"} <= manifest.keys()
+
+
 @contextmanager
 def _put_in_place(folder: Path) -> Iterator[Path]:
     """A fresh folder that takes the place of ``folder`` when all went well; else nothing is left of it."""
-    if folder.exists() and not (folder / "manifest.json").is_file():
+    if folder.exists() and not _is_export(folder):
         raise ExportError(f"{folder} is there and is no export: give another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as room:

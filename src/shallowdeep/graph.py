@@ -328,6 +328,13 @@ def _geometry(node: fx.Node) -> tuple[object, ...]:
     return (value.dtype, value.is_conj(), value.is_neg(), *places)
 
 
+def told(error: BaseException) -> str:
+    """The first line of what the error says that caused all others."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
+
+
 @contextmanager
 def silence() -> Iterator[None]:
     """The exporter's warnings and log lines: what matters of them is in the exception, which the plan reports."""

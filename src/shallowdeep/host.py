@@ -24,9 +24,14 @@ class EarlyExits:
         manifest = Path(folder) / "manifest.json"
         if not manifest.is_file():
             raise ValueError(f"{folder} holds no manifest.json: it is not an exported network.")
-        self.manifest: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+        try:
+            self.manifest: dict[str, Any] = dict(json.loads(manifest.read_text(encoding="utf-8")))
+        except (TypeError, ValueError):
+            raise ValueError(f"{manifest} is damaged: export the network again.") from None
         if self.manifest.get("format") != 1:
             raise ValueError(f"{manifest} has the format {self.manifest.get('format')!r}; this loop reads format 1.")
+        if self.manifest.get("kind") != "folder":
+            raise ValueError(f"{folder} is an export of kind {self.manifest.get('kind')!r}; this loop runs 'folder'.")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -56,22 +61,16 @@ class EarlyExits:
             rows |= dict(zip(step["gives"], found, strict=True))
             finite = np.isfinite(rows[f"logits.{place}"]).all(1)
             stop = rows.pop("stop", np.ones(len(where), bool))
-            if place + 1 < len(
-                self.sessions
-            ):  # a stop counts where logits are numbers; where they are not, the end does
+            if place + 1 < len(self.sessions):  # a stop counts where logits are numbers; else the end does
                 stop = stop | ~finite if step["exit"] == about["full_exit"] else stop & finite
             said = rows.get(f"answer.softmax.{place}", rows[f"softmax.{place}"])[stop]
             out = where[stop]
-            answer["probabilities"][out], answer["confidence"][out], answer["exit"][out] = (
-                said,
-                said.max(1),
-                step["exit"],
-            )
+            answer["probabilities"][out], answer["confidence"][out] = said, said.max(1)
+            answer["exit"][out], answer["cost"][out] = step["exit"], step["cost"]
             logits = rows.get(f"answer.logits.{place}", rows[f"logits.{place}"])[stop]
             answer["label"][out], answer["valid"][out] = logits.argmax(1), np.isfinite(logits).all(1)
             apart = [np.abs(rows[f"softmax.{k}"][stop] - said).sum(1) for k in range(place + 1)]
             answer["confusion"][out] = (np.sum(np.nan_to_num(apart, nan=2.0), 0) - step["mean"]) * step["scale"]
-            answer["cost"][out] = step["cost"]
             if step["alarm"] is not None:
                 passed = [rows[f"softmax.{k}"][stop] for k in range(place + 1)]
                 answer["alarm"][out] = _wrong(said, passed, **step["alarm"])
@@ -84,10 +83,10 @@ class EarlyExits:
         if len(inputs) != len(wanted):
             raise ValueError(f"The network takes {[one['name'] for one in wanted]}, found {len(inputs)} arrays.")
         for x, one in zip(inputs, wanted, strict=True):
-            shape, dtype = getattr(x, "shape", None), str(getattr(x, "dtype", type(x).__name__))
-            if shape is None or len(shape) != len(one["shape"]) + 1 or dtype != one["dtype"]:
-                found = f"{dtype} {list(shape) if shape is not None else ''}"
-                raise ValueError(f"{one['name']} is {one['dtype']} [rows, *{one['shape']}], found {found}.")
+            shape, dtype = [*getattr(x, "shape", ())], str(getattr(x, "dtype", type(x).__name__))
+            if not shape or shape != [len(inputs[0]), *one["shape"]] or dtype != one["dtype"]:
+                axes = ", ".join(["rows" if one is wanted[0] else str(len(inputs[0])), *map(str, one["shape"])])
+                raise ValueError(f"Input {one['name']!r} is {one['dtype']} [{axes}], found {dtype} {shape}.")
         return {f"input.{one['name']}": x for x, one in zip(inputs, wanted, strict=True)}
 
 

@@ -75,25 +75,14 @@ class _Nodes:
 
     def inline(self, step: Step, model: onnx.ModelProto, rows: Mapping[str, str]) -> dict[str, str]:
         """The step's own nodes; names of what it gives."""
-        graph = model.graph
-        names = {given.name: rows[name] for name, given in zip(step.takes, graph.input, strict=True)}
-        tag = f"{self.prefix}.step."
-        for weight in graph.initializer:
-            copied = onnx.TensorProto()
-            copied.CopyFrom(weight)
-            copied.name = names[weight.name] = tag + weight.name
-            self.weights.append(copied)
-        for node in graph.node:
-            copied_node = onnx.NodeProto()
-            copied_node.CopyFrom(node)
-            copied_node.name = tag + node.name
-            del copied_node.input[:], copied_node.output[:]
-            copied_node.input.extend(names.get(name, "") for name in node.input)
-            for name in node.output:
-                names[name] = tag + name if name else ""
-            copied_node.output.extend(names[name] for name in node.output)
-            self.nodes.append(copied_node)
-        return dict(zip(step.gives, (names[value.name] for value in graph.output), strict=True))
+        graph = onnx.GraphProto()
+        graph.CopyFrom(model.graph)
+        given = {value.name: rows[name] for name, value in zip(step.takes, graph.input, strict=True)}
+        del graph.input[:]
+        _rename(graph, {"": "", **given}, f"{self.prefix}.step.")
+        self.nodes.extend(graph.node)
+        self.weights.extend(graph.initializer)
+        return dict(zip(step.gives, (value.name for value in graph.output), strict=True))
 
     def branch(self, condition: str, yes: _Branch, no: _Branch, types: Mapping[str, int]) -> dict[str, str]:
         """An ``If`` of two branches that answer the same; names of its answers."""
@@ -106,6 +95,24 @@ class _Nodes:
 
 _Branch = tuple[_Nodes, Mapping[str, str]]
 """Nodes, and the names in them of what is answered."""
+
+
+def _rename(graph: onnx.GraphProto, names: dict[str, str], tag: str) -> None:
+    """``tag`` in front of every name that ``graph`` and the branches in it make; ``names`` holds those from outside."""
+    del graph.value_info[:]
+    for made in (*graph.input, *graph.initializer):
+        names[made.name] = tag + made.name
+        made.name = names[made.name]
+    for node in graph.node:
+        node.name = tag + node.name
+        node.input[:] = [names[name] for name in node.input]
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _rename(attribute.g, dict(names), tag)
+        names |= {name: tag + name for name in node.output if name}
+        node.output[:] = [names[name] for name in node.output]
+    for value in graph.output:
+        value.name = names[value.name]
 
 
 def _graph(nodes: _Nodes, answers: Mapping[str, str], types: Mapping[str, int]) -> onnx.GraphProto:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shallowdeep.classifiers import InternalClassifier, Said
 from shallowdeep.costs import exits_of
-from shallowdeep.graph import silence
+from shallowdeep.graph import silence, told
 from shallowdeep.inputs import Inputs, inputs_from, signature_of, tensors
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Policy
@@ -247,9 +247,8 @@ def export_step(step: Step | Joined, example: Sequence[Tensor]) -> torch.export.
         only = "only the backend 'torch' runs it, eagerly."
         if step.look is not None:
             raise BackendError(f"The view {step.look.name!r} cannot be part of a graph: {only}") from error
-        what = str(error).strip().partition("\n")[0].rstrip(".")
         raise BackendError(
-            f"An internal classifier cannot be part of a graph for any number of rows ({what}): {only}"
+            f"An internal classifier cannot be part of a graph for any number of rows ({told(error)}): {only}"
         ) from error
 
 

@@ -24,7 +24,7 @@ from shallowdeep.progress import steps
 from shallowdeep.runtime.backends import BackendName
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.timing import compare
-from shallowdeep.types import Plan, Trace
+from shallowdeep.types import DataError, Plan, Trace
 from shallowdeep.views import Look
 
 PAYS = 0.01
@@ -46,7 +46,14 @@ class MachineCosts:
     own_ms_E: Tensor
 
     def timed(self, trace: Trace) -> Trace:
-        """``trace`` with shares of the untouched network's time for costs, in place of shares of its macs."""
+        """``trace`` with shares of the untouched network's time for costs, in place of shares of its macs. Raises
+        ``DataError`` for a trace of other exits.
+        """
+        if len(self.reach_ms_E) != trace.num_exits:
+            raise DataError(
+                f"The costs are of {len(self.reach_ms_E)} exits, the trace of {trace.num_exits}: "
+                "measure with the second look of the trace, or without where it has none."
+            )
         return dataclasses.replace(
             trace, cost_E=self.reach_ms_E / self.full_ms, own_cost_E=self.own_ms_E / self.full_ms
         )
@@ -69,6 +76,8 @@ def machine_costs(
     adds (the IC, the rule) is taken to be the same at every exit: the difference of the two, shared out. With a
     ``second_look`` its exit is the last one.
     """
+    if batch_size < 1 or rounds < 1:
+        raise ValueError(f"batch_size and rounds are at least 1, found {batch_size} and {rounds}.")
     full = sdn.num_exits - 1
     every = Engine(sdn, Confidence(threshold=torch.inf), second_look=second_look, backend=backend, threads=threads)
     whole = Engine(sdn, Fixed(exit=full), backend=every.backend, threads=threads)

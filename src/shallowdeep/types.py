@@ -63,6 +63,20 @@ class InputSignature:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
 
+    def like(self, other: InputSignature) -> bool:
+        """Whether it differs in the axes' lengths at most."""
+        mine, others = ((s.kind, s.names, s.dtypes, [*map(len, s.shapes)]) for s in (self, other))
+        return mine == others
+
+    def __str__(self) -> str:
+        leaves = [
+            f"{dtype} [{', '.join(map(str, ('rows', *shape)))}]"
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
+        if self.kind == "tensor":
+            return leaves[0]
+        return f"a {self.kind} of " + ", ".join(f"{n}: {leaf}" for n, leaf in zip(self.names, leaves, strict=True))
+
 
 @dataclass(frozen=True, kw_only=True)
 class CutPoint:

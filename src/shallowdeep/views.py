@@ -30,7 +30,7 @@ class SecondLook:
 
     def joined(self, full_BC: Tensor, again_BC: Tensor) -> Tensor:
         """The answer of both passes: their log-probabilities averaged (float64 inside), in the dtype of the first."""
-        both = (torch.log_softmax(logits_BC, 1, dtype=torch.float64) for logits_BC in (full_BC, again_BC))
+        both = (torch.log_softmax(logits_BC.double(), 1) for logits_BC in (full_BC, again_BC))
         return (sum(both, torch.zeros((), dtype=torch.float64, device=full_BC.device)) / 2).to(full_BC.dtype)
 
     def check(self, inputs: Inputs) -> None:

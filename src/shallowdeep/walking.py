@@ -83,7 +83,7 @@ class Rule:
 
     def ask(self, exit: int, logits_BC: Tensor, memory: Memory) -> tuple[Memory, Tensor | None]:
         """The memory with what ``exit`` says, and which rows the policy stops there (bool [B]); None at the last."""
-        softmax_BC = torch.softmax(logits_BC, 1, dtype=torch.float64)
+        softmax_BC = torch.softmax(logits_BC.double(), 1)  # with dtype= an ONNX graph converts only what came out
         before = memory.logits if self.policy.fallback == "most_confident" else ()
         said = Memory(memory.state, (*memory.softmax, softmax_BC), (*before, logits_BC))
         if exit == self.last:

@@ -85,18 +85,21 @@ def bench(
         raise ValueError(f"Batches of {max(batch_sizes)} need as many rows, found {num_rows(inputs)}.")
     look = second_look_of(second_look)
     pieces = _pieces(sdn, policy, take(inputs, slice(0, 2)), rivals or {}, look)
-    answer_N = _answers(Engine(sdn, policy, second_look=look, backend=backends[0]), inputs)
+    accuracy = {what: _accuracy(piece, inputs, labels_N) for what, piece in pieces.items()}
+    answers: dict[BackendName, dict[str, Tensor]] = {}
     found: list[Facts] = []
     for count in threads:
         with threads_of_torch(count):
-            ways = _ways(sdn, policy, inputs, pieces, backends, max(batch_sizes), count, look)
+            engines, ways = _ways(sdn, policy, inputs, pieces, backends, max(batch_sizes), count, look)
+            answers = answers or {name: _answers(engine, inputs) for name, engine in engines.items()}
             for size in batch_sizes:
                 order = random.Random(f"{seed} {count} {size}")
                 used_N, times = _in_turn(ways, inputs, size, blocks, order)
-                exit_N = answer_N["exit"][used_N]
-                found += [_facts(name, count, size, times, exit_N, sdn.num_exits - 1) for name in backends]
-    accuracy = {what: _accuracy(piece, inputs, labels_N) for what, piece in pieces.items()}
-    exits, exit_N = exits_of(sdn, look), answer_N["exit"]
+                for name, said in answers.items():
+                    figures = _facts(name, count, size, times, said["exit"][used_N], sdn.num_exits - 1)
+                    found.append(figures | _told(said, labels_N) | {"accuracy_full": accuracy["full"]})
+    exits, said = exits_of(sdn, look), answers[backends[0]]
+    exit_N = said["exit"]
     return {
         "device": describe_device(),
         "rows": num_rows(inputs),
@@ -104,9 +107,9 @@ def bench(
         "exits_asked": [name for name, on in zip(exits.exit_names, exits.rule(policy).asked, strict=True) if on],
         "policy": rule_to_json(policy),
         "accuracy_full": accuracy["full"],
-        "accuracy_early_exit": float((answer_N["label"] == labels_N).double().mean()),
+        "accuracy_early_exit": _told(said, labels_N)["accuracy_early_exit"],
         "accuracy_others": {what: share for what, share in accuracy.items() if what not in PARTS},
-        "mean_cost": float(answer_N["cost"].mean()),
+        "mean_cost": float(said["cost"].mean()),
         "share_early": float((exit_N < exits.full_exit).double().mean()),
         "share_twice": float((exit_N > exits.full_exit).double().mean()),
         "measured": found,
@@ -140,8 +143,10 @@ def _ways(
     largest: int,
     threads: int,
     look: SecondLook | None,
-) -> dict[Way, Call]:
+) -> tuple[dict[BackendName, Engine], dict[Way, Call]]:
+    """Early exits on every backend, and these and all others as functions of a batch."""
     ways: dict[Way, Call] = {}
+    engines: dict[BackendName, Engine] = {}
     for name in shown(backends, f"make, threads {threads}", len(backends)):
         backend = make_backend(name, next(sdn.parameters()).device, threads)
         for what, piece in pieces.items():
@@ -150,8 +155,8 @@ def _ways(
         if sum(exits_of(sdn, look).rule(policy).asked) > 1:
             sizes = [2**power for power in range(largest.bit_length()) if 2**power <= largest]
             early.measure(take(inputs, slice(0, largest)), sizes=sizes, rounds=3)
-        ways[Way(name, "early")] = early
-    return ways
+        ways[Way(name, "early")] = engines[name] = early
+    return engines, ways
 
 
 def _bare(backend: Backend, piece: Joined, inputs: Inputs) -> Call:
@@ -246,6 +251,12 @@ def _answers(engine: Engine, inputs: Inputs) -> dict[str, Tensor]:
     found = [engine(take(inputs, slice(i, i + 256))) for i in shown(starts, "answer rows", len(starts))]
     parts = [(answer.exit_B.cpu(), answer.labels_B.cpu(), answer.cost_B.cpu()) for answer in found]
     return dict(zip(("exit", "label", "cost"), map(torch.cat, zip(*parts, strict=True)), strict=True))
+
+
+def _told(said: Mapping[str, Tensor], labels_N: Tensor) -> Facts:
+    """What a backend's answers to all rows say."""
+    right, cost = (said["label"] == labels_N).double().mean(), said["cost"].mean()
+    return {"accuracy_early_exit": float(right), "ideal_speedup_macs": float(1 / cost)}
 
 
 def _accuracy(piece: Joined, inputs: Inputs, labels_N: Tensor) -> float:

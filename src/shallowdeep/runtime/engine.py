@@ -132,7 +132,8 @@ class Engine:
         if self.second_look is not None:
             self.second_look.check(example_of(sdn.plan.inputs, CHECKED_ROWS, self._device))
         self._dtype: torch.dtype = getattr(torch, sdn.plan.inputs.dtypes[0])
-        self._watched = [*sdn.parameters(), *sdn.buffers()]
+        # Those made in inference mode do not know how often they have changed.
+        self._watched = [tensor for tensor in (*sdn.parameters(), *sdn.buffers()) if not tensor.is_inference()]
         self._seen, self._looked = self._state(), 0.0
         self._programs: dict[tuple[InputSignature, bool], Program] = {}
         self._lock = threading.RLock()
@@ -245,6 +246,8 @@ class Engine:
         """
         if not self._exported:
             raise CutError(f"{self.sdn.plan.model} cannot be exported, so it has no steps to measure.")
+        if not sizes or min(sizes) < 1 or rounds < 1:
+            raise ValueError(f"Give sizes and rounds of at least 1, found sizes {tuple(sizes)} and {rounds} rounds.")
         given = example_of(self.sdn.plan.inputs, max(sizes), self._device) if inputs is None else inputs
         rows, signature = self._checked(given)
         if num_rows(rows) < max(sizes):
@@ -297,13 +300,8 @@ class Engine:
             return inputs, planned  # a look, not a description: after a pass the processor has forgotten our code
         batch = in_order(as_inputs(inputs), planned.names)
         found = signature_of(batch)
-        if (found.kind, found.names, found.dtypes) != (planned.kind, planned.names, planned.dtypes):
-            raise DataError(
-                f"{self.sdn.plan.model} takes {planned.kind} {dict(zip(planned.names, planned.dtypes, strict=True))}, "
-                f"found {found.kind} {dict(zip(found.names, found.dtypes, strict=True))}."
-            )
-        if tuple(map(len, found.shapes)) != tuple(map(len, planned.shapes)):
-            raise DataError(f"{self.sdn.plan.model} takes rows of shape {planned.shapes}, found {found.shapes}.")
+        if not found.like(planned):
+            raise DataError(f"{self.sdn.plan.model} takes {planned}, found {found}.")
         return batch, found
 
     def _as_planned(self, x: Tensor) -> bool:
@@ -317,7 +315,8 @@ class Engine:
         """The program for inputs of this shape, made on first sight."""
         with self._lock:
             key = signature, every_exit or all(self._rule.asked)
-            if key not in self._programs:
+            program = self._programs.pop(key, None)  # put back as the one used last
+            if program is None:
                 plain = key[1] and not all(self._rule.asked)
                 policy: Policy = Confidence(threshold=math.inf) if plain else self.policy
                 alarm = None if plain else self.alarm
@@ -325,8 +324,8 @@ class Engine:
                 program = make_program(self.sdn, parts, policy, signature, self._backend)
                 if len(self._programs) >= PROGRAMS_KEPT:
                     self._programs.pop(next(iter(self._programs)))
-                self._programs[key] = program
-            return self._programs[key]
+            self._programs[key] = program
+            return program
 
     def _said(self, inputs: Inputs) -> Tensor:
         """Logits [E, B, C] of every exit."""
@@ -349,8 +348,9 @@ class Engine:
                 raise ValueError(f"max_cost={max_cost:g} is below {first:.3f}, the cost of the first exit asked.")
         if max_ms is None:
             return Limit(place)
-        if self.times is not None and self.times.up_to(0, rows) > max_ms:
-            raise ValueError(f"max_ms={max_ms:g} is below {self.times.up_to(0, rows):.3f}, the time to the first exit.")
+        first_ms = 0.0 if self.times is None else self.times.up_to(0, rows)
+        if not max_ms >= first_ms:
+            raise ValueError(f"max_ms={max_ms:g} is below {first_ms:.3f}, the time to the first exit.")
         return Limit(place, time.perf_counter() + max_ms / 1e3)
 
     def _answer(self, left: Sequence[Left]) -> Answer:

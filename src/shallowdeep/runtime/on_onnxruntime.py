@@ -47,9 +47,7 @@ class OnNumpy(ABC):
         return lambda rows: dict(zip(answers, run([rows[name] for name in takes]), strict=True))
 
     def enter(self, tensor: Tensor) -> Any:
-        if tensor.requires_grad or tensor.device.type != "cpu":
-            tensor = tensor.detach().cpu()
-        return tensor.contiguous().numpy()
+        return tensor.contiguous().numpy(force=True)
 
     def leave(self, array: Any) -> Tensor:
         return torch.from_numpy(array)

@@ -9,6 +9,7 @@ import math
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -22,14 +23,19 @@ from shallowdeep.walking import Left
 
 _END = object()
 POLL_SECONDS = 0.05
+TIMES_KEPT = 10_000
+"""Requests, the latest, whose milliseconds a report speaks of."""
 
 
 @dataclass(eq=False)
 class _Request:
-    """One item of the stream on its way: when it came, how many of its rows have no answer yet, and what came of it."""
+    """One item of the stream on its way: when it came, its rows (one at least: it takes room), how many of them have no
+    answer yet, and what came of it.
+    """
 
     inputs: object
     arrived: float
+    rows: int = 1
     waiting: int = 0
     left: list[Left] = field(default_factory=list)
     result: Answer | Exception | None = None
@@ -47,10 +53,15 @@ class _Waiting(NamedTuple):
     row_S: Array
 
 
+_Place = tuple[Program, int]
+"""A step of a program, by its place: where rows wait together."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StreamReport:
-    """What a stream did: milliseconds from a request's reading to its answer, the share of rows that were computed in a
-    step together with rows of another request, and the most rows that ever waited before each step.
+    """What a stream did: milliseconds from a request's reading to its answer (of the latest 10,000), the share of rows
+    that were computed in a step together with rows of another request, and the most rows that ever waited before each
+    step.
     """
 
     requests: int
@@ -64,9 +75,10 @@ class StreamReport:
 class Stream(Iterator[Answer | Exception]):
     """Answers to ``requests``, in their order, with an exception in place of an answer that could not be given.
 
-    Made by ``Engine.map``. A thread reads ahead; at most ``max_rows`` rows wait, and two requests more have been read.
-    Rows wait for company at most ``max_wait_ms`` after their request was read. After ``close`` (or a ``with``),
-    ``unanswered`` holds the requests that were read and whose answer was not fetched.
+    Made by ``Engine.map``. A thread reads ahead; no request is taken in while ``max_rows`` rows wait, or have answers
+    that were not fetched, and two requests more have been read. Rows wait for company at most ``max_wait_ms`` after
+    their request was read. After ``close`` (or a ``with``), ``unanswered`` holds the requests that were read and whose
+    answer was not fetched.
     """
 
     def __init__(
@@ -83,22 +95,26 @@ class Stream(Iterator[Answer | Exception]):
             raise ValueError(f"batch_size and max_rows are at least 1, found {batch_size} and {max_rows}.")
         self._prepare, self._finish = prepare, finish
         self._batch, self._wait, self._limit = batch_size, max_wait_ms / 1e3, max_rows
-        self._pools: dict[tuple[int, int], list[_Waiting]] = {}
-        self._programs: dict[int, Program] = {}
+        self._pools: dict[_Place, list[_Waiting]] = {}
         self._order: deque[_Request] = deque()
+        self._held = 0
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
         self._stopped, self._ended = threading.Event(), False
-        self._times: list[float] = []
-        self._computed = self._together = 0
+        self._times: deque[float] = deque(maxlen=TIMES_KEPT)
+        self._requests = self._computed = self._together = 0
         self._deepest: dict[int, int] = {}
         self.unanswered: list[object] = []
-        self._reader = threading.Thread(target=self._read, args=(iter(requests),), daemon=True)
+        # The thread does not know the stream: one that is dropped unclosed can be freed, which ends the thread.
+        shared = self._ready, self._stopped, self.unanswered
+        self._reader = threading.Thread(target=_read, args=(iter(requests), *shared), daemon=True)
+        weakref.finalize(self, self._stopped.set)
         self._reader.start()
 
     def __next__(self) -> Answer | Exception:
         while not self._stopped.is_set():
             if self._order and self._order[0].result is not None:
                 request = self._order.popleft()
+                self._held -= request.rows
                 assert request.result is not None
                 return request.result
             if self._ended and not self._order:
@@ -119,15 +135,8 @@ class Stream(Iterator[Answer | Exception]):
             return
         self._stopped.set()
         self.unanswered += [request.inputs for request in self._order if not isinstance(request.inputs, _Broken)]
-        self._drain()
+        _drain(self._ready, self.unanswered)
         self._reader.join(4 * POLL_SECONDS)  # it may hold one more; a source that sleeps is not waited for
-
-    def _drain(self) -> None:
-        """Hand back what was read and not taken in."""
-        with suppress(queue.Empty):
-            item = self._ready.get_nowait()
-            if item is not _END and item[1] is not None:
-                self.unanswered.append(item[0])
 
     @property
     def report(self) -> StreamReport:
@@ -137,31 +146,8 @@ class Stream(Iterator[Answer | Exception]):
         depth_P = tuple(self._deepest.get(place, 0) for place in range(max(self._deepest, default=-1) + 1))
         regrouped = self._together / max(self._computed, 1)
         return StreamReport(
-            requests=len(self._times), p50_ms=at[0], p95_ms=at[1], p99_ms=at[2], regrouped=regrouped, depth_P=depth_P
+            requests=self._requests, p50_ms=at[0], p95_ms=at[1], p99_ms=at[2], regrouped=regrouped, depth_P=depth_P
         )
-
-    def _read(self, source: Iterator[object]) -> None:
-        """In a thread of its own, so that a slow source does not hold up rows that wait."""
-        while not self._stopped.is_set():
-            try:
-                item: Any = (next(source), time.perf_counter())
-            except StopIteration:
-                item = _END
-            except Exception as error:
-                item = (error, None)
-            while not self._stopped.is_set():
-                try:
-                    self._ready.put(item, timeout=POLL_SECONDS)
-                    break
-                except queue.Full:
-                    continue
-            else:
-                if item is not _END and item[1] is not None:
-                    self.unanswered.append(item[0])
-            if self._stopped.is_set():
-                self._drain()  # it may have been put where nobody looks any more
-            if item is _END or item[1] is None:
-                return
 
     def _work(self) -> None:
         """One thing: a full step, the next request, or a step that can wait no longer."""
@@ -169,7 +155,7 @@ class Stream(Iterator[Answer | Exception]):
         full = [key for key, size in sizes.items() if size >= self._batch]
         if full:
             self._run(max(full, key=lambda key: key[1]))  # what is nearly done makes room
-        elif self._ended or sum(sizes.values()) >= self._limit:
+        elif self._ended or self._held >= self._limit:
             self._run(min(sizes, key=lambda key: key[1]))  # on its way it gathers company
         elif not self._accept(min((w.request.arrived for pool in self._pools.values() for w in pool), default=None)):
             oldest = min((w.request for pool in self._pools.values() for w in pool), key=lambda one: one.arrived)
@@ -190,6 +176,7 @@ class Stream(Iterator[Answer | Exception]):
                 self._ended = True
             elif item[1] is None:
                 self._ended = True
+                self._held += 1
                 self._order.append(_Request(_Broken(), time.perf_counter(), result=item[0]))
             else:
                 self._admit(_Request(*item))
@@ -202,20 +189,23 @@ class Stream(Iterator[Answer | Exception]):
             program, rows, request.waiting = self._prepare(request.inputs)
         except Exception as error:
             self._done(request, error)
-            return
-        if not request.waiting:
-            self._done(request, self._finish([]))
-            return
-        self._programs[id(program)] = program
-        self._put((id(program), 0), _Waiting(request, rows, program.backend.counted(request.waiting)))
+        else:
+            request.rows = max(1, request.waiting)
+            row_S = program.backend.counted(request.waiting)
+            for first in range(0, request.waiting, self._batch):
+                part = slice(first, first + self._batch)
+                self._put((program, 0), _Waiting(request, {name: x[part] for name, x in rows.items()}, row_S[part]))
+            if not request.waiting:
+                self._done(request, self._finish([]))
+        self._held += request.rows
 
-    def _put(self, key: tuple[int, int], waiting: _Waiting) -> None:
+    def _put(self, key: _Place, waiting: _Waiting) -> None:
         pool = self._pools.setdefault(key, [])
         pool.append(waiting)
         depth = sum(len(one.row_S) for one in pool)
         self._deepest[key[1]] = max(depth, self._deepest.get(key[1], 0))
 
-    def _run(self, key: tuple[int, int]) -> None:
+    def _run(self, key: _Place) -> None:
         """The step for the rows that have waited longest before it, as many as a batch."""
         pool, taken, count = self._pools[key], list[_Waiting](), 0
         while pool and (not taken or count + len(pool[0].row_S) <= self._batch):
@@ -237,8 +227,8 @@ class Stream(Iterator[Answer | Exception]):
                 except Exception as own:
                     self._done(waiting.request, own)
 
-    def _step(self, key: tuple[int, int], taken: Sequence[_Waiting]) -> None:
-        program, backend = self._programs[key[0]], self._programs[key[0]].backend
+    def _step(self, key: _Place, taken: Sequence[_Waiting]) -> None:
+        program, backend = key[0], key[0].backend
         names = taken[0].rows
         rows = {
             name: taken[0].rows[name]
@@ -275,4 +265,39 @@ class Stream(Iterator[Answer | Exception]):
     def _done(self, request: _Request, result: Answer | Exception) -> None:
         if request.result is None:
             request.result = result
+            self._requests += 1
             self._times.append(1e3 * (time.perf_counter() - request.arrived))
+
+
+def _read(
+    source: Iterator[object], ready: queue.Queue[Any], stopped: threading.Event, unanswered: list[object]
+) -> None:
+    """In a thread of its own, so that a slow source does not hold up rows that wait."""
+    while not stopped.is_set():
+        try:
+            item: Any = (next(source), time.perf_counter())
+        except StopIteration:
+            item = _END
+        except BaseException as error:  # whatever it is, somebody waits for what comes next
+            item = (error, None)
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=POLL_SECONDS)
+                break
+            except queue.Full:
+                continue
+        else:
+            if item is not _END and item[1] is not None:
+                unanswered.append(item[0])
+        if stopped.is_set():
+            _drain(ready, unanswered)  # it may have been put where nobody looks any more
+        if item is _END or item[1] is None:
+            return
+
+
+def _drain(ready: queue.Queue[Any], unanswered: list[object]) -> None:
+    """Hand back what was read and not taken in."""
+    with suppress(queue.Empty):
+        item = ready.get_nowait()
+        if item is not _END and item[1] is not None:
+            unanswered.append(item[0])
