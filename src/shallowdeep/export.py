@@ -227,15 +227,15 @@ def _about(what: _What, runtime: str) -> dict[str, Any]:
     """What is true of every kind of artefact; of certificates only those that hold on ``runtime``."""
     sdn, facts = what.sdn, to_json(what.policy)
     watched = None if what.alarm is None else what.alarm.to_json()
-    for record, told in (
+    for record, written in (
         (what.policy.calibrated_on, facts.get("calibrated_on")),
         (what.alarm.fitted_on if what.alarm else None, (watched or {}).get("fitted_on")),
     ):
-        if record is None or told is None:
+        if record is None or written is None:
             continue
-        del told["hash_N"]
+        del written["hash_N"]
         if why_void(record, sdn, what.policy, look=what.look, backend=runtime):
-            del told["certificate"]
+            del written["certificate"]
     signature = sdn.plan.inputs
     leaves = zip(signature.names, signature.shapes, signature.dtypes, strict=True)
     return {
