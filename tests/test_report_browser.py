@@ -291,7 +291,7 @@ def test_hostile_names_stay_text(browser: Any, tmp_path: Path, exits: int) -> No
     trace.logits_ENC[0, :5] = torch.nan
     trace.save(tmp_path / "trace.safetensors")
     policy, bench = tmp_path / "policy.json", tmp_path / "bench.json"
-    policy.write_text(json.dumps(to_json(Confidence(threshold=0.7))))
+    policy.write_text(json.dumps(to_json(Confidence(threshold=0.8))))
     bench.write_text(json.dumps(a_bench(*names)))
     out = tmp_path / "report.html"
     paths = {"policies": [policy], "benches": [bench], "names": [HOSTILE[0]], "title": HOSTILE[1]}

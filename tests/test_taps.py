@@ -107,6 +107,17 @@ def test_threads_share_an_engine_that_runs_modules() -> None:
     in_threads(work)
 
 
+@pytest.mark.usefixtures("hurried")
+def test_threads_whose_rows_all_leave_do_not_meet_each_others_hooks() -> None:
+    engine = sd.Engine(made("control_flow"), Confidence(threshold=0.0), backend="torch")
+
+    def work(number: int) -> None:
+        for _ in range(300):
+            assert engine(images(number + 1)).exit_B.tolist() == [0] * (number + 1)
+
+    in_threads(work, count=6)
+
+
 def test_nothing_stays_after_errors() -> None:
     sdn = made("residual")
 

@@ -21,8 +21,11 @@ from shallowdeep.views import SecondLook
 from shallowdeep.walking import Left, Rule, Walk
 
 
-class _AllLeft(Exception):
-    """Every row is answered: the rest of the pass is not needed."""
+class _AllLeft(BaseException):
+    """Every row is answered: the rest of the pass is not needed.
+
+    No ``Exception``: where one passes, a module goes through its hooks, which other threads may just be changing.
+    """
 
 
 def walk_modules(
