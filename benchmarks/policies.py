@@ -41,10 +41,7 @@ def everywhere(rows: Rows, grid_P: Floats | None) -> Path:
 
 def candidates(rows: Rows) -> dict[str, tuple[Family, bool]]:
     """Families by name, and whether the ends are answered by an ensemble."""
-    tried = [
-        *FAMILIES,
-        *rivals_for(rows),
-    ]
+    tried = [*FAMILIES, *rivals_for(rows)]
     if rows.full < len(rows.exits) - 1:
         tried = [SECOND_LOOK, without_second_look(FAMILIES[0], 0.0)]
     found = {f"{family.name}{', ensemble at the ends' * on}": (family, on) for on in (False, True) for family in tried}

@@ -159,13 +159,17 @@ def test_an_ic_that_cannot_be_a_graph_runs_eagerly_alone() -> None:
     assert Engine(sdn, Confidence(threshold=0.5)).backend == "torch", "auto takes what runs"
 
 
-class Bessel(nn.Module):
-    """A network with a function that ONNX does not have."""
+class Layers(nn.Module):
+    """The layers of the small networks below."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+
+class Bessel(Layers):
+    """A network with a function that ONNX does not have."""
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = torch.special.i0(self.second(self.first(x)) / 10)
@@ -226,13 +230,8 @@ def test_half_precision_is_compared_in_its_own_roundings(backend: Any) -> None:
     )
 
 
-class Branching(nn.Module):
+class Branching(Layers):
     """A network that decides inside, for the whole batch, without leaving the graph."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x).relu()

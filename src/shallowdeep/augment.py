@@ -87,12 +87,13 @@ class ColorJitter:
             raise DataError("ColorJitter takes one tensor of RGB images, uint8 [B, 3, H, W].")
         spread = torch.tensor([self.brightness, self.contrast, self.saturation])[:, None]
         factors = (1 + spread * (2 * torch.rand(3, len(inputs), generator=generator) - 1)).to(inputs.device)
-        # On a CPU a few images at a time, which stay in its cache: four times as fast.
-        together = CACHED_IMAGES if inputs.device.type == "cpu" else max(1, len(inputs))
-        seen = torch.empty_like(inputs)
-        for start in range(0, len(inputs), together):
+        # On a CPU a few images at a time, in memory that is used again and stays in its cache: four times as fast.
+        together = min(len(inputs), CACHED_IMAGES) if inputs.device.type == "cpu" else len(inputs)
+        room = torch.empty(2, together, 3, inputs.shape[2:].numel(), device=inputs.device)
+        seen = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+        for start in range(0, len(inputs), max(1, together)):
             part = slice(start, start + together)
-            found = _jittered(inputs[part], *factors[:, part, None, None]).view_as(inputs[part])
+            found = _jittered(inputs[part].flatten(2), room, *factors[:, part, None, None]).view_as(inputs[part])
             if inputs.device.type == "cpu":  # numpy makes bytes in a third of the time
                 np.copyto(seen[part].numpy(), found.numpy(), casting="unsafe")
             else:
@@ -100,14 +101,15 @@ class ColorJitter:
         return seen
 
 
-def _jittered(images: Tensor, bright: Tensor, contrast: Tensor, vivid: Tensor) -> Tensor:
-    """Pixels [B, 3, H * W] as floats."""
+def _jittered(images: Tensor, room: Tensor, bright: Tensor, contrast: Tensor, vivid: Tensor) -> Tensor:
+    """Pixels [B, 3, H * W] as floats, in ``room`` [2, at least B, 3, H * W]."""
+    pixels, seen = room[:, : len(images)]
     grey = torch.tensor([0.299, 0.587, 0.114], device=images.device)
-    pixels = images.flatten(2).float().mul_(bright).clamp_(max=255)
+    pixels.copy_(images).mul_(bright).clamp_(max=255)
     mean = (pixels.mean(2) @ grey)[:, None, None]
     pixels.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 255)
     mixed = grey.expand(3, 3) * (1 - vivid) + torch.eye(3, device=images.device) * vivid
-    return (mixed @ pixels).clamp_(0, 255).round_()
+    return torch.bmm(mixed, pixels, out=seen).clamp_(0, 255).round_()
 
 
 @dataclass(frozen=True)

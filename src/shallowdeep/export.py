@@ -229,7 +229,7 @@ def _about(what: _What, runtime: str) -> dict[str, Any]:
     watched = None if what.alarm is None else what.alarm.to_json()
     for record, written in (
         (what.policy.calibrated_on, facts.get("calibrated_on")),
-        (what.alarm.fitted_on if what.alarm else None, (watched or {}).get("fitted_on")),
+        (None if what.alarm is None else what.alarm.fitted_on, (watched or {}).get("fitted_on")),
     ):
         if record is None or written is None:
             continue

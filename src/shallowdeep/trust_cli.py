@@ -8,12 +8,39 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from shallowdeep.choices import RUNS, Count, Folder, Rows
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How hard the attacker tries.
+
+    Parameters
+    ----------
+    eps
+        The most a pixel moves, in units of [0, 1].
+    steps
+        Gradient steps an image.
+    step_size
+        Length of a step.
+    bf16
+        Compute gradients in bf16: half of the time where the processor knows it.
+    """
+
+    eps: float = 8 / 255
+    steps: Count = 30
+    step_size: float = 0.002
+    bf16: bool = False
+
+
+DEEPSLOTH = Effort()
 
 
 def attack(
@@ -23,10 +50,7 @@ def attack(
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
     out: Folder = RUNS / "attack",
     attacked: Count = 2000,
-    eps: float = 8 / 255,
-    steps: Count = 30,
-    step_size: float = 0.002,
-    bf16: bool = False,
+    effort: Effort = DEEPSLOTH,
     max_accuracy_drop: float = 0.005,
     second_look: Literal["mirror"] | None = None,
     training_split: str | None = None,
@@ -45,14 +69,6 @@ def attack(
         Folder to write.
     attacked
         Rows to attack, of one half of the data; the other half chooses the thresholds.
-    eps
-        The most a pixel moves, in units of [0, 1].
-    steps
-        Gradient steps an image.
-    step_size
-        Length of a step.
-    bf16
-        Compute gradients in bf16: half of the time where the processor knows it.
     max_accuracy_drop
         What the thresholds under attack were chosen to lose, as a fraction.
     second_look
@@ -74,7 +90,7 @@ def attack(
         sdn_dir,
         data,
         out,
-        attack=Attack(eps=eps, steps=steps, step_size=step_size, bf16=bf16),
+        attack=Attack(eps=effort.eps, steps=effort.steps, step_size=effort.step_size, bf16=effort.bf16),
         rows=attacked,
         max_accuracy_drop=max_accuracy_drop,
         second_look=second_look,

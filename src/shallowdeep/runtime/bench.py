@@ -97,7 +97,7 @@ def bench(
                 used_N, times = _in_turn(ways, inputs, size, blocks, order)
                 for name, said in answers.items():
                     figures = _facts(name, count, size, times, said["exit"][used_N], sdn.num_exits - 1)
-                    found.append(figures | _told(said, labels_N) | {"accuracy_full": accuracy["full"]})
+                    found.append(figures | _summed_up(said, labels_N) | {"accuracy_full": accuracy["full"]})
     exits, said = exits_of(sdn, look), answers[backends[0]]
     exit_N = said["exit"]
     return {
@@ -107,7 +107,7 @@ def bench(
         "exits_asked": [name for name, on in zip(exits.exit_names, exits.rule(policy).asked, strict=True) if on],
         "policy": rule_to_json(policy),
         "accuracy_full": accuracy["full"],
-        "accuracy_early_exit": _told(said, labels_N)["accuracy_early_exit"],
+        "accuracy_early_exit": _summed_up(said, labels_N)["accuracy_early_exit"],
         "accuracy_others": {what: share for what, share in accuracy.items() if what not in PARTS},
         "mean_cost": float(said["cost"].mean()),
         "share_early": float((exit_N < exits.full_exit).double().mean()),
@@ -253,7 +253,7 @@ def _answers(engine: Engine, inputs: Inputs) -> dict[str, Tensor]:
     return dict(zip(("exit", "label", "cost"), map(torch.cat, zip(*parts, strict=True)), strict=True))
 
 
-def _told(said: Mapping[str, Tensor], labels_N: Tensor) -> Facts:
+def _summed_up(said: Mapping[str, Tensor], labels_N: Tensor) -> Facts:
     """What a backend's answers to all rows say."""
     right, cost = (said["label"] == labels_N).double().mean(), said["cost"].mean()
     return {"accuracy_early_exit": float(right), "ideal_speedup_macs": float(1 / cost)}

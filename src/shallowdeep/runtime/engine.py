@@ -139,9 +139,10 @@ class Engine:
         self._lock = threading.RLock()
         records = {"policy": policy.calibrated_on, "alarm": None if alarm is None else alarm.fitted_on}
         proved = {name: one for name, one in records.items() if one is not None and one.certificate is not None}
-        backends = [one.certificate.backend for one in proved.values() if one.certificate is not None]
-        if backend == "auto" and any(backends):
-            backend = cast(BackendName, next(filter(None, backends)))
+        certificates = [one.certificate for one in proved.values()]
+        certified = next((one.backend for one in certificates if one is not None and one.backend), None)
+        if backend == "auto" and certified is not None:
+            backend = cast(BackendName, certified)
         self._backend = self._chosen(backend, threads or torch.get_num_threads())
         self.backend: BackendName = self._backend.name
         self._proved = dict[str, CalibrationRecord]()
