@@ -17,7 +17,7 @@ from pathlib import Path
 
 from shallowdeep.calibration import calibrate
 from shallowdeep.data import read_data
-from shallowdeep.network import load
+from shallowdeep.network import ShallowDeepNetwork, load
 from shallowdeep.paper.datasets import study_set
 from shallowdeep.paper.recipes import fresh_network
 from shallowdeep.paper.study import load_network
@@ -32,10 +32,7 @@ ROWS = 2000
 def main() -> None:
     run, data_dir, out = map(Path, sys.argv[1:4])
     aimed = float(sys.argv[4]) if len(sys.argv) > 4 else 0.003
-    dataset, network = run.name.split("-ic-only")[0].split("-", 1)
-    model = fresh_network(network, study_set(dataset), 0)
-    load_network(model, run, run.name)
-    sdn = load(run / "sdn", model).eval()
+    sdn = study_sdn(run)
     held_out, test = (Trace.load(run / f"{name}.safetensors") for name in ("held_out", "test"))
     policy = calibrate(held_out, max_accuracy_drop=aimed)
     outcome, full = simulate(policy, test), test.logits_ENC[test.full_exit].argmax(1)
@@ -54,6 +51,14 @@ def main() -> None:
     found = bench(sdn, policy, (data.inputs, data.labels_N), batch_sizes=(1, 64), threads=(1, 2))
     print(verdict(found))
     out.write_text(json.dumps(plain({**facts, **found, "verdict": verdict(found)}), indent=1) + "\n")
+
+
+def study_sdn(run: Path) -> ShallowDeepNetwork:
+    """The SDN of the study's run whose work folder is ``run``."""
+    dataset, network = run.name.split("-ic-only")[0].split("-", 1)
+    model = fresh_network(network, study_set(dataset), 0)
+    load_network(model, run, run.name)
+    return load(run / "sdn", model).eval()
 
 
 if __name__ == "__main__":
