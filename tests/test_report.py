@@ -23,6 +23,7 @@ from safetensors.torch import save_model
 
 from oracle import softmax
 from shallowdeep.calibration import evaluate
+from shallowdeep.collection import collect
 from shallowdeep.cuts import plan
 from shallowdeep.demo import SmallNet
 from shallowdeep.explain import enlarged, grad_cam
@@ -396,9 +397,10 @@ def test_maps_of_where_exits_looked_come_with_an_sdn(tmp_path: Path) -> None:
     half = {"mean": [0.5], "std": [0.5], "size": [8, 8]}
     about = {"model": "test_report:small_net", "num_classes": 5, "preprocessing": half}
     write_run(tmp_path, "train", about | {"weights": tmp_path / "weights.safetensors"}, {})
-    trace = a_trace(samples=60, exits=2, exit_names=sdn.plan.exit_names)
-    trace.save(tmp_path / "trace.safetensors")
     grey = np.random.default_rng(0).integers(0, 255, (60, 8, 8, 1), np.uint8)
+    inputs = torch.from_numpy(grey).permute(0, 3, 1, 2).float() / 127.5 - 1
+    trace = collect(sdn, (inputs, torch.arange(60) % 5))
+    trace.save(tmp_path / "trace.safetensors")
     np.savez(tmp_path / "rows.npz", images=grey, labels=trace.labels_N.numpy(), class_names=np.array(sdn.class_names))
     out = tmp_path / "report.html"
     report_verb([tmp_path], out, images=DataChoice(source=str(tmp_path / "rows.npz")), sdn_dir=tmp_path, heats=3)
@@ -406,19 +408,25 @@ def test_maps_of_where_exits_looked_come_with_an_sdn(tmp_path: Path) -> None:
     assert len(data["heat"]) == 3
     for g, packed_heat in data["heat"].items():
         row = data["numbers"][int(g)]
-        image = torch.from_numpy(grey[row : row + 1]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        wanted = torch.stack([enlarged(grad_cam(sdn.eval(), image, exit), (GRID, GRID))[0] for exit in range(2)])
+        image = inputs[row : row + 1]
+        wanted = torch.stack([enlarged(grad_cam(sdn, image, exit), (GRID, GRID))[0] for exit in range(2)])
         heat = np.frombuffer(base64.b64decode(packed_heat), np.uint8).reshape(2, GRID, GRID) / 255
         assert np.abs(heat - wanted.numpy()).max() < 0.01
-    again = a_trace(samples=60, exits=3, full_exit=1, exit_names=(*sdn.plan.exit_names, "again:mirror"))
-    again.save(tmp_path / "trace.safetensors")
+    collect(sdn, (inputs, trace.labels_N), second_look="mirror").save(tmp_path / "trace.safetensors")
     report_verb([tmp_path], out, images=DataChoice(source=str(tmp_path / "rows.npz")), sdn_dir=tmp_path, heats=1)
     data = json.loads(re.findall(r'id="explorer-data">(.*?)</script>', out.read_text("utf-8"), re.S)[0])
     assert [len(base64.b64decode(heat)) for heat in data["heat"].values()] == [2 * GRID * GRID]  # none behind the end
+    images = DataChoice(source=str(tmp_path / "rows.npz"))
     for exits in (1, 2, 3):  # fewer, as many of other names, more
-        a_trace(samples=60, exits=exits).save(tmp_path / "trace.safetensors")
-        with pytest.raises(DataError, match="do not belong together"):
-            report_verb([tmp_path], out, images=DataChoice(source=str(tmp_path / "rows.npz")), sdn_dir=tmp_path)
+        dataclasses.replace(a_trace(samples=60, exits=exits), labels_N=trace.labels_N).save(
+            tmp_path / "trace.safetensors"
+        )
+        for shown in (images, None):
+            with pytest.raises(DataError, match=r"the trace .*: they do not belong together"):
+                report_verb([tmp_path], out, images=shown, sdn_dir=tmp_path)
+    dataclasses.replace(trace, logits_ENC=trace.logits_ENC.roll(1, 2)).save(tmp_path / "trace.safetensors")
+    with pytest.raises(DataError, match="answers otherwise than the trace says"):
+        report_verb([tmp_path], out, images=images, sdn_dir=tmp_path)
 
 
 def test_bad_requests_are_one_sentence(tmp_path: Path) -> None:

@@ -276,13 +276,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module, *, classifier: Factor
     ``classifier`` is the factory of a plan with the user's own ICs. Raises ``BackboneMismatch`` for another network
     and ``FormatError`` for a damaged folder or a newer format; ``model`` is not changed.
     """
-    path = Path(folder)
-    about = read_json(path / "sdn.json")
-    written = {"format", "fingerprint", "weights", "class_names", "preprocessing", "plan"}
-    if not isinstance(about, dict) or not written <= about.keys() or not isinstance(about["format"], int):
-        raise FormatError(f"{path / 'sdn.json'} does not describe an SDN; make one with `sdn train`.")
-    if about["format"] > FORMAT:
-        raise FormatError(f"{path} has SDN format {about['format']}; this version reads up to {FORMAT}: upgrade.")
+    path, about = Path(folder), read_about(folder)
     if about["fingerprint"] != fingerprint(model):
         raise BackboneMismatch(
             f"{path} was made for a {about['plan']['model']} with other weights than this {type(model).__name__}; "
@@ -312,6 +306,18 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     for name in ("cuts", "classifiers", "candidates"):
         about[name] = [dataclasses.asdict(item) for item in about[name]]
     return dict(json.loads(json.dumps(about)))
+
+
+def read_about(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``sdn.json`` in ``folder`` says. Raises ``FormatError``."""
+    path = Path(folder)
+    about = read_json(path / "sdn.json")
+    written = {"format", "fingerprint", "weights", "class_names", "preprocessing", "plan"}
+    if not isinstance(about, dict) or not written <= about.keys() or not isinstance(about["format"], int):
+        raise FormatError(f"{path / 'sdn.json'} does not describe an SDN; make one with `sdn train`.")
+    if about["format"] > FORMAT:
+        raise FormatError(f"{path} has SDN format {about['format']}; this version reads up to {FORMAT}: upgrade.")
+    return about
 
 
 def plan_from_json(about: Mapping[str, Any]) -> Plan:

@@ -19,6 +19,7 @@ from torch import Tensor
 from shallowdeep.data import Dataset
 from shallowdeep.files import read_json, write_text
 from shallowdeep.inputs import take
+from shallowdeep.network import plan_from_json, read_about
 from shallowdeep.progress import steps, waiting
 from shallowdeep.report.compact import eights, kept_rows, top_three
 from shallowdeep.report.facts import Facts, facts_of
@@ -31,6 +32,8 @@ from shallowdeep.types import DataError, Trace
 from shallowdeep.verbs import DataChoice, load_sdn, policy_for, read_trace, ready
 
 CONFUSED = 0.05
+OTHER_NETWORK = 0.05
+"""How far probabilities may lie from those of a trace, on average: more is not another precision's rounding."""
 
 
 def report_verb(
@@ -61,6 +64,8 @@ def report_verb(
         fits = called if not found or len(called) == trace.num_classes else ()
         facts = facts_of(trace, policy_for(trace, policy) if policy else None, name=name, class_names=fits)
         found.append(facts if bench is None else replace(facts, bench=_bench(bench, facts)))
+    if sdn_dir is not None:
+        _same_exits(sdn_dir, found[0].trace)
     explorer = _explorer(found, data, sdn_dir, thumbnails, heats) if data is not None else None
     made = _made(traces, given, benches, images)
     with waiting("draw the page"):
@@ -116,7 +121,15 @@ def _bench(path: Path, facts: Facts) -> Mapping[str, Any]:
 
 
 def _class_names(sdn_dir: Path | None) -> tuple[str, ...]:
-    return tuple(read_json(sdn_dir / "sdn.json")["class_names"]) if sdn_dir is not None else ()
+    return tuple(read_about(sdn_dir)["class_names"]) if sdn_dir is not None else ()
+
+
+def _same_exits(sdn_dir: Path, trace: Trace) -> None:
+    names, wanted = plan_from_json(read_about(sdn_dir)["plan"]).exit_names, trace.exit_names[: trace.full_exit + 1]
+    if names != wanted:
+        raise DataError(
+            f"{sdn_dir} has the exits {', '.join(names)}, the trace {', '.join(wanted)}: they do not belong together."
+        )
 
 
 def _same_rows(trace: Trace, data: Dataset, path: Path) -> None:
@@ -188,18 +201,20 @@ def _spread(rows: Tensor, count: int) -> Tensor:
 def _heat(facts: Facts, data: Dataset, sdn_dir: Path, kept: Tensor, chosen_G: Tensor, heats: int) -> dict[str, str]:
     """Where every exit looked, for so many of the rows shown: destructive ones first, then the most confused."""
     sdn, preprocessing = load_sdn(sdn_dir)
-    names, wanted = sdn.plan.exit_names, facts.trace.exit_names[: facts.trace.full_exit + 1]
-    if names != wanted:
-        raise DataError(
-            f"{sdn_dir} has the exits {', '.join(names)}, the trace {', '.join(wanted)}: they do not belong together."
-        )
     rows_G = kept[chosen_G]
     score_G = facts.confusion_N[rows_G].nan_to_num(nan=0.0) + 1e6 * facts.destructive_N[rows_G]
     picked = score_G.argsort(descending=True, stable=True)[:heats].sort().values
     inputs = ready(data.rows(facts.row_N[rows_G[picked]]), preprocessing)
-    parts = steps(range(0, len(picked), 8), "look where exits look", -(-len(picked) // 8))
-    found = torch.cat([looks(sdn, take(inputs, slice(i, i + 8))) for i in parts])
-    return {str(g): eights(one) for g, one in zip(picked.tolist(), found, strict=True)}
+    found = []
+    for i in steps(range(0, len(picked), 8), "look where exits look", -(-len(picked) // 8)):
+        batch, row_B = take(inputs, slice(i, i + 8)), rows_G[picked[i : i + 8]]
+        with torch.inference_mode():
+            said_EBC = sdn(batch).double().softmax(-1)
+        known_EBC = facts.trace.logits_ENC[: len(said_EBC), row_B].double().softmax(-1)
+        if not float((said_EBC - known_EBC).abs().mean()) <= OTHER_NETWORK:
+            raise DataError(f"{sdn_dir} answers otherwise than the trace says: they do not belong together.")
+        found.append(looks(sdn, batch))
+    return {str(g): eights(one) for g, one in zip(picked.tolist(), torch.cat(found), strict=True)}
 
 
 def _made(
