@@ -491,6 +491,17 @@ def test_tensors_that_are_views_of_another_sign(backend: Any) -> None:
     same(engine(torch._neg_view(rows(3))), engine(-rows(3)))
 
 
+@pytest.mark.parametrize("backend", OTHERS)
+def test_one_row_after_another_leaves_those_before_alone(backend: Any) -> None:
+    sdn, policy, given = tiny(), Confidence(threshold=0.5), rows(5)
+    engine, before = Engine(sdn, policy, backend=backend), given.clone()
+    found = [engine(given[i : i + 1]) for i in (0, 1, 2, 3, 4, 0)]
+    assert torch.equal(given, before)
+    right = Engine(sdn, policy, backend="torch")(given[[0, 1, 2, 3, 4, 0]])
+    assert torch.equal(torch.cat([one.exit_B for one in found]), right.exit_B)
+    torch.testing.assert_close(torch.cat([one.logits_BC for one in found]), right.logits_BC)
+
+
 def test_engines_measure_themselves() -> None:
     sdn, policy, inputs = made()
     engine = Engine(sdn, policy, backend="torch")

@@ -171,8 +171,10 @@ class Left(NamedTuple):
 
 def in_batch_order(left: Sequence[Left], joined: Callable[..., Array] = torch.cat) -> Left:
     """All that left, in the order of the batch; ``joined`` puts arrays one after another."""
+    if len(left) == 1:
+        return left[0]
     found = Left(*(None if parts[0] is None else joined(parts) for parts in zip(*left, strict=True)))
-    return found if len(left) == 1 else found.rows(found.row_S.argsort())
+    return found.rows(found.row_S.argsort())
 
 
 class Walk:

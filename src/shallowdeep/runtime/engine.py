@@ -357,11 +357,18 @@ class Engine:
     def _answer(self, left: Sequence[Left]) -> Answer:
         """What the rows of a batch are answered, in its order."""
         _, exit_B, logits_BC, confidence_B, confusion_B, capped_B, alarm_B = in_batch_order(left, self._backend.joined)
-        found = {"labels_B": logits_BC.argmax(1), "logits_BC": logits_BC, "exit_B": exit_B}
-        found |= {"confidence_B": confidence_B, "confusion_B": confusion_B, "capped_B": capped_B}
-        found |= {"cost_B": self._cost[exit_B], "valid_B": self._backend.finite(logits_BC)}
-        found |= {} if alarm_B is None else {"alarm_B": alarm_B}
-        return Answer(**{name: self._backend.leave(array) for name, array in found.items()})
+        leave = self._backend.leave
+        return Answer(
+            labels_B=leave(logits_BC.argmax(1)),
+            logits_BC=leave(logits_BC),
+            exit_B=leave(exit_B),
+            confidence_B=leave(confidence_B),
+            confusion_B=leave(confusion_B),
+            cost_B=leave(self._cost[exit_B]),
+            valid_B=leave(self._backend.finite(logits_BC)),
+            capped_B=leave(capped_B),
+            alarm_B=None if alarm_B is None else leave(alarm_B),
+        )
 
     def _state(self) -> list[tuple[int, int]]:
         return [(tensor.data_ptr(), tensor._version) for tensor in self._watched]
