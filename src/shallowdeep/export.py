@@ -39,13 +39,16 @@ from shallowdeep.walking import Rule, inverse
 
 try:
     import onnxruntime
+    from onnx import helper
 
     from shallowdeep.host import EarlyExits
-    from shallowdeep.nested import nested_model
+    from shallowdeep.nested import answering_model, nested_model
 except ImportError as error:
     raise MissingExtra(f"Exports need {error.name}: pip install 'shallowdeep[export]'.") from error
 
-FORMAT = 1
+FORMAT = 2
+SAID = ("label", "probabilities", "exit", "confidence", "confusion")
+"""What every artefact says of a row, beside the alarm."""
 DIFFER = 0.001
 """Share of rows whose exit may differ from PyTorch's: those whose score lies within rounding of a threshold."""
 CHECKED = (1, 2, 7)
@@ -73,11 +76,15 @@ def export_folder(
         what = _what(sdn, policy, second_look, alarm)
         inputs = _rows(what, inputs)
         steps, examples, state = _steps(what)
-        files = []
+        written, answers = [], ("logits", *SAID, *["alarm"] * (alarm is not None))
         for step, given in shown(zip(steps, examples, strict=True), "export", len(steps)):
-            files.append(fresh / f"step{step.place}.onnx")
-            files[-1].write_bytes(onnx_program(step, given).SerializeToString())
-        _write(fresh, "folder", _about(what, "onnxruntime") | _loop_facts(what, steps, files, state))
+            later = {name for one in steps[step.place + 1 :] for name in one.takes}
+            model, gives = answering_model(step, onnx_program(step, given), later, answers)
+            file = fresh / f"step{step.place}.onnx"
+            file.write_bytes(model.SerializeToString())
+            written.append(_step(what, step, file) | {"takes": [one.name for one in model.graph.input], "gives": gives})
+        facts = _loop_facts(steps, written, state) | {"answers": _arrays(model, answers)}
+        _write(fresh, "folder", _about(what, "onnxruntime") | facts)
         shutil.copyfile(Path(__file__).with_name("host.py"), fresh / "host.py")
         _compare(what, lambda: EarlyExits(fresh), inputs)
 
@@ -100,17 +107,18 @@ def export_programs(
         inputs = _rows(what, inputs)
         steps, examples, state = _steps(what)
         rows = named(sdn.plan.inputs.names, inputs) | remembered(policy, num_rows(inputs), torch.device("cpu"))
-        files = []
+        written = []
         pairs = zip(examples, chain(steps, rows), strict=True)
         for given, (step, real, expected) in shown(pairs, "export", len(steps)):
             program = export_step(step, given)
             for name, right, other in zip(step.gives, expected, program.module()(*real), strict=True):
                 if not torch.allclose(right.double(), other.double(), rtol=1e-4, atol=1e-5, equal_nan=True):
                     raise ExportError(f"The program of exit {step.exit} computes {name!r} otherwise than PyTorch.")
-            files.append(fresh / f"step{step.place}.pt2")
+            file = fresh / f"step{step.place}.pt2"
             with silence():
-                torch.export.save(program, files[-1])
-        _write(fresh, "programs", _about(what, "torch") | _loop_facts(what, steps, files, state))
+                torch.export.save(program, file)
+            written.append(_step(what, step, file) | _formulas(what, step))
+        _write(fresh, "programs", _about(what, "torch") | _loop_facts(steps, written, state))
 
 
 def export_file(
@@ -134,15 +142,13 @@ def export_file(
         steps, examples, state = _steps(what)
         pairs = shown(zip(steps, examples, strict=True), "export", len(steps))
         models = [onnx_program(step, given) for step, given in pairs]
-        answers = ("label", "probabilities", "exit", "confidence", "confusion", *["alarm"] * (alarm is not None))
+        answers = (*SAID, *["alarm"] * (alarm is not None))
         model = nested_model(steps, models, {name: x.numpy() for name, x in state.items()}, answers)
-        (fresh / "model.onnx").write_bytes(model.SerializeToString())
-        manifest: dict[str, Any] = {"file": "model.onnx", "sha256": _sha256(fresh / "model.onnx")}
-        manifest["outputs"] = answers
-        exits = [_step(what, step) for step in steps]
-        manifest["exits"] = [{name: one[name] for name in ("exit", "name", "cost")} for one in exits]
-        _write(fresh, "file", _about(what, "onnxruntime") | manifest)
-        _compare(what, lambda: _runner(fresh / "model.onnx", sdn.plan.inputs.names), inputs)
+        file = fresh / "model.onnx"
+        file.write_bytes(model.SerializeToString())
+        facts = {**_known(file), "outputs": answers, "exits": [_exit(what, step) for step in steps]}
+        _write(fresh, "file", _about(what, "onnxruntime") | facts)
+        _compare(what, lambda: _runner(file, sdn.plan.inputs.names), inputs)
 
 
 class _What(NamedTuple):
@@ -190,16 +196,20 @@ def _steps(what: _What) -> tuple[list[Step], list[list[Tensor]], dict[str, Tenso
     return steps, examples, remembered(what.policy, 1, cpu)
 
 
-def _loop_facts(
-    what: _What, steps: Sequence[Step], files: Sequence[Path], state: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """What a loop over the steps' files must know."""
+def _loop_facts(steps: Sequence[Step], written: Sequence[Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a loop over the steps that were ``written`` must know."""
     fresh = {name: {"row": x.tolist(), "dtype": str(x.dtype).removeprefix("torch.")} for name, x in state.items()}
-    about = [
-        {"file": file.name, "sha256": _sha256(file), **_step(what, step)}
-        for file, step in zip(files, steps, strict=True)
-    ]
-    return {"fresh": fresh, "rowless": sorted(steps[0].rowless), "steps": about}
+    return {"fresh": fresh, "rowless": sorted(steps[0].rowless), "steps": written}
+
+
+def _arrays(model: Any, answers: Sequence[str]) -> list[dict[str, Any]]:
+    """The answers that ``model`` gives last, as a loop must make room for them."""
+    found = []
+    for name, value in zip(answers, model.graph.output[-len(answers) :], strict=True):
+        kind = value.type.tensor_type
+        shape = [axis.dim_value for axis in kind.shape.dim][1:]
+        found.append({"name": name, "shape": shape, "dtype": helper.tensor_dtype_to_np_dtype(kind.elem_type).name})
+    return found
 
 
 def _runner(file: Path, names: Sequence[str]) -> Callable[..., Mapping[str, Any]]:
@@ -214,8 +224,8 @@ def _runner(file: Path, names: Sequence[str]) -> Callable[..., Mapping[str, Any]
     return run
 
 
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _known(file: Path) -> dict[str, Any]:
+    return {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def _write(folder: Path, kind: str, manifest: Mapping[str, Any]) -> None:
@@ -254,19 +264,20 @@ def _about(what: _What, runtime: str) -> dict[str, Any]:
     }
 
 
-def _step(what: _What, step: Step) -> dict[str, Any]:
-    """What the loop must know of one step."""
+def _exit(what: _What, step: Step) -> dict[str, Any]:
+    cost = float(what.exits.costs(what.rule)[step.exit])
+    return {"exit": step.exit, "name": what.exits.exit_names[step.exit], "cost": cost}
+
+
+def _step(what: _What, step: Step, file: Path) -> dict[str, Any]:
+    return {**_known(file), **_exit(what, step), "takes": step.takes, "gives": step.gives}
+
+
+def _formulas(what: _What, step: Step) -> dict[str, Any]:
+    """What a loop must know to work out confusions and alarms itself."""
     (mean, std), alarm = what.rule.moments[step.exit], what.alarm
-    return {
-        "exit": step.exit,
-        "name": what.exits.exit_names[step.exit],
-        "cost": float(what.exits.costs(what.rule)[step.exit]),
-        "mean": mean,
-        "scale": inverse(std),
-        "alarm": alarm and {"bias": alarm.bias_E[step.exit], "weights": alarm.weights(step.exit), "least": LEAST},
-        "takes": step.takes,
-        "gives": step.gives,
-    }
+    watch = alarm and {"bias": alarm.bias_E[step.exit], "weights": alarm.weights(step.exit), "least": LEAST}
+    return {"mean": mean, "scale": inverse(std), "alarm": watch}
 
 
 def _compare(what: _What, load: Callable[[], Callable[..., Mapping[str, Any]]], inputs: Inputs) -> None:

@@ -28,8 +28,8 @@ class EarlyExits:
             self.manifest: dict[str, Any] = dict(json.loads(manifest.read_text(encoding="utf-8")))
         except (TypeError, ValueError):
             raise ValueError(f"{manifest} is damaged: export the network again.") from None
-        if self.manifest.get("format") != 1:
-            raise ValueError(f"{manifest} has the format {self.manifest.get('format')!r}; this loop reads format 1.")
+        if self.manifest.get("format") != 2:
+            raise ValueError(f"{manifest} has the format {self.manifest.get('format')!r}; this loop reads format 2.")
         if self.manifest.get("kind") != "folder":
             raise ValueError(f"{folder} is an export of kind {self.manifest.get('kind')!r}; this loop runs 'folder'.")
         options = onnxruntime.SessionOptions()
@@ -47,36 +47,22 @@ class EarlyExits:
 
     def __call__(self, *inputs: Any) -> dict[str, Any]:
         """Arrays with a row for each of the inputs, which come in the order of the manifest."""
-        about, rows = self.manifest, self._checked(inputs)
-        batch = len(inputs[0])
+        about, rows, batch = self.manifest, self._checked(inputs), len(inputs[0])
         rows |= {name: np.repeat(np.array(row["row"], row["dtype"]), batch, 0) for name, row in about["fresh"].items()}
-        where, answer = np.arange(batch), {"probabilities": np.zeros((batch, about["num_classes"]))}
-        names = ("confidence", "confusion", "cost", *["alarm"] * (about["alarm"] is not None))
-        answer |= {name: np.zeros(batch) for name in names}
-        answer |= {name: np.zeros(batch, np.int64) for name in ("label", "exit")} | {"valid": np.zeros(batch, bool)}
-        for place, (step, session) in enumerate(zip(about["steps"], self.sessions, strict=True)):
+        answer = {one["name"]: np.zeros((batch, *one["shape"]), one["dtype"]) for one in about["answers"]}
+        cost, where = np.zeros(batch), np.arange(batch)
+        for step, session in zip(about["steps"], self.sessions, strict=True):
             if not len(where):
                 break
             found = session.run(None, {name: rows[name] for name in step["takes"]})
             rows |= dict(zip(step["gives"], found, strict=True))
-            finite = np.isfinite(rows[f"logits.{place}"]).all(1)
-            stop = rows.pop("stop", np.ones(len(where), bool))
-            if place + 1 < len(self.sessions):  # a stop counts where logits are numbers; else the end does
-                stop = stop | ~finite if step["exit"] == about["full_exit"] else stop & finite
-            said = rows.get(f"answer.softmax.{place}", rows[f"softmax.{place}"])[stop]
-            out = where[stop]
-            answer["probabilities"][out], answer["confidence"][out] = said, said.max(1)
-            answer["exit"][out], answer["cost"][out] = step["exit"], step["cost"]
-            logits = rows.get(f"answer.logits.{place}", rows[f"logits.{place}"])[stop]
-            answer["label"][out], answer["valid"][out] = logits.argmax(1), np.isfinite(logits).all(1)
-            apart = [np.abs(rows[f"softmax.{k}"][stop] - said).sum(1) for k in range(place + 1)]
-            answer["confusion"][out] = (np.sum(np.nan_to_num(apart, nan=2.0), 0) - step["mean"]) * step["scale"]
-            if step["alarm"] is not None:
-                passed = [rows[f"softmax.{k}"][stop] for k in range(place + 1)]
-                answer["alarm"][out] = _wrong(said, passed, **step["alarm"])
-            where = where[~stop]
-            rows = {name: x if name in about["rowless"] else x[~stop] for name, x in rows.items()}
-        return answer
+            leave = rows.pop("leave", np.ones(len(where), bool))
+            for name, array in answer.items():
+                array[where[leave]] = rows.pop(name)[leave]
+            cost[where[leave]] = step["cost"]
+            where = where[~leave]
+            rows = {name: x if name in about["rowless"] else x[~leave] for name, x in rows.items()}
+        return answer | {"cost": cost, "valid": np.isfinite(answer["logits"]).all(1)}
 
     def _checked(self, inputs: tuple[Any, ...]) -> dict[str, Any]:
         wanted = self.manifest["inputs"]
@@ -88,12 +74,3 @@ class EarlyExits:
                 axes = ", ".join(["rows" if one is wanted[0] else str(len(inputs[0])), *map(str, one["shape"])])
                 raise ValueError(f"Input {one['name']!r} is {one['dtype']} [{axes}], found {dtype} {shape}.")
         return {f"input.{one['name']}": x for x, one in zip(inputs, wanted, strict=True)}
-
-
-def _wrong(said: Any, passed: Any, bias: float, weights: Any, least: float) -> Any:
-    """How probably answers with the softmax ``said`` are wrong, given those of the exits passed."""
-    row, label = np.arange(len(said)), said.argmax(1)
-    own = np.nan_to_num([softmax[row, label] for softmax in passed])
-    odds = np.log(np.maximum(own, least)) - np.log(np.maximum(1 - own, least))
-    alarm = (1 + np.tanh((bias + np.array(weights) @ odds) / 2)) / 2
-    return np.where(np.isnan(said).any(1), 1.0, alarm)

@@ -1,11 +1,12 @@
-"""One ONNX graph that skips by itself: after every question an ``If`` answers, or goes on with the rows that are left.
+"""One ONNX graph that skips by itself: after every question an ``If`` answers, or goes on with the rows that are left;
+and graphs of single steps that say what their rows are answered.
 
 It refuses to know who runs it: an engine and an exported file hold the same graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,17 +37,64 @@ def nested_model(
     for name, row in fresh.items():
         size = graph.add("Concat", batch, graph.ints(list(row.shape[1:])), axis=0) if row.ndim > 1 else batch
         rows[name] = graph.add("Expand", graph.constant(row), size)
-    said = models[0].graph.output[steps[0].gives.index("logits.0")].type.tensor_type
-    whole, network = {"label": TensorProto.INT64, "exit": TensorProto.INT64}, {"logits": said.elem_type}
-    types = dict.fromkeys(answers, TensorProto.DOUBLE) | whole | network
+    outputs = _outputs(steps[0], models[0], answers)
+    types = {value.name: value.type.tensor_type.elem_type for value in outputs}
     found = _ask(graph, [*zip(steps, models, strict=True)], 0, rows, answers, types)
-    outputs = []
-    for name in answers:
-        graph.nodes.append(helper.make_node("Identity", [found[name]], [name]))
-        shape: list[Any] = ["batch", *[said.shape.dim[1].dim_value] * (name in ("logits", "probabilities"))]
-        outputs.append(helper.make_tensor_value_info(name, types[name], shape))
-    made = helper.make_graph(graph.nodes, "early_exits", list(inputs.values()), outputs, graph.weights)
-    return helper.make_model(made, opset_imports=models[0].opset_import, ir_version=models[0].ir_version)
+    return _model(graph, [*inputs.values()], found, outputs, models[0])
+
+
+def answering_model(
+    step: Step, model: onnx.ModelProto, later: Collection[str], answers: Sequence[str]
+) -> tuple[onnx.ModelProto, list[str]]:
+    """The graph of a ``step`` that also gives its rows' ``answers`` (as above), and the names of what it gives.
+
+    These are what ``later`` steps take; but for the last step, ``said``, which the next takes, and ``leave`` (bool
+    [batch]), whose rows are answered here; then ``answers``.
+    """
+    graph, inputs, kind = _Nodes(), [*model.graph.input], TensorProto.DOUBLE
+    outputs = [value for name, value in zip(step.gives, model.graph.output, strict=True) if name in later]
+    names = [name for name in step.gives if name in later]
+    said = ["batch", step.place, _logits(step, model).shape.dim[1].dim_value]
+    if step.place:
+        inputs.append(helper.make_tensor_value_info("said", kind, said))
+    rows = _run(graph, step, model, {given.name: given.name for given in inputs})
+    if "leave" in rows:
+        outputs.append(helper.make_tensor_value_info("said", kind, [said[0], step.place + 1, said[2]]))
+        outputs.append(helper.make_tensor_value_info("leave", TensorProto.BOOL, ["batch"]))
+        names += ["said", "leave"]
+    outputs, names = [*outputs, *_outputs(step, model, answers)], [*names, *answers]
+    rows |= _answered(graph, step, rows, answers)
+    given = {f"next.{name}": rows[name] for name in names}
+    for name, value in zip(given, outputs, strict=True):
+        value.name = name
+    return _model(graph, inputs, given, outputs, model), names
+
+
+def _model(
+    graph: _Nodes,
+    inputs: Sequence[onnx.ValueInfoProto],
+    found: Mapping[str, str],
+    outputs: Sequence[onnx.ValueInfoProto],
+    like: onnx.ModelProto,
+) -> onnx.ModelProto:
+    """The model of ``graph``, whose ``outputs`` are called otherwise inside."""
+    graph.nodes.extend(helper.make_node("Identity", [found[value.name]], [value.name]) for value in outputs)
+    made = helper.make_graph(graph.nodes, "early_exits", inputs, outputs, graph.weights)
+    return helper.make_model(made, opset_imports=like.opset_import, ir_version=like.ir_version)
+
+
+def _outputs(step: Step, model: onnx.ModelProto, answers: Sequence[str]) -> list[onnx.ValueInfoProto]:
+    """The ``answers`` of ``step`` as a graph declares them."""
+    logits = _logits(step, model)
+    kinds = {"label": TensorProto.INT64, "exit": TensorProto.INT64, "logits": logits.elem_type}
+    classes = [logits.shape.dim[1].dim_value]
+    shapes = {name: ["batch", *classes * (name in ("logits", "probabilities"))] for name in answers}
+    return [helper.make_tensor_value_info(name, kinds.get(name, TensorProto.DOUBLE), shapes[name]) for name in answers]
+
+
+def _logits(step: Step, model: onnx.ModelProto) -> Any:
+    """Number type and shape of the step's logits."""
+    return model.graph.output[step.gives.index(f"logits.{step.place}")].type.tensor_type
 
 
 @dataclass(eq=False)
@@ -133,20 +181,10 @@ def _ask(
     What rows are answered is worked out for those that leave alone: for one row every node counts.
     """
     step, model = steps[place]
-    rows = rows | graph.inline(step, model, rows)
-    own = graph.add("Unsqueeze", rows[f"softmax.{place}"], graph.ints([1]))
-    rows["said"] = graph.add("Concat", rows["said"], own, axis=1) if place else own
+    rows = _run(graph, step, model, rows)
     if place + 1 == len(steps):
         return _answered(graph, step, rows, answers)
-    own, kind = rows[f"logits.{place}"], types["logits"]
-    if kind not in (TensorProto.FLOAT, TensorProto.DOUBLE):  # whose sum over many classes may be too large for it
-        own, kind = graph.add("Cast", own, to=TensorProto.DOUBLE), TensorProto.DOUBLE
-    size = graph.add("ReduceL1", own, graph.ints([1]), keepdims=0)
-    finite = graph.add("Less", size, graph.constant(np.array(np.inf, helper.tensor_dtype_to_np_dtype(kind))))
-    if step.exit == step.rule.full_exit:
-        stop = graph.add("Or", rows["stop"], graph.add("Not", finite))
-    else:
-        stop = graph.add("And", rows["stop"], finite)
+    stop = rows["leave"]
     index = graph.add("Squeeze", graph.add("NonZero", graph.add("Not", stop)), graph.ints([0]))
     number = graph.add("Size", index)
     deeper, shallow = _Nodes(f"{graph.prefix}.{place}on"), _Nodes(f"{graph.prefix}.{place}off")
@@ -165,6 +203,27 @@ def _ask(
     gone = deeper.branch(all_on, (all_go, kept), (some_go, put), types)
     some_on = graph.add("Cast", number, to=TensorProto.BOOL)
     return graph.branch(some_on, (deeper, gone), (shallow, _answered(shallow, step, rows, answers)), types)
+
+
+def _run(graph: _Nodes, step: Step, model: onnx.ModelProto, rows: Mapping[str, str]) -> dict[str, str]:
+    """Names of ``rows`` behind ``step``, of what all exits ``said`` so far [B, exits asked, C], and, except at the last
+    step, of who may ``leave`` [B]: a stop counts where logits are numbers, else the full exit does.
+    """
+    found = {**rows, **graph.inline(step, model, rows)}
+    own = graph.add("Unsqueeze", found[f"softmax.{step.place}"], graph.ints([1]))
+    found["said"] = graph.add("Concat", rows["said"], own, axis=1) if step.place else own
+    if "stop" not in step.gives:
+        return found
+    own, kind = found[f"logits.{step.place}"], _logits(step, model).elem_type
+    if kind not in (TensorProto.FLOAT, TensorProto.DOUBLE):  # whose sum over many classes may be too large for it
+        own, kind = graph.add("Cast", own, to=TensorProto.DOUBLE), TensorProto.DOUBLE
+    size = graph.add("ReduceL1", own, graph.ints([1]), keepdims=0)
+    finite = graph.add("Less", size, graph.constant(np.array(np.inf, helper.tensor_dtype_to_np_dtype(kind))))
+    if step.exit == step.rule.full_exit:
+        found["leave"] = graph.add("Or", found["stop"], graph.add("Not", finite))
+    else:
+        found["leave"] = graph.add("And", found["stop"], finite)
+    return found
 
 
 def _answered(graph: _Nodes, step: Step, rows: Mapping[str, str], answers: Sequence[str]) -> dict[str, str]:
