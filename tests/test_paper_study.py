@@ -285,6 +285,21 @@ def test_a_network_whose_weights_are_lost_is_trained_again(small: None, tmp_path
     assert not (tmp_path / "other").exists()
 
 
+def test_weights_of_another_training_are_not_built_upon(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record came from another machine, whose weights are not the ones in the work folder."""
+    ics, results, work = dataclasses.replace(RUN, regime="ic-only"), tmp_path / "r", tmp_path / "w"
+    work_off([RUN], tmp_path, results=results, work=tmp_path / "elsewhere")
+    fresh = study.fresh_network
+    monkeypatch.setattr(study, "fresh_network", lambda name, chosen, seed: fresh(name, chosen, seed + 1))
+    work_off([RUN], tmp_path, results=tmp_path / "own", work=work)
+    report = work_off([ics], tmp_path, results=results, work=work)
+    assert report["done"] == [RUN.name, ics.name], "the record is now that of the weights that are there"
+    assert study.same_network(ics, results)
+    assert work_off([ics], tmp_path, results=results, work=work)["before"] == [RUN.name, ics.name]
+
+
 def test_unknown_names_say_which_there_are() -> None:
     for wrong, offered in (
         ({"dataset": "svhn"}, "cifar100"),

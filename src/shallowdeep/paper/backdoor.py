@@ -30,7 +30,7 @@ from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.paper.datasets import read_rows, split_rows, study_set
 from shallowdeep.paper.networks import NETWORKS
 from shallowdeep.paper.recipes import Recipe, fresh_network, make_recipe, train
-from shallowdeep.paper.records import GRID, read_record
+from shallowdeep.paper.records import GRID, best_point, read_record
 from shallowdeep.policies import Confidence
 from shallowdeep.runs import describe_device, plain, versions
 from shallowdeep.types import Trace
@@ -168,7 +168,7 @@ def judge(held_out: Trace, clean: Trace, triggered: Trace) -> dict[str, Any]:
     other_N = triggered.labels_N != TARGET
     said_EN = answers(triggered)
     curve = tradeoff(held_out).curves[0]
-    best = Confidence(threshold=tuple(curve.threshold_PE[int(curve.accuracy_P.argmax())].tolist()))
+    best = Confidence(threshold=tuple(curve.threshold_PE[best_point(curve)].tolist()))
     reference = fit_confusion(None, held_out)
     scores = torch.cat([confusion(trace, reference) for trace in (clean, triggered.rows(other_N))])
     from_trigger = torch.arange(len(scores)) >= clean.num_samples

@@ -22,6 +22,7 @@ from torch import nn
 
 from shallowdeep.checkpoints import OtherRun, OutOfTime, seconds_of, time_limit
 from shallowdeep.collection import collect
+from shallowdeep.effects import answers
 from shallowdeep.files import FormatError, read_tensors, replacing, write_tensors, write_text
 from shallowdeep.graph import evaluating
 from shallowdeep.inputs import placed
@@ -94,7 +95,7 @@ def work_off(
     """Make every one of ``runs``, and the plain networks they need, whose record is missing from ``results`` or short.
 
     Stops between two epochs when ``minutes`` are over; the next call goes on there. A plain network whose record is
-    there but whose weights are not is trained again where an open run starts from it; ICs recorded over another
+    there but whose very weights are not is trained again where an open run starts from it; ICs recorded over another
     network than the plain one's are then trained again too, and what was compared with it is compared anew. Returns the
     names of the runs that were ``done`` now, were there ``before``, and are still ``open``.
     """
@@ -104,8 +105,7 @@ def work_off(
 
     starting = {run.cnn for run in wanted if run.starts_trained and not _recorded(run, results)}
     for run in wanted:
-        weights = work / run.name / "network.safetensors"
-        if _recorded(run, results) and (run not in starting or weights.is_file()):
+        if _recorded(run, results) and (run not in starting or _has_weights(run, results, work)):
             report["before"].append(run.name)
             continue
         try:
@@ -145,6 +145,15 @@ def same_network(run: StudyRun, results: Path) -> bool:
         return False
     own, plain = (ReducedTrace.load(path).said_EN[-1] for path in paths)
     return own.shape == plain.shape and float((own != plain).double().mean()) <= 0.001
+
+
+def _has_weights(run: StudyRun, results: Path, work: Path) -> bool:
+    """Whether the work folder holds the weights of which the record speaks: their trace gives the same answers."""
+    weights, test = (work / run.name / f"{name}.safetensors" for name in ("network", "test"))
+    if not (weights.is_file() and test.is_file()):
+        return False
+    recorded = ReducedTrace.load(results / f"{run.name}.safetensors").part("test")
+    return torch.equal(answers(Trace.load(test)), recorded.said_EN.long())
 
 
 def _refresh(run: StudyRun, results: Path, *, remade: bool) -> None:
