@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shallowdeep.calibration import tradeoff
-from shallowdeep.checkpoints import OutOfTime, seconds_of, time_limit
+from shallowdeep.checkpoints import OutOfTime, alone, seconds_of, time_limit
 from shallowdeep.collection import collect
 from shallowdeep.disagreement import confusion, fit_confusion
 from shallowdeep.effects import answers, share
@@ -130,8 +130,9 @@ def backdoor(victim: Victim, data_dir: Path, *, results: Path, work: Path) -> di
     network = fresh_network(victim.network, chosen, seed).to(device)
     spoiled = poisoned(clean, victim.rate, seed)
     folders = [work / victim.name / part for part in ("victim", "ics")]
-    _, precision = train("cnn", how, victim.network, chosen, spoiled, start=network, folder=folders[0], seed=seed)
-    sdn, _ = train("ic-only", how, victim.network, chosen, clean, start=network, folder=folders[1], seed=seed)
+    with alone(work / victim.name):
+        _, precision = train("cnn", how, victim.network, chosen, spoiled, start=network, folder=folders[0], seed=seed)
+        sdn, _ = train("ic-only", how, victim.network, chosen, clean, start=network, folder=folders[1], seed=seed)
     assert isinstance(sdn, ShallowDeepNetwork)
     found = judge(
         collect(sdn, (images[held.to(device)], labels_N[held.to(device)])),

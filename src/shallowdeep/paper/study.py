@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shallowdeep.checkpoints import OtherRun, OutOfTime, seconds_of, time_limit
+from shallowdeep.checkpoints import OtherRun, OutOfTime, alone, seconds_of, time_limit
 from shallowdeep.collection import collect
 from shallowdeep.effects import answers
 from shallowdeep.files import FormatError, read_tensors, replacing, write_tensors, write_text
@@ -173,7 +173,8 @@ def _refresh(run: StudyRun, results: Path, *, remade: bool) -> None:
 
 
 def make(run: StudyRun, data_dir: Path, *, results: Path, work: Path) -> dict[str, Any]:
-    """Train, collect and write one run; returns its record. Raises ``OutOfTime`` inside a ``time_limit``.
+    """Train, collect and write one run; returns its record. Raises ``OutOfTime`` inside a ``time_limit``, and
+    ``DataError`` where another process is at it.
 
     What another recipe or another plain network left in the work folder is set aside there, and the run starts afresh.
     """
@@ -183,18 +184,19 @@ def make(run: StudyRun, data_dir: Path, *, results: Path, work: Path) -> dict[st
     test = read_rows(run.dataset, data_dir, "test")  # now: damaged files are found before hours of training
     kept, held = split_rows(labels_N.cpu()) if recipe.holds_out else (torch.arange(len(labels_N)), None)
     rows = images[kept.to(device)], labels_N[kept.to(device)]
-    try:
-        trained, precision = _trained(run, recipe, rows, work)
-    except OtherRun as error:
-        aside = next(path for i in itertools.count(1) if not (path := work / f"{run.name}.old{i}").exists())
-        folder.rename(aside)
-        print(f"{error} It is now in {aside}; {run.name} starts afresh.", file=sys.stderr)
-        trained, precision = _trained(run, recipe, rows, work)
-    traces = {"test": _collect(trained, test)}
-    if held is not None:
-        traces["held_out"] = _collect(trained, (images[held.to(device)], labels_N[held.to(device)]))
-    _save_trained(trained, folder)
-    return _write_record(run, recipe, traces, len(kept), precision, folder, results)
+    with alone(folder):
+        try:
+            trained, precision = _trained(run, recipe, rows, work)
+        except OtherRun as error:
+            aside = next(path for i in itertools.count(1) if not (path := work / f"{run.name}.old{i}").exists())
+            folder.rename(aside)
+            print(f"{error} It is now in {aside}; {run.name} starts afresh.", file=sys.stderr)
+            trained, precision = _trained(run, recipe, rows, work)
+        traces = {"test": _collect(trained, test)}
+        if held is not None:
+            traces["held_out"] = _collect(trained, (images[held.to(device)], labels_N[held.to(device)]))
+        _save_trained(trained, folder)
+        return _write_record(run, recipe, traces, len(kept), precision, folder, results)
 
 
 def _trained(run: StudyRun, recipe: Recipe, rows: Rows, work: Path) -> tuple[nn.Module, str]:
