@@ -121,6 +121,15 @@ def test_clean_figures_choose_on_held_out_rows_alone(traces: tuple[Trace, Trace]
     assert moved["best"]["accuracy"] != found["best"]["accuracy"]
 
 
+def test_of_equally_accurate_thresholds_the_cheapest_is_taken() -> None:
+    """Both exits are always right: nobody needs to be asked twice."""
+    said = torch.nn.functional.one_hot(torch.arange(40) % 4, 4) * torch.linspace(1, 4, 40)[:, None]
+    whole = Trace(logits_ENC=torch.stack([said, said]), labels_N=torch.arange(40) % 4, cost_E=torch.tensor([0.25, 1.0]))
+    found = figures(reduce_traces(whole, whole))
+    assert found["best"] == {"accuracy": 1.0, "cost": 0.25, "drop": 0.0}
+    assert found["cost_at_budget"] == {"0.25": 0.25, "0.5": 0.25, "0.75": 0.25}
+
+
 def test_equal_accuracy_is_the_plain_networks(traces: tuple[Trace, Trace]) -> None:
     """Beside a weaker plain network equal accuracy is cheap, beside a perfect one it cannot be had."""
     held, test = traces

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import shallowdeep as sd
-from shallowdeep.checkpoints import seconds_of
+from shallowdeep.checkpoints import alone, seconds_of
 from shallowdeep.cli import main
 from shallowdeep.files import FormatError, read_tensors
 from shallowdeep.joint import Taus
@@ -282,7 +282,37 @@ def test_a_network_whose_weights_are_lost_is_trained_again(small: None, tmp_path
     assert work_off([ics], tmp_path, **where)["done"] == [RUN.name, ics.name]
     with pytest.raises(DataError, match="cifar10-resnet56-cnn-fast must be trained first"):
         make(ics, tmp_path, results=tmp_path / "other", work=tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "other" / ics.name).exists()
+
+
+def test_weights_of_another_training_are_not_built_upon(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record came from another machine, whose weights are not the ones in the work folder."""
+    ics, results, work = dataclasses.replace(RUN, regime="ic-only"), tmp_path / "r", tmp_path / "w"
+    work_off([RUN], tmp_path, results=results, work=tmp_path / "elsewhere")
+    fresh = study.fresh_network
+    monkeypatch.setattr(study, "fresh_network", lambda name, chosen, seed: fresh(name, chosen, seed + 1))
+    work_off([RUN], tmp_path, results=tmp_path / "own", work=work)
+    report = work_off([ics], tmp_path, results=results, work=work)
+    assert report["done"] == [RUN.name, ics.name], "the record is now that of the weights that are there"
+    assert study.same_network(ics, results)
+    assert work_off([ics], tmp_path, results=results, work=work)["before"] == [RUN.name, ics.name]
+
+
+def test_a_second_process_keeps_out(victims: None, tmp_path: Path) -> None:
+    """Two that write the same features would mix them up."""
+    where: Any = {"results": tmp_path / "r", "work": tmp_path / "w"}
+    victim = Victim(rate=0.2, network="resnet56", epochs=1)
+    for name, begin in (
+        (RUN.name, lambda: make(RUN, tmp_path, **where)),
+        (victim.name, lambda: backdoor.backdoor(victim, tmp_path, **where)),
+    ):
+        with alone(tmp_path / "w" / name), pytest.raises(DataError, match=rf"Another process is at work in .*{name}"):
+            begin()
+        assert not (tmp_path / "w" / name).exists()
+        begin()
+    assert len(list((tmp_path / "r").glob("*.json"))) == 2
 
 
 def test_unknown_names_say_which_there_are() -> None:

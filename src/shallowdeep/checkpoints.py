@@ -5,6 +5,7 @@ It refuses to know what is trained.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from shallowdeep.files import FormatError
+from shallowdeep.types import DataError
 
 _deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 
@@ -33,6 +35,18 @@ def time_limit(seconds: float) -> Iterator[None]:
         yield
     finally:
         _deadline.reset(token)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Inside, this process alone works in ``folder``; a killed one lets go. Raises ``DataError`` where another does."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"Another process is at work in {folder}: wait for it, or take another folder.") from None
+        yield
 
 
 class OtherRun(FormatError):

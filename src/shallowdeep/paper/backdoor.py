@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shallowdeep.calibration import tradeoff
-from shallowdeep.checkpoints import OutOfTime, seconds_of, time_limit
+from shallowdeep.checkpoints import OutOfTime, alone, seconds_of, time_limit
 from shallowdeep.collection import collect
 from shallowdeep.disagreement import confusion, fit_confusion
 from shallowdeep.effects import answers, share
@@ -30,7 +30,7 @@ from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.paper.datasets import read_rows, split_rows, study_set
 from shallowdeep.paper.networks import NETWORKS
 from shallowdeep.paper.recipes import Recipe, fresh_network, make_recipe, train
-from shallowdeep.paper.records import GRID, read_record
+from shallowdeep.paper.records import GRID, best_point, read_record
 from shallowdeep.policies import Confidence
 from shallowdeep.runs import describe_device, plain, versions
 from shallowdeep.types import Trace
@@ -130,8 +130,9 @@ def backdoor(victim: Victim, data_dir: Path, *, results: Path, work: Path) -> di
     network = fresh_network(victim.network, chosen, seed).to(device)
     spoiled = poisoned(clean, victim.rate, seed)
     folders = [work / victim.name / part for part in ("victim", "ics")]
-    _, precision = train("cnn", how, victim.network, chosen, spoiled, start=network, folder=folders[0], seed=seed)
-    sdn, _ = train("ic-only", how, victim.network, chosen, clean, start=network, folder=folders[1], seed=seed)
+    with alone(work / victim.name):
+        _, precision = train("cnn", how, victim.network, chosen, spoiled, start=network, folder=folders[0], seed=seed)
+        sdn, _ = train("ic-only", how, victim.network, chosen, clean, start=network, folder=folders[1], seed=seed)
     assert isinstance(sdn, ShallowDeepNetwork)
     found = judge(
         collect(sdn, (images[held.to(device)], labels_N[held.to(device)])),
@@ -168,7 +169,7 @@ def judge(held_out: Trace, clean: Trace, triggered: Trace) -> dict[str, Any]:
     other_N = triggered.labels_N != TARGET
     said_EN = answers(triggered)
     curve = tradeoff(held_out).curves[0]
-    best = Confidence(threshold=tuple(curve.threshold_PE[int(curve.accuracy_P.argmax())].tolist()))
+    best = Confidence(threshold=tuple(curve.threshold_PE[best_point(curve)].tolist()))
     reference = fit_confusion(None, held_out)
     scores = torch.cat([confusion(trace, reference) for trace in (clean, triggered.rows(other_N))])
     from_trigger = torch.arange(len(scores)) >= clean.num_samples

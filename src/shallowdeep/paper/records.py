@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shallowdeep.calibration import Evaluation, evaluate, tradeoff
+from shallowdeep.calibration import Curve, Evaluation, evaluate, tradeoff
 from shallowdeep.disagreement import confusion, fit_confusion
 from shallowdeep.effects import answers, overthinking, share
 from shallowdeep.files import FormatError, read_json, read_tensors, write_tensors
@@ -242,6 +242,13 @@ def run_with_exits(results: Path, run: str) -> tuple[dict[str, Any], ReducedTrac
     return about, ReducedTrace.load(Path(f"{stem}.safetensors"))
 
 
+def best_point(curve: Curve, budget: float = math.inf) -> int:
+    """The cheapest of the most accurate points of ``curve`` among those that cost ``budget`` at most."""
+    within = (curve.cost_P <= budget).nonzero().flatten()
+    best = within[curve.accuracy_P[within] >= curve.accuracy_P[within].max() - 1e-12]
+    return int(best[curve.cost_P[best].argmin()])
+
+
 def _unchosen(test: ReducedTrace, trace: Trace) -> dict[str, Any]:
     """Figures that no threshold enters."""
     found = overthinking(trace)
@@ -273,16 +280,12 @@ def _chosen(selection: Trace, test: Trace, cnn: ReducedTrace) -> dict[str, Any]:
         found = evaluate(Confidence(threshold=tuple(curve.threshold_PE[point].tolist())), test)
         return _at(found, cnn.accuracy("test"))
 
-    within = {budget: (curve.cost_P <= budget).nonzero().flatten() for budget in BUDGETS}
+    affordable = [budget for budget in BUDGETS if float(curve.cost_P.min()) <= budget]
     equal = (curve.accuracy_P >= cnn.accuracy("held_out") - 1e-12).nonzero().flatten()
     return _choices(
-        {
-            budget: at(int(points[curve.accuracy_P[points].argmax()]))
-            for budget, points in within.items()
-            if len(points)
-        },
+        {budget: at(best_point(curve, budget)) for budget in affordable},
         at(int(equal[curve.cost_P[equal].argmin()])) if len(equal) else None,
-        at(int(curve.accuracy_P.argmax())),
+        at(best_point(curve)),
     )
 
 

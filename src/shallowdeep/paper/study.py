@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from shallowdeep.checkpoints import OtherRun, OutOfTime, seconds_of, time_limit
+from shallowdeep.checkpoints import OtherRun, OutOfTime, alone, seconds_of, time_limit
 from shallowdeep.collection import collect
+from shallowdeep.effects import answers
 from shallowdeep.files import FormatError, read_tensors, replacing, write_tensors, write_text
 from shallowdeep.graph import evaluating
 from shallowdeep.inputs import placed
@@ -94,7 +95,7 @@ def work_off(
     """Make every one of ``runs``, and the plain networks they need, whose record is missing from ``results`` or short.
 
     Stops between two epochs when ``minutes`` are over; the next call goes on there. A plain network whose record is
-    there but whose weights are not is trained again where an open run starts from it; ICs recorded over another
+    there but whose very weights are not is trained again where an open run starts from it; ICs recorded over another
     network than the plain one's are then trained again too, and what was compared with it is compared anew. Returns the
     names of the runs that were ``done`` now, were there ``before``, and are still ``open``.
     """
@@ -104,8 +105,7 @@ def work_off(
 
     starting = {run.cnn for run in wanted if run.starts_trained and not _recorded(run, results)}
     for run in wanted:
-        weights = work / run.name / "network.safetensors"
-        if _recorded(run, results) and (run not in starting or weights.is_file()):
+        if _recorded(run, results) and (run not in starting or _has_weights(run, results, work)):
             report["before"].append(run.name)
             continue
         try:
@@ -147,6 +147,15 @@ def same_network(run: StudyRun, results: Path) -> bool:
     return own.shape == plain.shape and float((own != plain).double().mean()) <= 0.001
 
 
+def _has_weights(run: StudyRun, results: Path, work: Path) -> bool:
+    """Whether the work folder holds the weights of which the record speaks: their trace gives the same answers."""
+    weights, test = (work / run.name / f"{name}.safetensors" for name in ("network", "test"))
+    if not (weights.is_file() and test.is_file()):
+        return False
+    recorded = ReducedTrace.load(results / f"{run.name}.safetensors").part("test")
+    return torch.equal(answers(Trace.load(test)), recorded.said_EN.long())
+
+
 def _refresh(run: StudyRun, results: Path, *, remade: bool) -> None:
     """Write the figures of a recorded run again from its trace if some are missing, or its plain network is another."""
     path = results / f"{run.name}.json"
@@ -164,7 +173,8 @@ def _refresh(run: StudyRun, results: Path, *, remade: bool) -> None:
 
 
 def make(run: StudyRun, data_dir: Path, *, results: Path, work: Path) -> dict[str, Any]:
-    """Train, collect and write one run; returns its record. Raises ``OutOfTime`` inside a ``time_limit``.
+    """Train, collect and write one run; returns its record. Raises ``OutOfTime`` inside a ``time_limit``, and
+    ``DataError`` where another process is at it.
 
     What another recipe or another plain network left in the work folder is set aside there, and the run starts afresh.
     """
@@ -174,18 +184,19 @@ def make(run: StudyRun, data_dir: Path, *, results: Path, work: Path) -> dict[st
     test = read_rows(run.dataset, data_dir, "test")  # now: damaged files are found before hours of training
     kept, held = split_rows(labels_N.cpu()) if recipe.holds_out else (torch.arange(len(labels_N)), None)
     rows = images[kept.to(device)], labels_N[kept.to(device)]
-    try:
-        trained, precision = _trained(run, recipe, rows, work)
-    except OtherRun as error:
-        aside = next(path for i in itertools.count(1) if not (path := work / f"{run.name}.old{i}").exists())
-        folder.rename(aside)
-        print(f"{error} It is now in {aside}; {run.name} starts afresh.", file=sys.stderr)
-        trained, precision = _trained(run, recipe, rows, work)
-    traces = {"test": _collect(trained, test)}
-    if held is not None:
-        traces["held_out"] = _collect(trained, (images[held.to(device)], labels_N[held.to(device)]))
-    _save_trained(trained, folder)
-    return _write_record(run, recipe, traces, len(kept), precision, folder, results)
+    with alone(folder):
+        try:
+            trained, precision = _trained(run, recipe, rows, work)
+        except OtherRun as error:
+            aside = next(path for i in itertools.count(1) if not (path := work / f"{run.name}.old{i}").exists())
+            folder.rename(aside)
+            print(f"{error} It is now in {aside}; {run.name} starts afresh.", file=sys.stderr)
+            trained, precision = _trained(run, recipe, rows, work)
+        traces = {"test": _collect(trained, test)}
+        if held is not None:
+            traces["held_out"] = _collect(trained, (images[held.to(device)], labels_N[held.to(device)]))
+        _save_trained(trained, folder)
+        return _write_record(run, recipe, traces, len(kept), precision, folder, results)
 
 
 def _trained(run: StudyRun, recipe: Recipe, rows: Rows, work: Path) -> tuple[nn.Module, str]:
