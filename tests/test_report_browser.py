@@ -90,6 +90,17 @@ def figure(tab: Any, name: str) -> str:
     return str(tab.text_content(f"[data-figure={name}]"))
 
 
+def cut_off(tab: Any) -> list[str]:
+    """Words of charts that lie beyond their picture's edge."""
+    found: list[str] = tab.evaluate("""() => [...document.querySelectorAll(".chart svg")].flatMap((svg) => {
+        const all = svg.getBoundingClientRect(), words = [...svg.querySelectorAll("text")].filter((one) =>
+            one.getAttribute("opacity") !== "0" && one.getBoundingClientRect().width);
+        return words.filter((one) => { const its = one.getBoundingClientRect();
+            return its.left < all.left - 2 || its.right > all.right + 2; }).map((one) => one.textContent);
+    })""")
+    return found
+
+
 @pytest.mark.parametrize(("size", "name"), [(WIDE, "desktop"), (PHONE, "phone")])
 def test_the_real_report_opens_quietly_and_fits(
     browser: Any, cifar_report: Path, size: tuple[int, int], name: str
@@ -106,6 +117,7 @@ def test_the_real_report_opens_quietly_and_fits(
     assert len({label for _, label in spoken}) == len(spoken)
     assert {role for role, _ in spoken} == {"img"}
     assert not [label for _, label in spoken if "Vega" in label]
+    assert not cut_off(tab)
     shoot(tab, f"report-{name}")
     for part in ("tradeoff", "flow", "overthinking", "explorer"):
         tab.evaluate(f"document.getElementById('{part}').scrollIntoView()")
@@ -278,6 +290,21 @@ def test_two_thousand_thumbnails_stay_fluid(browser: Any, cifar_report: Path) ->
         })"""
     )
     assert slow < 150, "three frames of four while scrolling through all, without a GPU and on a busy machine"
+    assert not wrong
+    tab.close()
+
+
+@pytest.mark.parametrize("exits", [1, 4])
+def test_few_rows_and_endless_names_fit(browser: Any, tmp_path: Path, exits: int) -> None:
+    trace = a_trace(samples=60, exits=exits)
+    trace.save(tmp_path / "trace.safetensors")
+    out, images = tmp_path / "report.html", DataChoice(source=str(write_rows(tmp_path, trace)))
+    names = ["n" * 300, "word " * 60, "c", "d", "e"]
+    report_verb([tmp_path], out, images=images, class_names=names, title="T" * 300)
+    tab, wrong = opened(browser, out, PHONE)
+    assert tab.evaluate("document.documentElement.scrollWidth") == PHONE[0]
+    assert tab.evaluate("document.documentElement.scrollHeight") < 20_000
+    assert not cut_off(tab)
     assert not wrong
     tab.close()
 
