@@ -119,15 +119,21 @@ def test_the_real_report_opens_quietly_and_fits(
     assert not [label for _, label in spoken if "Vega" in label]
     assert not cut_off(tab)
     shoot(tab, f"report-{name}")
-    for part in ("tradeoff", "flow", "overthinking", "explorer"):
-        tab.evaluate(f"document.getElementById('{part}').scrollIntoView()")
-        shoot(tab, f"report-{name}-{part}")
+    tab.evaluate("document.getElementById('explorer').scrollIntoView()")
+    shoot(tab, f"report-{name}-gallery")
+    tab.select_option("#by-kind", "destructive")
+    tab.click("#gallery button")
+    shoot(tab, f"report-{name}-sample")
+    tab.keyboard.press("Escape")
     gap = "document.getElementById('flow').getBoundingClientRect().top - document.getElementById('bar').offsetHeight"
     tab.evaluate("document.getElementById('flow').scrollIntoView()")
     assert abs(tab.evaluate(gap)) < 2
     tab.focus("#threshold")
-    tab.keyboard.press("Home")
+    for _ in range(40):
+        tab.keyboard.press("ArrowLeft")
     tab.wait_for_selector("body.moved")
+    tab.evaluate("document.getElementById('tradeoff').scrollIntoView()")
+    shoot(tab, f"report-{name}-slider")
     assert tab.is_visible("#rule")
     assert "by hand on these very rows" in tab.text_content(".rows")
     tab.emulate_media(media="print")
@@ -202,7 +208,6 @@ def test_slider_filter_and_keyboard(browser: Any, cifar_report: Path) -> None:
     assert tab.locator("#depth li").count() == 10
     assert tab.locator("#depth li.here").count() == 1
     title = tab.text_content("#sample-title")
-    shoot(tab, "report-desktop-sample")
     tab.keyboard.press("ArrowRight")
     assert tab.text_content("#sample-title") != title or count == 1
     row = tab.text_content("#about dd")

@@ -139,7 +139,8 @@ def on_tradeoff(facts: Facts) -> str:
     found = facts.evaluation
     words = f"The policy ({rule(facts)}) costs {percent(found.mean_cost, 0)} of the network and is right about "
     words += f"{percent(found.accuracy_early_exit)}; the full network about {percent(found.accuracy_full)}. "
-    words += f"The drop is {100 * found.drop:.2f} points, give or take {100 * facts.doubt:.2f} (95 %); "
+    drop = f"{100 * found.drop:.2f}".replace("-", "−")
+    words += f"The drop is {drop} points, give or take {100 * facts.doubt:.2f} (95 %); "
     words += f"{percent(found.harm, 2)} of the rows are right at the end and wrong where they stop. "
     record = facts.policy.calibrated_on
     note = record.info.get("note") if record is not None else None
