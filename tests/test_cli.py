@@ -166,7 +166,7 @@ def test_all_verbs_one_after_another(
         (("plan", "resnet18", "DATA"), "Perhaps 'timm:resnet18'?"),
         (("plan", ".", "DATA"), "Perhaps 'hf:.'?"),
         (("plan", "test_cli:tiny", "DATA", "--num-classes", "2"), "give --num-classes 3"),
-        (("collect", "DATA", "--sdn", "nowhere"), "No file nowhere/run.json"),
+        (("collect", "DATA", "--sdn", "nowhere"), "sdn train writes one"),
         (("evaluate", "--trace", "nowhere"), "No file nowhere/trace.safetensors: sdn collect writes one"),
         (("calibrate",), "sdn calibrate --max-accuracy-drop 0.005"),
         (("calibrate", "--trace", "nowhere", "--max-mean-cost", "1"), "sdn collect writes one"),

@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -35,6 +36,7 @@ from shallowdeep.report.compact import NOBODY, kept_rows, packed, steps_of, thre
 from shallowdeep.report.facts import Facts, facts_of
 from shallowdeep.report.page import page_of
 from shallowdeep.report.pictures import COLUMNS, GRID, as_pictures, sheets_of
+from shallowdeep.report_cli import Images
 from shallowdeep.report_verbs import report_verb
 from shallowdeep.runs import write_run
 from shallowdeep.spelling import to_json
@@ -332,6 +334,13 @@ def test_any_shape_makes_a_page(exits: int, classes: int, policy: Any) -> None:
     assert "nan" not in re.sub(r"<script.*?</script>", "", page, flags=re.S).lower()
 
 
+def test_names_that_are_no_text_can_be_written(tmp_path: Path) -> None:
+    strange = os.fsdecode(b"caf\xe9")  # what Python makes of a file name in Latin-1
+    facts = facts_of(a_trace(), name=strange, class_names=(strange, "", "c", "d", "e"))
+    assert facts.class_names[:2] == ("caf?", "class 1")
+    page_of([facts, facts], title=strange, made=strange).encode()
+
+
 def test_a_network_without_errors_has_nothing_to_find() -> None:
     trace = a_trace(samples=80)
     right = torch.nn.functional.one_hot(trace.labels_N, 5) * 9.0
@@ -467,4 +476,8 @@ def test_bad_requests_are_one_sentence(tmp_path: Path) -> None:
         report_verb([tmp_path], out, policies=[tmp_path] * 2)
     with pytest.raises(ValueError, match="class names"):
         facts_of(trace, class_names=("a", "b"))
+    with pytest.raises(ValueError, match=r"is a folder: give the file to write, say --out .*report.html"):
+        report_verb([tmp_path], tmp_path)
+    with pytest.raises(ValueError, match="give --images, too"):
+        Images(split="test").choice()
     assert not out.exists()

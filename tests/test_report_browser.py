@@ -90,6 +90,17 @@ def figure(tab: Any, name: str) -> str:
     return str(tab.text_content(f"[data-figure={name}]"))
 
 
+def cut_off(tab: Any) -> list[str]:
+    """Words of charts that lie beyond their picture's edge."""
+    found: list[str] = tab.evaluate("""() => [...document.querySelectorAll(".chart svg")].flatMap((svg) => {
+        const all = svg.getBoundingClientRect(), words = [...svg.querySelectorAll("text")].filter((one) =>
+            one.getAttribute("opacity") !== "0" && one.getBoundingClientRect().width);
+        return words.filter((one) => { const its = one.getBoundingClientRect();
+            return its.left < all.left - 2 || its.right > all.right + 2; }).map((one) => one.textContent);
+    })""")
+    return found
+
+
 @pytest.mark.parametrize(("size", "name"), [(WIDE, "desktop"), (PHONE, "phone")])
 def test_the_real_report_opens_quietly_and_fits(
     browser: Any, cifar_report: Path, size: tuple[int, int], name: str
@@ -106,16 +117,23 @@ def test_the_real_report_opens_quietly_and_fits(
     assert len({label for _, label in spoken}) == len(spoken)
     assert {role for role, _ in spoken} == {"img"}
     assert not [label for _, label in spoken if "Vega" in label]
+    assert not cut_off(tab)
     shoot(tab, f"report-{name}")
-    for part in ("tradeoff", "flow", "overthinking", "explorer"):
-        tab.evaluate(f"document.getElementById('{part}').scrollIntoView()")
-        shoot(tab, f"report-{name}-{part}")
+    tab.evaluate("document.getElementById('explorer').scrollIntoView()")
+    shoot(tab, f"report-{name}-gallery")
+    tab.select_option("#by-kind", "destructive")
+    tab.click("#gallery button")
+    shoot(tab, f"report-{name}-sample")
+    tab.keyboard.press("Escape")
     gap = "document.getElementById('flow').getBoundingClientRect().top - document.getElementById('bar').offsetHeight"
     tab.evaluate("document.getElementById('flow').scrollIntoView()")
     assert abs(tab.evaluate(gap)) < 2
     tab.focus("#threshold")
-    tab.keyboard.press("Home")
+    for _ in range(40):
+        tab.keyboard.press("ArrowLeft")
     tab.wait_for_selector("body.moved")
+    tab.evaluate("document.getElementById('tradeoff').scrollIntoView()")
+    shoot(tab, f"report-{name}-slider")
     assert tab.is_visible("#rule")
     assert "by hand on these very rows" in tab.text_content(".rows")
     tab.emulate_media(media="print")
@@ -190,7 +208,6 @@ def test_slider_filter_and_keyboard(browser: Any, cifar_report: Path) -> None:
     assert tab.locator("#depth li").count() == 10
     assert tab.locator("#depth li.here").count() == 1
     title = tab.text_content("#sample-title")
-    shoot(tab, "report-desktop-sample")
     tab.keyboard.press("ArrowRight")
     assert tab.text_content("#sample-title") != title or count == 1
     row = tab.text_content("#about dd")
@@ -278,6 +295,21 @@ def test_two_thousand_thumbnails_stay_fluid(browser: Any, cifar_report: Path) ->
         })"""
     )
     assert slow < 150, "three frames of four while scrolling through all, without a GPU and on a busy machine"
+    assert not wrong
+    tab.close()
+
+
+@pytest.mark.parametrize("exits", [1, 4])
+def test_few_rows_and_endless_names_fit(browser: Any, tmp_path: Path, exits: int) -> None:
+    trace = a_trace(samples=60, exits=exits)
+    trace.save(tmp_path / "trace.safetensors")
+    out, images = tmp_path / "report.html", DataChoice(source=str(write_rows(tmp_path, trace)))
+    names = ["n" * 300, "word " * 60, "c", "d", "e"]
+    report_verb([tmp_path], out, images=images, class_names=names, title="T" * 300)
+    tab, wrong = opened(browser, out, PHONE)
+    assert tab.evaluate("document.documentElement.scrollWidth") == PHONE[0]
+    assert tab.evaluate("document.documentElement.scrollHeight") < 20_000
+    assert not cut_off(tab)
     assert not wrong
     tab.close()
 

@@ -11,12 +11,13 @@ import torch
 
 from shallowdeep.certificates import Certificate
 from shallowdeep.disagreement import fit_confusion
-from shallowdeep.policies import CalibrationRecord, Confidence, Ensemble
+from shallowdeep.policies import CalibrationRecord, Confidence, Ensemble, Fixed
 from shallowdeep.report import numbers, words
 from shallowdeep.report.compact import packed
 from shallowdeep.report.facts import Facts, facts_of
 from shallowdeep.report.page import page_of
 from shallowdeep.report.sections import sections_of
+from shallowdeep.report.words import percent
 from test_report import a_trace, some_facts
 
 
@@ -40,10 +41,10 @@ def test_only_a_proof_is_called_a_certificate() -> None:
 def test_an_ensemble_is_named_and_says_where_exits_answer_together() -> None:
     ensemble = Ensemble(weight_EE=((), (), (), (1.0, 1.0, 1.0, 1.0)))
     policy = Confidence(threshold=0.8, ensemble=ensemble)
-    assert words.rule(policy).endswith(", exits passed have a say in the answer")
+    assert words.rule(facts_of(a_trace(), policy)).endswith(", exits passed have a say in the answer")
     assert packed(facts_of(a_trace(), policy), torch.arange(9))["together"] == [False, False, False, True]
     assert packed(some_facts(), torch.arange(9))["together"] == [False] * 4
-    assert "have a say" not in words.rule(Confidence(threshold=0.8))
+    assert "have a say" not in words.rule(some_facts())
 
 
 def chart_rows(facts: Facts, section: str, chart: int, key: str) -> list[dict[str, Any]]:
@@ -88,3 +89,37 @@ def test_every_picture_can_be_read_aloud() -> None:
     charts = [chart for one in sections_of([some_facts()]) for block in one.blocks for chart in block.charts]
     assert len(charts) == 11
     assert all(chart.spec["description"] == chart.alt for chart in charts)
+
+
+def test_what_stops_everything_is_called_as_the_axes_call_it() -> None:
+    trace = a_trace(full_exit=2, exit_names=("a", "b", "full", "again:mirror"))
+    said = [words.rule(facts_of(trace, Fixed(exit=exit))) for exit in (1, 2)]
+    assert said == ["everything stops at exit 2", "everything stops at the full network"]
+
+
+def test_what_saves_nothing_says_so() -> None:
+    assert words.saved(1.001) == "neither save nor add compute"
+
+
+def test_every_point_of_the_reliability_picture_is_in_a_table() -> None:
+    facts = some_facts()
+    drawn = [row for row in chart_rows(facts, "reliability", 0, "confidence") if "what" in row]
+    tables = next(one for one in sections_of([facts]) if one.id == "reliability").blocks[0].tables
+    assert drawn
+    for row in drawn:
+        assert (row["exit"], percent(row["confidence"]), percent(row["accuracy"]), f"{row['rows']:,}") in tables[1].rows
+
+
+def domain(spec: dict[str, Any], name: str) -> list[float]:
+    found: list[float] = next(one for one in spec["scales"] if one["name"] == name)["domain"]
+    return found
+
+
+def test_right_so_far_stays_on_its_axis_and_traces_share_axes() -> None:
+    weak, strong = some_facts(a_trace(seed=1)), some_facts(a_trace(samples=40, seed=2))
+    blocks = next(one for one in sections_of([weak, strong]) if one.id == "overthinking").blocks
+    for chart, axis in ((0, "y"), (1, "y"), (3, "x")):
+        assert domain(blocks[0].charts[chart].spec, axis)[1] == domain(blocks[1].charts[chart].spec, axis)[1]
+    for facts, block in zip((weak, strong), blocks, strict=True):
+        assert max(row["so_far"] for row in numbers.by_exit(facts)) <= domain(block.charts[0].spec, "y")[1]
+        assert max(row["errors"] for row in numbers.by_class(facts)) <= domain(block.charts[3].spec, "x")[1]

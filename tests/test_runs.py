@@ -41,7 +41,7 @@ def test_anything_becomes_json(value: Any, expected: Any) -> None:
 
 
 def test_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"No file .*run\.json"):
+    with pytest.raises(FormatError, match=r"No folder of `sdn train` at .*: sdn train writes one"):
         read_run(tmp_path, "train")
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(FormatError, match=r"run\.json is damaged"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from shallowdeep.choices import RUNS, Count
 
@@ -47,6 +48,8 @@ class Images:
         from shallowdeep.verbs import DataChoice
 
         if self.images is None:
+            if self != NO_IMAGES:
+                raise ValueError("--split, --size, --limit and --half say which images: give --images, too.")
             return None
         return DataChoice(source=self.images, split=self.split, size=self.size, limit=self.limit, half=self.half)
 
@@ -65,7 +68,7 @@ def report(
     title: str = "",
     sdn_dir: Annotated[Path | None, Parameter(name="--sdn")] = None,
     thumbnails: Count = 2000,
-    heats: int = 24,
+    heats: Annotated[int, Parameter(validator=Number(gte=0))] = 24,
 ) -> dict[str, Any]:
     """Make one page to look at, of one trace or of several side by side.
 

@@ -51,6 +51,8 @@ def report_verb(
     heats: int = 24,
 ) -> dict[str, Any]:
     """One page about ``traces``: writes ``out``. ``policies``, ``benches`` and ``names``: one each, or one for all."""
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: give the file to write, say --out {out / 'report.html'}.")
     named = _names(traces, names)
     given = _one_each(policies, len(traces), "--policy")
     measured = _one_each(benches, len(traces), "--bench")

@@ -35,6 +35,8 @@ def write_run(folder: Path, verb: str, choices: Mapping[str, Any], results: Mapp
 
 def read_run(folder: Path, verb: str) -> dict[str, Any]:
     """The content of the ``folder/run.json`` that ``verb`` wrote. Raises ``FormatError``."""
+    if not (folder / "run.json").is_file():
+        raise FormatError(f"No folder of `sdn {verb}` at {folder}: sdn {verb} writes one (sdn {verb} --help).")
     found = read_json(folder / "run.json")
     wrote = found.get("verb") if isinstance(found, dict) else None
     if wrote != verb:

@@ -69,7 +69,8 @@ def tradeoff_chart(found: Tradeoff, exits: Sequence[Row], chosen: Row, accuracy:
     # The script keeps the triangle on the axes, and at their edge it must not be cut in half.
     now = alt.Chart(_data([], "now")).mark_point(filled=True, opacity=1, size=170, stroke="white", strokeWidth=1)
     drawn = [chart.encode(**encoded, shape=shaped, color=inked) for chart in (dots, now)]
-    return _sized(alt.layer(lines, *drawn).resolve_scale(shape="shared", color="shared"))
+    # A network without early exits has no curve, and Vega gives a legend of nothing an endless height.
+    return _sized(alt.layer(*[lines] * bool(curves), *drawn).resolve_scale(shape="shared", color="shared"))
 
 
 def flow_chart(rows: Sequence[Row]) -> Any:
@@ -127,15 +128,20 @@ def overthinking_chart(rows: Sequence[Row], span: Span) -> Any:
     return _lines(long, "exit:O", "exit", "share:Q", "share of rows", span, sort=[row["exit"] for row in rows])
 
 
-def spoiled_chart(rows: Sequence[Row]) -> Any:
-    """Per exit before the end: the share of rows that are right there and wrong at the end."""
+def spoiled_chart(rows: Sequence[Row], most: float) -> Any:
+    """Per exit before the end: the share of rows that are right there and wrong at the end, up to ``most``."""
     alt = altair()
     bars = (
         alt.Chart(_data(rows))
         .mark_bar(color=WRONG, stroke=INKS[1], strokeWidth=1, width={"band": 0.6})
         .encode(
             x=_place("exit:N", [row["exit"] for row in rows], title="exit"),
-            y=alt.Y("spoiled:Q", title="right here, wrong at the end", axis=alt.Axis(format=".1%", tickCount=5)),
+            y=alt.Y(
+                "spoiled:Q",
+                title="right here, wrong at the end",
+                axis=alt.Axis(format=".1%", tickCount=5),
+                scale=alt.Scale(domain=[0, most]),
+            ),
             tooltip=["exit:N", alt.Tooltip("spoiled:Q", format=".2%")],
         )
     )
@@ -158,8 +164,8 @@ def wasteful_chart(rows: Sequence[Row]) -> Any:
     return _sized(bars, 40 + 22 * len(shown))
 
 
-def destructive_chart(rows: Sequence[Row]) -> Any:
-    """Per class: errors of the full network, and those of them that were right earlier."""
+def destructive_chart(rows: Sequence[Row], most: float) -> Any:
+    """Per class: errors of the full network, up to ``most``, and those of them that were right earlier."""
     alt = altair()
     shown = _worst(rows)
     kinds = {"wrong at the end": "errors", "of these, right earlier": "destructive"}
@@ -169,7 +175,7 @@ def destructive_chart(rows: Sequence[Row]) -> Any:
         alt.Chart(_data(long))
         .mark_point(filled=True, size=80, opacity=1, stroke=TEXT, strokeWidth=1)
         .encode(
-            x=_share("share:Q", "share of the class", None, axis="x"),
+            x=_share("share:Q", "share of the class", (0.0, most), axis="x"),
             y=y,
             color=alt.Color("what:N", scale=alt.Scale(domain=list(kinds), range=["#ffffff", INKS[0]])),
             shape=alt.Shape("what:N", scale=alt.Scale(domain=list(kinds), range=["circle", "circle"])),
@@ -191,7 +197,7 @@ def confusion_chart(rows: Sequence[Row], unit: str) -> Any:
     ]
     kinds = ["right answers", "wrong answers"]
     base = alt.Chart(_data(long)).encode(
-        x=alt.X("confusion:Q", title=f"confusion of the full network's answer, {unit}"),
+        x=alt.X("confusion:Q", title=f"confusion, {unit}"),
         color=alt.Color(
             "what:N",
             scale=alt.Scale(domain=kinds, range=[RIGHT, WRONG]),

@@ -136,7 +136,8 @@ def facts_of(
 
 
 def _told_apart(names: Sequence[str]) -> tuple[str, ...]:
-    """The names, with their number where two are the same."""
+    """The names as text that can be written, with their number where two are the same, and instead of none."""
+    names = [name.encode("utf-8", "replace").decode() or f"class {label}" for label, name in enumerate(names)]
     return tuple(name if names.count(name) == 1 else f"{name} ({label})" for label, name in enumerate(names))
 
 

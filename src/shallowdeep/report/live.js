@@ -105,7 +105,7 @@ const report = (() => {
     return labels.map((label) => count.has(label) ? percent((wrong.get(label) ?? 0) / count.get(label)) : "none");
   };
 
-  const saved = (cost) => { const share = Math.round(100 * (1 - cost)); return share > 0 ? `save ${share}\u202f% of the compute` : `add ${-share}\u202f% to the compute`; };
+  const saved = (cost) => { const share = Math.round(100 * (1 - cost)); return share === 0 ? "neither save nor add compute" : share > 0 ? `save ${share}\u202f% of the compute` : `add ${-share}\u202f% to the compute`; };
   const points = (drop, doubt) => {
     const value = Math.round(1000 * drop) / 10, give = `± ${(100 * doubt).toFixed(1)}`;
     if (value === 0) return `at the same accuracy (${give} points)`;

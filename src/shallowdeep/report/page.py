@@ -65,7 +65,7 @@ def page_of(found: Sequence[Facts], *, title: str, made: str, explorer: Explorer
         live=as_it_is(_json(kept)),
         samples=as_it_is(_json(explorer.data if explorer else {})),
     )
-    return text
+    return text.encode("utf-8", "replace").decode()  # names of files may hold what is no text
 
 
 def _view(index: int, one: Facts) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _view(index: int, one: Facts) -> dict[str, Any]:
         "name": one.name,
         "summary": words.summary(one),
         "rows": words.rows_said(one),
-        "rule": words.rule(one.policy),
+        "rule": words.rule(one),
         "record": words.record_title(one.policy),
         "certificate": words.certificate(one.policy),
         "info": [(str(name), str(value)) for name, value in one.trace.info.items()],

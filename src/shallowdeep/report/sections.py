@@ -5,7 +5,7 @@ It refuses to know HTML, and computes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,13 +100,16 @@ HOW = {
 
 
 class _Writer:
-    """Sections of the traces in order; charts of one kind share their scales, so that traces can be compared."""
+    """Sections of the traces in order; accuracies, costs and overthinking are on the same scales for all traces."""
 
     def __init__(self, found: Sequence[Facts]) -> None:
         self.found = found
         self.rows = {id(one): numbers.by_exit(one) for one in found}
-        self.span = _span([row["accuracy"] for mine in self.rows.values() for row in mine])
+        self.span = _span([row[key] for mine in self.rows.values() for row in mine for key in ("accuracy", "so_far")])
         self.most_cost = max(row["cost"] for mine in self.rows.values() for row in mine)
+        self.classes = {id(one): numbers.by_class(one) for one in found}
+        self.most_spoiled = _most(row["spoiled"] for mine in self.rows.values() for row in mine)
+        self.most_errors = _most(row["errors"] for mine in self.classes.values() for row in mine)
         self.charts = 0
 
     def section(self, id: str, short: str, title: str, how: str, write: Callable[[Facts], dict[str, Any]]) -> Section:
@@ -177,7 +180,7 @@ class _Writer:
         return _said(words.on_flow(one, rows), [chart], table)
 
     def overthinking(self, one: Facts) -> dict[str, Any]:
-        rows, classes = self.rows[id(one)], numbers.by_class(one)
+        rows, classes = self.rows[id(one)], self.classes[id(one)]
         full, shares = one.trace.full_exit, ("so_far", "accuracy", "spoiled")
         rows = rows[: full + 1]  # a second look comes after the end
         exits = [(row["exit"], *(percent(row[name]) for name in shares)) for row in rows]
@@ -195,13 +198,13 @@ class _Writer:
                 title="Wasteful, per exit",
             ),
             self.chart(
-                charts.spoiled_chart(rows[:full]),
+                charts.spoiled_chart(rows[:full], self.most_spoiled),
                 "Right here and wrong at the end, per exit",
                 title="Destructive, per exit",
             ),
             self.chart(charts.wasteful_chart(classes), "Right before the end, per class", title="Wasteful, per class"),
             self.chart(
-                charts.destructive_chart(classes),
+                charts.destructive_chart(classes, self.most_errors),
                 "Errors, and errors that were right earlier",
                 title="Destructive, per class",
             ),
@@ -247,8 +250,11 @@ class _Writer:
             self.chart(charts.reliability_chart(bins, one.labels), "Accuracy over confidence", title="Some exits"),
             self.chart(charts.honesty_chart(rows), "Mean confidence minus accuracy per exit", title="Every exit"),
         ]
-        table = Table(title="The numbers", head=head, rows=tuple(cells))
-        return _said(words.on_reliability(one, rows), drawn, table)
+        by_exit = Table(title="The numbers, per exit", head=head, rows=tuple(cells))
+        places = [(b["exit"], percent(b["confidence"]), percent(b["accuracy"]), f"{b['rows']:,}") for b in bins]
+        columns = ("exit", "mean confidence in the bin", "accuracy", "rows")
+        by_bin = Table(title="The numbers, per exit and bin of confidence", head=columns, rows=tuple(places))
+        return _said(words.on_reliability(one, rows), drawn, by_exit, by_bin)
 
     def milliseconds(self, one: Facts) -> dict[str, Any]:
         if one.bench is None:
@@ -275,6 +281,11 @@ def _measure(found: Sequence[Facts]) -> str:
 
 def _said(caption: str, drawn: Sequence[Chart], *tables: Table) -> dict[str, Any]:
     return {"charts": tuple(drawn), "caption": caption, "tables": tables}
+
+
+def _most(shares: Iterable[float]) -> float:
+    """Where an axis of shares ends: a little after the largest, and somewhere if all are 0."""
+    return min(1.0, 1.05 * max(shares)) or 0.01
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:

@@ -29,6 +29,8 @@ def percent(share: float, digits: int = 1) -> str:
 def saved(cost: float) -> str:
     """What a mean cost saves or adds."""
     share = round(100 * (1 - cost))
+    if share == 0:
+        return "neither save nor add compute"
     return f"save {share}\u202f% of the compute" if share > 0 else f"add {-share}\u202f% to the compute"
 
 
@@ -75,10 +77,11 @@ def rows_said(facts: Facts) -> str:
     return f"{rows}. Whether the thresholds have seen them is not recorded."
 
 
-def rule(policy: Policy) -> str:
+def rule(facts: Facts) -> str:
     """The policy in words."""
+    policy = facts.policy
     if isinstance(policy, Fixed):
-        return f"everything stops at exit {policy.exit + 1}"
+        return f"everything stops at {_called(facts.labels[policy.exit]).lower()}"
     together = ", exits passed have a say in the answer" if policy.ensemble is not None else ""
     if isinstance(policy, Confidence) and isinstance(policy.threshold, float):
         return f"stop where the confidence reaches {percent(policy.threshold, 2)}{together}"
@@ -134,9 +137,10 @@ def on_exits(facts: Facts, rows: Sequence[Row]) -> str:
 def on_tradeoff(facts: Facts) -> str:
     """The accuracy-cost curve and the chosen policy."""
     found = facts.evaluation
-    words = f"The policy ({rule(facts.policy)}) costs {percent(found.mean_cost, 0)} of the network and is right about "
+    words = f"The policy ({rule(facts)}) costs {percent(found.mean_cost, 0)} of the network and is right about "
     words += f"{percent(found.accuracy_early_exit)}; the full network about {percent(found.accuracy_full)}. "
-    words += f"The drop is {100 * found.drop:.2f} points, give or take {100 * facts.doubt:.2f} (95 %); "
+    drop = f"{100 * found.drop:.2f}".replace("-", "−")
+    words += f"The drop is {drop} points, give or take {100 * facts.doubt:.2f} (95 %); "
     words += f"{percent(found.harm, 2)} of the rows are right at the end and wrong where they stop. "
     record = facts.policy.calibrated_on
     note = record.info.get("note") if record is not None else None
