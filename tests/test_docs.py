@@ -71,8 +71,9 @@ def test_examples_of_docstrings_run(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"shallowdeep.{name}")).failed == 0
 
 
-def test_the_cli_reference_is_fresh(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["cli_reference", "modules"])
+def test_pages_that_are_made_are_fresh(page: str, tmp_path: Path) -> None:
     # In a process of its own: cyclopts names the program after the one that runs.
     made = tmp_path / "made.md"
-    subprocess.run([sys.executable, str(DOCS / "make_cli_reference.py"), str(made)], check=True)
-    assert (DOCS / "cli_reference.md").read_text() == made.read_text(), "run: python docs/make_cli_reference.py"
+    subprocess.run([sys.executable, str(DOCS / f"make_{page}.py"), str(made)], check=True)
+    assert (DOCS / f"{page}.md").read_text() == made.read_text(), f"run: python docs/make_{page}.py"
