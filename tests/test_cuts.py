@@ -308,7 +308,7 @@ class Answering(nn.Module):
         (Answering(lambda z: z.argmax(1, keepdim=True)), DataError, "must return logits"),
         (Answering(lambda z: z[:2]), DataError, "4 rows in, 2 rows of logits out"),
         (Answering(lambda z: z - z.mean(0)), DataError, "Answering answers a row differently when another row leaves"),
-        (Answering(lambda z: {"scores": z}), DataError, r"without 'logits'; it has \['scores'\]"),
+        (Answering(lambda z: {"scores": z}), DataError, r"without 'logits'; it has \['scores'\]; wrap"),
     ],
     ids=["no cut", "one logit", "regression", "three axes", "labels", "rows lost", "coupled rows", "no logits"],
 )
@@ -399,3 +399,46 @@ def test_costs_add_up() -> None:
         assert cost == pytest.approx((cut.macs_before + own) / found.total_macs, abs=1e-15)
     assert found.cost_E[-1] == pytest.approx(1 + own / found.total_macs, abs=1e-15)
     assert found.exit_names[-1] == "full"
+
+
+# ---------------------------------------------------------------- what cannot be listened to
+
+
+class Recurrent(nn.Module):
+    """Two layers in one call, and little behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.GRU(8, 32, num_layers=2, batch_first=True), nn.Linear(32, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x)[0][:, -1])
+
+
+def test_layers_of_one_call_are_no_places_and_the_error_says_so() -> None:
+    with pytest.raises(CutError, match=r"2% of the macs behind it; layers of one nn\.LSTM"):
+        sd.plan(Recurrent(), torch.randn(2, 12, 8))
+
+
+@pytest.mark.parametrize("where", ["whole", "in place", "a part"])
+def test_a_compiled_network_is_refused_and_its_origin_is_not(where: str) -> None:
+    net = ZOO["residual"].make()
+    if where == "whole":
+        compiled: nn.Module = torch.compile(net, backend="eager")  # type: ignore[assignment]
+    else:
+        compiled = net
+        (net if where == "in place" else next(net.children())).compile(backend="eager")
+    with pytest.raises(CutError, match=r"before torch\.compile.*copy\.deepcopy.*torch-compile"):
+        sd.plan(compiled, images(2))
+    with pytest.raises(CutError, match=r"before torch\.compile"):
+        sd.attach(compiled, planned("residual"))
+    whole = compiled._orig_mod if where == "whole" else copy.deepcopy(compiled)
+    assert isinstance(whole, nn.Module)
+    assert sd.plan(whole, images(2)).via == "export"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_refused() -> None:
+    net = ZOO["residual"].make().eval()
+    with pytest.raises(CutError, match=r"TorchScript.*nn\.Module it was made from"):
+        sd.plan(torch.jit.trace(net, images(2)), images(2))  # type: ignore[no-untyped-call]

@@ -391,3 +391,31 @@ def test_a_certificate_is_void_for_a_policy_that_was_changed() -> None:
     assert Engine(sdn, policy).certificate is not None
     with pytest.warns(UserWarning, match="tested with another policy, or this one was changed since"):
         assert Engine(sdn, dataclasses.replace(policy, threshold=0.5)).certificate is None
+
+
+class Autocasting(nn.Module):
+    """Lowers its precision by itself, as networks that were trained so do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = ZOO["residual"].make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.net(x).float()
+
+
+@pytest.mark.parametrize("classifier", ["strong", "paper"])
+def test_a_network_that_casts_by_itself(classifier: Literal["strong", "paper"]) -> None:
+    torch.manual_seed(1)
+    net = Autocasting().eval()
+    sdn = sd.attach(net, sd.plan(net, images(4), classifier=classifier)).eval()
+    x = images(32)
+    engine = Engine(sdn, NEVER)
+    torch.testing.assert_close(engine(x).logits_BC, net(x), rtol=0.05, atol=0.05)
+    trace = engine.collect((x, torch.zeros(32, dtype=torch.int64)))
+    torch.testing.assert_close(trace.logits_ENC, sdn(x).detach(), rtol=0.05, atol=0.05)
+    policy = some_leave(sdn, x)
+    outcome, answer = sd.simulate(policy, trace), Engine(sdn, policy)(x)
+    assert len(set(outcome.exit_N.tolist())) > 1
+    assert (answer.exit_B == outcome.exit_N).double().mean() > 0.9

@@ -99,7 +99,7 @@ def test_logits_are_found_where_networks_put_them() -> None:
         (torch.zeros(4, 1), r"single logit \(4, 1\); wrap it to two"),
         (torch.zeros(4, 3, 2), r"found shape \(4, 3, 2\)"),
         (torch.zeros(4, 3, dtype=torch.int64), "it returns Tensor"),
-        ({"scores": torch.zeros(4, 3)}, r"without 'logits'; it has \['scores'\]"),
+        ({"scores": torch.zeros(4, 3)}, r"without 'logits'; it has \['scores'\]; wrap it to return them alone"),
         (None, "it returns NoneType"),
         ("text", "it returns str"),
         ((), "it returns tuple"),

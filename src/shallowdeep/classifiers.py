@@ -82,7 +82,9 @@ class InternalClassifier(nn.Module, ABC):
     def forward(
         self, x: Tensor, previous: Said | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        return self.classify(self.reduce(x, mask), previous)
+        # A backbone with an autocast of its own hands over bf16, and an engine asks outside of it.
+        own = next((weight.dtype for weight in self.parameters()), x.dtype)
+        return self.classify(self.reduce(x, mask).to(own), previous)
 
 
 def _reduce_map(x: Tensor, spec: ClassifierSpec) -> Tensor:

@@ -79,12 +79,15 @@ def plan(
     >>> [cut.name for cut in sd.plan(net, torch.zeros(1, 8), at=(0.25, 0.5)).cuts]
     ['0:out', '1:out']
     """
+    check_audible(model)
     inputs = distinct_rows(as_inputs(example))
     found = find_cuts(model, inputs)
     if not found.points:
         raise CutError(
             f"No cut point in {type(model).__name__}: no place before its last layer is crossed by one tensor alone"
             + (f" (export failed: {found.reason})." if found.reason else ".")
+            + f" A place has its rows first and at least {LEAST_AFTER:.0%} of the macs behind it; layers of one nn.LSTM"
+            " or nn.GRU are computed in one call: make them modules of their own."
         )
     chosen = [_with_mask(cut, inputs) for cut in choose(found, at, type(model).__name__)]
     params = sum(p.numel() for p in model.parameters())
@@ -110,6 +113,19 @@ def plan(
         reason=found.reason,
         factory=None if isinstance(classifier, str) else classifier,
     )
+
+
+def check_audible(model: nn.Module) -> None:
+    """Raise ``CutError`` for a network that does not run its modules one by one."""
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CutError(f"{name} is TorchScript, which cannot be cut: give the nn.Module it was made from.")
+        if path.endswith("_orig_mod") or module._compiled_call_impl is not None:
+            raise CutError(
+                f"{name} is compiled and cannot be cut: give the network as it was before torch.compile (its _orig_mod;"
+                " a copy.deepcopy where model.compile() was called). Engine(..., backend='torch-compile') compiles."
+            )
 
 
 def _with_mask(cut: CutPoint, inputs: Inputs) -> CutPoint:

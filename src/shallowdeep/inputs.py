@@ -131,7 +131,10 @@ def logits_of(output: Any) -> Tensor:
     found = output
     if isinstance(found, Mapping):
         if "logits" not in found:
-            raise DataError(f"The network returns a dict without 'logits'; it has {sorted(map(str, found))}.")
+            raise DataError(
+                f"The network returns a dict without 'logits'; it has {sorted(map(str, found))};"
+                " wrap it to return them alone."
+            )
         found = found["logits"]
     elif isinstance(found, (tuple, list)) and found:
         found = found[0]

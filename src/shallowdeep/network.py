@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from shallowdeep.classifiers import Factory, InternalClassifier, Said, make_classifier
+from shallowdeep.cuts import check_audible
 from shallowdeep.files import FormatError, read_json, read_tensors, write_tensors, write_text
 from shallowdeep.graph import evaluating
 from shallowdeep.inputs import Inputs, as_inputs, call, example_of, logits_of, mask_of, signature_of
@@ -200,6 +201,7 @@ def attach(model: nn.Module, plan: Plan, *, num_classes: int | None = None) -> S
     """
     if num_classes is not None and num_classes != plan.num_classes:
         raise DataError(f"num_classes={num_classes}, but {plan.model} answers {plan.num_classes} classes.")
+    check_audible(model)
     _check_fits(model, plan)
     some = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
     classifiers = [make_classifier(spec, plan.factory).to(some.device, some.dtype) for spec in plan.classifiers]
