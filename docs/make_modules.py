@@ -13,8 +13,8 @@ DOCS = Path(__file__).resolve().parent
 SOURCE = DOCS.parent / "src" / "shallowdeep"
 HEAD = """# Modules
 
-Made by `python docs/make_modules.py` from the code: what every module is for, in its own words, and its public names. Modules whose name leads to a
-page have one of their own; others are spoken of where they are used.
+Made by `python docs/make_modules.py` from the code: what every module is for, in its own words, and its public names.
+Modules whose name leads to a page have one of their own; others are spoken of where they are used.
 """
 
 
