@@ -86,6 +86,15 @@ def shoot(tab: Any, name: str) -> None:
         tab.screenshot(path=str(Path(folder) / f"{name}.jpg"), type="jpeg", quality=82)
 
 
+def wait_until(tab: Any, condition: str) -> None:
+    """Playwright's own way looks again by ``eval``, which the page's security policy forbids."""
+    for _ in range(500):
+        if tab.evaluate(condition):
+            return
+        tab.wait_for_timeout(20)
+    pytest.fail(f"not after ten seconds: {condition}")
+
+
 def figure(tab: Any, name: str) -> str:
     return str(tab.text_content(f"[data-figure={name}]"))
 
@@ -156,9 +165,7 @@ def test_slider_filter_and_keyboard(browser: Any, cifar_report: Path) -> None:
     tab.focus("#threshold")
     for _ in range(40):
         tab.keyboard.press("ArrowLeft")
-    tab.wait_for_function(
-        "before => document.querySelector('[data-figure=cost]').textContent !== before", arg=before["cost"]
-    )
+    wait_until(tab, f"document.querySelector('[data-figure=cost]').textContent !== {before['cost']!r}")
     level = tab.evaluate("report.levelAt(Number(document.getElementById('threshold').value))")
     found = evaluate(Confidence(threshold=threshold_of(level)), facts.trace)
     # In the page's float64 as in Python: not a row differs.
@@ -178,7 +185,7 @@ def test_slider_filter_and_keyboard(browser: Any, cifar_report: Path) -> None:
     assert tab.inner_html("[data-live=flow] svg") != flow
     assert_tables_follow(tab, found.accuracy_early_exit, outcome_errors(facts, threshold_of(level)))
     tab.keyboard.press("Home")
-    tab.wait_for_function("document.querySelector('[data-figure=early]').textContent.startsWith('100')")
+    wait_until(tab, "document.querySelector('[data-figure=early]').textContent.startsWith('100')")
     lowest = "report.views.find((one) => one.live === 'now').view"
     below = tab.evaluate(f"[{lowest}.data('now')[0].accuracy, {lowest}.scale('y').domain()[0]]")
     assert below[0] == below[1] > 0.7, "the triangle stays at the edge of the picture"
@@ -213,7 +220,7 @@ def test_slider_filter_and_keyboard(browser: Any, cifar_report: Path) -> None:
     row = tab.text_content("#about dd")
     tab.focus("#threshold-here")
     tab.keyboard.press("End")
-    tab.wait_for_function("document.getElementById('sample-title').textContent.includes('the full network')")
+    wait_until(tab, "document.getElementById('sample-title').textContent.includes('the full network')")
     tab.keyboard.press("ArrowLeft")
     assert tab.text_content("#about dd") == row, "the slider moves the threshold, not the sample"
     assert tab.evaluate("document.getElementById('threshold').value") == "399"
@@ -270,7 +277,7 @@ def test_an_answer_of_several_exits_has_a_row_of_its_own(browser: Any, tmp_path:
     tab.focus("#threshold-here")
     tab.keyboard.press("End")
     tab.wait_for_selector("body.moved")
-    tab.wait_for_function("document.querySelectorAll('#depth li').length === 4")
+    wait_until(tab, "document.querySelectorAll('#depth li').length === 4")
     assert not wrong
     tab.close()
 
