@@ -21,7 +21,7 @@ from torchvision_shim import define_operators
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 TEXTS = {page.relative_to(DOCS): page.read_text(encoding="utf-8") for page in sorted(DOCS.rglob("*.md"))}
-PAGES = [str(page) for page, text in TEXTS.items() if ">>> " in text]
+PAGES = [str(page) for page, text in TEXTS.items() if ">>> " in text and page.parent.name != "modules"]
 EXTRAS = {"tutorials/timm_model.md": "timm", "tutorials/text_classifier.md": "transformers"}
 MODULES = (
     "cuts",
@@ -71,9 +71,15 @@ def test_examples_of_docstrings_run(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"shallowdeep.{name}")).failed == 0
 
 
-@pytest.mark.parametrize("page", ["cli_reference", "modules"])
-def test_pages_that_are_made_are_fresh(page: str, tmp_path: Path) -> None:
+def test_the_cli_reference_is_fresh(tmp_path: Path) -> None:
     # In a process of its own: cyclopts names the program after the one that runs.
     made = tmp_path / "made.md"
-    subprocess.run([sys.executable, str(DOCS / f"make_{page}.py"), str(made)], check=True)
-    assert (DOCS / f"{page}.md").read_text() == made.read_text(), f"run: python docs/make_{page}.py"
+    subprocess.run([sys.executable, str(DOCS / "make_cli_reference.py"), str(made)], check=True)
+    assert (DOCS / "cli_reference.md").read_text() == made.read_text(), "run: python docs/make_cli_reference.py"
+
+
+def test_the_pages_of_modules_are_fresh(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, str(DOCS / "make_modules.py"), str(tmp_path)], check=True)
+    made = {page.relative_to(tmp_path): page.read_text() for page in tmp_path.rglob("*.md")}
+    there = {page: text for page, text in TEXTS.items() if page.parts[0] in ("modules", "modules.md")}
+    assert there == made, "run: python docs/make_modules.py"
