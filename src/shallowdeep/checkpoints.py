@@ -5,7 +5,6 @@ It refuses to know what is trained.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -39,7 +38,12 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Inside, this process alone works in ``folder``; a killed one lets go. Raises ``DataError`` where another does."""
+    """Inside, this process alone works in ``folder``; a killed one lets go. Raises ``DataError`` where another does.
+
+    Needs POSIX; training itself does not.
+    """
+    import fcntl
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         try:
