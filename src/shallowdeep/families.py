@@ -18,7 +18,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
-from shallowdeep.paths import Bools, Brings, Floats, Kind, Path, Rows, Scores, Steps, brings_of, in_units
+from shallowdeep.paths import Bools, Floats, Kind, Path, Rows, Scores, Steps, in_units
 from shallowdeep.policies import LEAST, Confidence, Ensemble, Margin, Policy, Score, finite_rows
 
 POINTS = 400
@@ -29,10 +29,10 @@ FIT_ROWS = 20_000
 """Levels are fitted on so many rows at most; more do not move them."""
 USUAL_SLOPE, TRUST = -0.8, 30.0
 """Log-odds of harm per log-odds of confidence: what is expected before seeing rows, and how firmly (ridge)."""
-
-
-BONUSES = (0.0, 1.0, 2.0, 3.0)
-"""Tried at the full exit when a second look lies behind it."""
+SPARED = 1.0
+"""Log-odds of harm by which stopping at the full exit is favoured where a second look lies behind it: going on costs a
+whole pass there, about e times as much as at other exits.
+"""
 DOUBT = 100.0
 """How firmly other exits' weights in an ensemble are held at 0: in rows (a Gaussian prior of variance 1 / DOUBT)."""
 ENSEMBLE_ROWS, ENSEMBLE_ELEMENTS = 2500, 1 << 24
@@ -92,7 +92,7 @@ def _one(rows: Rows, grid_P: Floats | None) -> Path:
 def _levels(kind: Kind, rows: Rows, grid_P: Floats | None, bonus: float = 0.0) -> Path:
     """Every exit stops where the odds that stopping does harm fall below one bound: one shift over K levels.
 
-    ``bonus`` (log-odds) favours stopping at the full exit, because a second look costs more than another exit.
+    ``bonus`` (log-odds) favours stopping at the full exit.
     """
     score_KN = rows.scores[kind].score_KN
     level_K, slope_K = _safety(score_KN, rows.right_LN)
@@ -154,20 +154,6 @@ def _weighed(weight_F: Floats, said_FKN: Floats) -> Floats:
     said_FKN = np.where(lost_KN, 0.0, said_FKN)
     total_KN = sum(weight * said_KN for weight, said_KN in zip(weight_F, said_FKN, strict=True))
     return np.where(lost_KN, math.inf, total_KN)
-
-
-def _second_look(rows: Rows, grid_P: Floats | None) -> Path:
-    """Levels with the bonus at the full exit that gives the most accuracy over all costs."""
-    paths = [_levels(Confidence, rows, grid_P, bonus) for bonus in BONUSES]
-    areas = [_area(brings_of(path.leaving(rows), rows, path.steps), float(rows.cost_L[rows.full])) for path in paths]
-    return paths[int(np.argmax(areas))]
-
-
-def _area(brings: Brings, full_cost: float) -> float:
-    """Mean accuracy over mean costs from half the full network's to its whole."""
-    cost_P = brings.cost_P[::-1]
-    accuracy_P = np.maximum.accumulate(brings.accuracy_P[::-1])
-    return float(np.interp(np.linspace(0.5, 1.0, 50) * full_cost, cost_P, accuracy_P).mean())
 
 
 def without_second_look(family: Family, evidence: float) -> Family:
@@ -324,7 +310,7 @@ FAMILIES = (
 """The first is the rule, the last what is left when rows are few."""
 FEW_ROWS = 100
 """With fewer rows only the single threshold is tried: there is nothing to fit more on."""
-SECOND_LOOK = Family("one shift over levels of confidence, second look", _second_look)
+SECOND_LOOK = Family("one shift over levels of confidence, second look", partial(_levels, Confidence, bonus=SPARED))
 """The rule where a second look lies behind the full exit."""
 
 
