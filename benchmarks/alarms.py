@@ -23,12 +23,12 @@ import torch
 from shallowdeep.abstention import Judged, calibrate_alarm, judged, last_passing
 from shallowdeep.alarming import alarms, fit_alarm, full_network, suspicions, wrong_answers
 from shallowdeep.calibration import calibrate, evaluate
+from shallowdeep.data import halves
 from shallowdeep.files import read_json, write_text
 from shallowdeep.finding import error_scores, risk_coverage
 from shallowdeep.policies import Confidence, Policy
 from shallowdeep.runs import describe_device, plain
 from shallowdeep.types import Trace
-from shallowdeep.verbs import halves
 from shallowdeep.walking import simulate
 
 BARS = (0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.9965, 0.999)

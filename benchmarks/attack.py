@@ -20,13 +20,12 @@ from torch import Tensor
 
 from shallowdeep.attack_study import StudyChoices, attack_study
 from shallowdeep.attacks import Attack, Pixels
-from shallowdeep.data import Dataset, Preprocessing, read_data
+from shallowdeep.data import Dataset, Preprocessing, halves, read_data
 from shallowdeep.demo import public_resnet
 from shallowdeep.files import write_text
 from shallowdeep.network import load
 from shallowdeep.runs import describe_device, plain
 from shallowdeep.trust_verbs import spread
-from shallowdeep.verbs import halves
 
 
 def main() -> None:

@@ -27,14 +27,14 @@ from study import study_sdn
 from torch import Tensor
 
 from shallowdeep.costs import exits_of
-from shallowdeep.data import read_data
+from shallowdeep.data import halves, read_data
 from shallowdeep.files import read_json
 from shallowdeep.policies import Confidence, Fixed
 from shallowdeep.runs import describe_device
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.runtime.on_onnxruntime import OnOnnxRuntime
 from shallowdeep.steps import Joined, Step, chain, make_steps
-from shallowdeep.verbs import halves, load_sdn, ready
+from shallowdeep.verbs import load_sdn, ready
 
 BLOCKS, ROWS_A_BLOCK, SHOWN = 60, 64, ("logits", "softmax", "stop")
 Call = Callable[[Tensor], object]

@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from shallowdeep.data import Preprocessing, read_data
+from shallowdeep.data import Preprocessing, halves, read_data
 from shallowdeep.demo import CIFAR_DROP, judged, public_resnet, summary
 from shallowdeep.engine_verbs import time_engine
 from shallowdeep.files import read_json
@@ -22,7 +22,7 @@ from shallowdeep.runs import describe_device, plain
 from shallowdeep.runtime.bench import bench, verdict
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.spelling import to_json
-from shallowdeep.verbs import halves, read_trace, ready
+from shallowdeep.verbs import read_trace, ready
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shallowdeep.calibration import calibrate
 from shallowdeep.classifiers import Said
-from shallowdeep.data import read_data
+from shallowdeep.data import halves, read_data
 from shallowdeep.files import read_json
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Confidence
@@ -29,7 +29,7 @@ from shallowdeep.runs import describe_device
 from shallowdeep.runtime.backends import BackendName
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.spelling import from_json
-from shallowdeep.verbs import halves, load_sdn, ready
+from shallowdeep.verbs import load_sdn, ready
 
 SLOW_ROWS, ROUNDS, AIM = 200, 9, 0.005
 FLOAT32: tuple[BackendName, ...] = ("torch", "onnxruntime", "openvino")

@@ -38,11 +38,11 @@ from earlyon.training.two_stage_trainer import stage2_train_exits  # noqa: E402
 
 from shallowdeep.calibration import calibrate, evaluate  # noqa: E402
 from shallowdeep.collection import collect  # noqa: E402
-from shallowdeep.data import read_data  # noqa: E402
+from shallowdeep.data import halves, read_data  # noqa: E402
 from shallowdeep.policies import Fixed  # noqa: E402
 from shallowdeep.runs import describe_device  # noqa: E402
 from shallowdeep.runtime.engine import Engine  # noqa: E402
-from shallowdeep.verbs import halves, load_sdn, ready  # noqa: E402
+from shallowdeep.verbs import load_sdn, ready  # noqa: E402
 
 DROP, EPOCHS, BLOCKS, ROWS = 0.005, 5, 40, 20
 """The aim of both; epochs of earlyon's heads (its own trainer, Adam, clean views)."""

@@ -44,8 +44,15 @@ def test_on_real_networks() -> None:
         )  # fmt: skip
         assert one["full_ms_percentiles"]["p50"] <= one["full_ms_percentiles"]["p99"]
     assert len(verdict(found).splitlines()) == 2
-    with pytest.raises(ValueError, match="Batches of 256 need as many rows, found 64"):
+    with pytest.raises(
+        ValueError, match="Blocks of batches of 256 need 256 rows, and quartiles two blocks; found 64 rows and"
+    ):
         bench(sdn, policy, (inputs, labels_N), backends=("torch",))
+    for few, blocks in ((31, 12), (32, 1)):
+        with pytest.raises(
+            ValueError, match=f"need 32 rows, and quartiles two blocks; found {few} rows and {blocks} b"
+        ):
+            bench(sdn, policy, (inputs[:few], labels_N[:few]), backends=("torch",), batch_sizes=(1,), blocks=blocks)
 
 
 def test_the_figures_follow_from_the_times() -> None:

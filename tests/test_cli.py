@@ -180,6 +180,8 @@ def test_all_verbs_one_after_another(
         (("collect", "DATA", "--batch-size", "many"), 'unable to convert "many" into int'),
         (("collect", "DATA", "--half", "c"), 'Choose from: "all", "a", "b".'),
         (("collect", "DATA", "--out", "DATA"), "is a file. See sdn collect --help."),
+        (("train", "DATA", "--lr", "0.1"), "lr is the rate of joint training: give --jointly, too."),
+        (("train", "DATA", "--views", "2"), "Views are drawn for ICs alone, and with an augmentation"),
         (("bench", "DATA", "--batch-sizes", "1", "0"), "Must be >= 1"),
         (("tune", "--backend", "tensorrt"), '"onnxruntime"'),
         (("doctor", "me"), "See sdn doctor --help."),

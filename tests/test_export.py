@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -197,6 +198,23 @@ def test_nothing_is_left_of_an_export_that_answers_otherwise(tmp_path: Path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     with pytest.raises(ExportError, match="give at least 7 real rows, found 3"):
         export_folder(tiny(), policy, tmp_path / "out", rows(3))
+
+
+def test_an_interrupted_export_leaves_the_old_one(tmp_path: Path, monkeypatch: Any) -> None:
+    policy = policies()["confidence"]
+    export_folder(tiny(), policy, tmp_path / "out", rows(60))
+    real = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        if Path(source).name == "new":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_folder(tiny(), policy, tmp_path / "out", rows(60))
+    monkeypatch.setattr(os, "replace", real)
+    assert len(EarlyExits(tmp_path / "out")(rows(60).numpy())["label"]) == 60
 
 
 def test_what_is_not_exported(tmp_path: Path) -> None:

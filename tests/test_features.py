@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from shallowdeep.features import (
     cache_key,
     check_passes,
     choose_place,
+    count_rows,
     extract_view,
     seeded,
     seeded_batches,
@@ -177,12 +177,26 @@ def test_generators_differ_by_every_number() -> None:
 
 
 def test_where_features_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"SC_AVPHYS_PAGES": 100, "SC_PAGE_SIZE": 10}
-    monkeypatch.setattr(features, "os", SimpleNamespace(sysconf=sizes.__getitem__))
+    monkeypatch.setattr(features, "_free_bytes", lambda: 1000.0)
     assert choose_place("auto", 500, 10_000) == "memory"
     assert choose_place("auto", 501, 10_000) == "disk"
     assert choose_place("auto", 501, 500) == "off"
+    assert choose_place("auto", None, 10_000) == "disk", "nobody knows how long it is"
     assert choose_place("disk", 10**12, 1) == "disk", "asked for is done"
+
+
+def test_where_the_system_says_nothing_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < features._free_bytes() < 1 << 50
+    monkeypatch.setattr(features, "Path", lambda name: Path(name) / "none")
+    assert choose_place("auto", 500, 10_000) == "memory"
+
+
+def test_streams_are_counted_where_they_say_their_length() -> None:
+    x, y = rows()
+    loader = DataLoader(TensorDataset(x, y), 4)
+    assert count_rows((x, y), x[:4]) == ROWS
+    assert count_rows(loader, x[:4]) == 4 * len(loader)
+    assert count_rows((batch for batch in loader), x[:4]) is None
 
 
 def test_one_shot_data_serves_one_pass() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import shallowdeep as sd
 from nets import CLASSES, ZOO, images
+from shallowdeep.files import FormatError
 from shallowdeep.joint import JointRecipe, Taus, train_backbone
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.types import DataError
@@ -163,8 +164,17 @@ def test_a_plain_network_learns_as_an_sdn_without_ics(tmp_path: Path) -> None:
     assert equal(list(plain.state_dict().values()), list(trained.backbone.state_dict().values()))
     assert not equal(list(plain.state_dict().values()), list(sdn.backbone.state_dict().values()))
     assert torch.equal(hashes, trained.trained_hashes)
+    train_backbone(plain, (x.double(), y), num_classes=CLASSES, epochs=1, checkpoint_dir=tmp_path)
+    with pytest.raises(FormatError, match="data was "):
+        train_backbone(plain, (x.double(), y.flip(0)), num_classes=CLASSES, epochs=1, checkpoint_dir=tmp_path)
     with pytest.raises(DataError, match=r"0\.\.4"):
         train_backbone(plain, (x.double(), y + 40), num_classes=CLASSES, epochs=1)
+
+
+def test_every_batch_of_a_one_shot_iterator_is_trained_on() -> None:
+    x, y = rows()
+    stream = zip(x.split(20), y.split(20), strict=True)
+    assert len(sd.train_jointly(made(), stream, epochs=1, recipe=GENTLE).trained_hashes) == 60
 
 
 def test_bad_data_is_refused_before_anything_changes() -> None:

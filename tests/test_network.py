@@ -16,7 +16,7 @@ import shallowdeep as sd
 from nets import CLASSES, ZOO, Residual, images, planned
 from shallowdeep.files import FormatError, read_tensors, write_tensors
 from shallowdeep.inputs import call, each, logits_of, tensors
-from shallowdeep.network import ShallowDeepNetwork, fingerprint, signature_fits
+from shallowdeep.network import ShallowDeepNetwork, fingerprint
 from shallowdeep.types import BackboneMismatch, ConfusionReference, CutError, DataError
 
 
@@ -236,12 +236,6 @@ def test_a_plan_of_another_network_is_refused(model: nn.Module, message: str) ->
 def test_another_number_of_classes_is_refused() -> None:
     with pytest.raises(DataError, match=f"num_classes=7, but Residual answers {CLASSES}"):
         sd.attach(ZOO["residual"].make(), planned("residual"), num_classes=7)
-
-
-def test_inputs_fit_by_kind_and_dtype() -> None:
-    assert signature_fits(planned("residual"), images(5))
-    assert not signature_fits(planned("residual"), images(5, torch.float64))
-    assert not signature_fits(planned("residual"), (images(5),))
 
 
 # ---------------------------------------------------------------- save and load

@@ -74,6 +74,8 @@ def test_cached_and_streamed_learn_the_same_without_augmentation() -> None:
 def test_budget_decides_where_features_live() -> None:
     places = [sd.train_exits(made(), rows(), epochs=1, cache_bytes=b).cache for b in (1, 1 << 30)]
     assert places == ["off", "memory"]
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*rows()), 16)
+    assert sd.train_exits(made(), loader, epochs=1, cache_bytes=1).cache == "off", "a loader has a budget, too"
 
 
 def test_views_differ_and_the_seed_says_all() -> None:
@@ -162,12 +164,19 @@ def test_half_written_features_are_found_and_made_again(tmp_path: Path) -> None:
     other = made()
     sd.train_exits(other, (rows()[0] + 1, rows()[1]), **options)
     assert not equal(weights(whole), weights(other)), "features of other rows are never used"
+    relabelled = made()
+    sd.train_exits(relabelled, (rows()[0], rows()[1].flip(0)), **options)
+    assert not equal(weights(whole), weights(relabelled)), "nor are labels"
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     sd.train_exits(made(), rows(), epochs=1, checkpoint_dir=tmp_path)
     with pytest.raises(FormatError, match="seed was 0, now 1"):
         sd.train_exits(made(), rows(), epochs=1, seed=1, checkpoint_dir=tmp_path)
+    with pytest.raises(FormatError, match="data was "):
+        sd.train_exits(made(), rows(40), epochs=1, checkpoint_dir=tmp_path)
+    with pytest.raises(FormatError, match=r"augment was None, now FlipCrop\(padding=4"):
+        sd.train_exits(made(), rows(), epochs=1, augment=FlipCrop(), views=1, checkpoint_dir=tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
     with pytest.raises(FormatError, match="delete it to start again"):
         sd.train_exits(made(), rows(), epochs=1, checkpoint_dir=tmp_path)

@@ -36,6 +36,14 @@ def watched(share: float = 0.5, **tolerated: float) -> Watched:
     return Watched(Engine(sdn, policy, backend="torch"), Monitor(known), share=share, seed=0)
 
 
+def test_the_full_network_runs_with_the_engines_threads() -> None:
+    sdn = tiny()
+    policy = Confidence(threshold=middle(sdn, rows(200)))
+    known = refer(policy, sd.collect(sdn, (rows(200), CALM[:200])))
+    engine = Engine(sdn, policy, backend="onnxruntime", threads=torch.get_num_threads() + 1)
+    assert Watched(engine, Monitor(known))._full.threads == engine.threads == torch.get_num_threads() + 1
+
+
 def test_the_engines_answers_and_a_random_share_audited() -> None:
     one, inputs = watched(), rows(300)
     answer, audit = one.audited(inputs)

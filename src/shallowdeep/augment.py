@@ -5,6 +5,7 @@ It refuses to know networks; any callable ``(inputs, generator) -> inputs`` can 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -20,6 +21,11 @@ Augment: TypeAlias = Callable[[Inputs, torch.Generator], Inputs]
 """A function of a batch of inputs and a generator, answering a batch like it: one random view."""
 
 CACHED_IMAGES = 8
+
+
+def named_augment(augment: Augment | None) -> str:
+    """``augment`` as a later process would call it, too."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(augment))
 
 
 @dataclass(frozen=True, kw_only=True)

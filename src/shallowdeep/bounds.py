@@ -75,20 +75,6 @@ def betting_pvalues(loss_PN: Floats, bound: float, delta: float, *, low: float =
     return p_P
 
 
-def betting_upper(loss_N: Floats, delta: float, *, low: float = 0.0, high: float = 1.0) -> float:
-    """The upper limit of a mean by ``betting_pvalues``: the least bound that its bets prove, to a 2**-30 of the range.
-
-    >>> betting_upper(np.zeros(1000), 0.05) < 0.01
-    True
-    """
-    below, above = low, high
-    for _ in range(30):  # no factor of the capital falls as the bound rises
-        middle = (below + above) / 2
-        proved = float(betting_pvalues(loss_N[None], middle, delta, low=low, high=high)[0]) <= delta
-        below, above = (below, middle) if proved else (middle, above)
-    return above
-
-
 def paired_passes(worse_P: Counts, better_P: Counts, rows: int, bound: float, delta: float) -> Bools:
     """Which steps [P] are proved to lose at most ``bound`` in the mean, of losses that are 1, 0 or -1 only.
 
@@ -205,8 +191,8 @@ def last_proved(passes_P: Bools, start: int = 0) -> int | None:
     return last if last >= start else None
 
 
-def last_conformal(risk_P: Floats, rows: int, bound: float, *, worst: float = 1.0) -> int | None:
-    """The last step whose risk, one row more at its ``worst`` counted, is within ``bound``; None when no step's is.
+def last_conformal(risk_P: Floats, rows: int, bound: float) -> int | None:
+    """The last step whose risk, one row more at the worst, 1, counted, is within ``bound``; None when no step's is.
 
     For risks that never fall along the path, row by row; then the *expected* risk of the step is within ``bound``.
     Source: conformal risk control, arXiv 2208.02814, theorem 1.
@@ -215,7 +201,7 @@ def last_conformal(risk_P: Floats, rows: int, bound: float, *, worst: float = 1.
     """
     if bool((np.diff(risk_P) < -1e-12).any()):
         raise ValueError("Conformal risk control needs a risk that never falls along the path; make it monotone.")
-    met = np.flatnonzero((rows * risk_P + worst) / (rows + 1) <= bound + 1e-12)
+    met = np.flatnonzero((rows * risk_P + 1) / (rows + 1) <= bound + 1e-12)
     return int(met[-1]) if len(met) else None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from shallowdeep.files import FormatError
+from shallowdeep.files import FormatError, replacing
 from shallowdeep.types import DataError
 
 _deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
@@ -72,15 +72,11 @@ class Checkpoint:
         """The state last saved, or None when there is none. Raises ``FormatError``, ``OtherRun`` for other choices."""
         if self.path is None or not self.path.exists():
             return None
-        try:
-            found: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-            choices, state = found["choices"], found["state"]
-        except Exception as error:  # torch raises half a dozen kinds for a damaged file
-            raise FormatError(f"{self.path} is damaged ({type(error).__name__}); delete it to start again.") from None
-        self.seconds = found.get("seconds", 0.0)
+        choices, state, self.seconds = _read(self.path)
         if choices != self.choices:
-            raise OtherRun(f"{self.path} belongs to another run: {_difference(choices, self.choices)}.")
-        return dict(state)
+            other = _difference(choices, self.choices)
+            raise OtherRun(f"{self.path} belongs to another run: {other}. Delete it, or take another folder.")
+        return state
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the state by ``state``; killed in between, the old one is still there."""
@@ -88,18 +84,11 @@ class Checkpoint:
             return
         before, self.saved, deadline = self.saved, time.monotonic(), _deadline.get()
         self.seconds += self.saved - before
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
-            with partial.open("wb") as file:
+            with replacing(self.path) as (partial,), partial.open("wb") as file:
                 torch.save({"choices": self.choices, "state": state, "seconds": self.seconds}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.path)
         except RuntimeError as error:  # the zip writer's way to say that the disk is full
             raise OSError(f"{self.path} could not be written: {error}.") from None
-        finally:
-            partial.unlink(missing_ok=True)
         if deadline is not None and self.saved + (self.saved - before) > deadline:
             raise OutOfTime(f"Stopped after a whole epoch; run it again to go on from {self.path}.")
 
@@ -107,7 +96,16 @@ class Checkpoint:
 def seconds_of(folder: str | os.PathLike[str]) -> float:
     """Seconds of training behind the checkpoint in ``folder``, over all the slices in which it was made; 0 without."""
     path = Path(folder) / "checkpoint.pt"
-    return float(torch.load(path, map_location="cpu", weights_only=True)["seconds"]) if path.exists() else 0.0
+    return _read(path)[2] if path.exists() else 0.0
+
+
+def _read(path: Path) -> tuple[str, dict[str, Any], float]:
+    """Choices, state and seconds of the checkpoint at ``path``. Raises ``FormatError``."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        return found["choices"], dict(found["state"]), float(found["seconds"])
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise FormatError(f"{path} is damaged ({type(error).__name__}); delete it to start again.") from None
 
 
 def _difference(found: str, wanted: str) -> str:

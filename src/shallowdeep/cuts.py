@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from shallowdeep.classifiers import size_classifier
+from shallowdeep.classifiers import Factory, size_classifier
 from shallowdeep.graph import BackboneGraph, Crossing, Values, evaluating, export_graph, is_identity, operator_name
 from shallowdeep.inputs import (
     Inputs,
@@ -43,8 +43,6 @@ LEAST_AFTER = 0.02
 
 # Exporting costs seconds, and a plan is soon followed by engines; the graph goes when the model goes.
 _known: WeakKeyDictionary[nn.Module, tuple[InputSignature, Cuts]] = WeakKeyDictionary()
-
-Factory = Callable[[tuple[int, ...], int], nn.Module]
 
 
 @dataclass(frozen=True, eq=False)

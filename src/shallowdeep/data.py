@@ -141,6 +141,12 @@ class Preprocessing:
             raise FormatError(f"Not a preprocessing: {error}") from None
 
 
+def halves(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Positions of a random half of ``rows`` rows and of the other half, each in order."""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    return order[: rows // 2].sort().values, order[rows // 2 :].sort().values
+
+
 def read_data(
     source: str | Path, *, split: str | None = None, size: tuple[int, int] | None = None, limit: int | None = None
 ) -> Dataset:

@@ -20,7 +20,7 @@ from shallowdeep.augment import FlipCrop
 from shallowdeep.calibration import Evaluation, calibrate, evaluate
 from shallowdeep.collection import collect
 from shallowdeep.cuts import FRACTIONS, plan
-from shallowdeep.data import Preprocessing, digits, read_data
+from shallowdeep.data import Preprocessing, digits, halves, read_data
 from shallowdeep.disagreement import error_finding, fit_confusion
 from shallowdeep.effects import overthinking
 from shallowdeep.engine_verbs import time_engine
@@ -37,7 +37,7 @@ from shallowdeep.spelling import to_json
 from shallowdeep.timing import threads_of_torch
 from shallowdeep.training import train_exits
 from shallowdeep.types import DataError, Trace, table
-from shallowdeep.verbs import IMAGENET_MEAN, IMAGENET_STD, halves
+from shallowdeep.verbs import IMAGENET_MEAN, IMAGENET_STD
 
 Kind = Literal["strong", "paper"]
 Rows = tuple[Tensor, Tensor]

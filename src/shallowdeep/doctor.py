@@ -127,14 +127,14 @@ def doctor_verb(*, compiling: bool) -> dict[str, Any]:
     }
 
 
-def libraries(of: str = "shallowdeep") -> tuple[Library, ...]:
-    """Requirements of the installed distribution ``of``, the developers' left out, and the versions found."""
+def libraries() -> tuple[Library, ...]:
+    """Requirements of this installed distribution, the developers' left out, and the versions found."""
     found = []
-    for line in requires(of) or ():
+    for line in requires("shallowdeep") or ():
         requirement = Requirement(line)
         named = re.search(r"extra == ['\"]([\w-]+)['\"]", line)
         extra = named[1] if named else ""
-        if extra in ("dev", "docs") or requirement.name == of:
+        if extra in ("dev", "docs") or requirement.name == "shallowdeep":
             continue
         wanted = str(requirement.specifier)
         found.append(Library(extra=extra, name=requirement.name, wanted=wanted, installed=_installed(requirement.name)))

@@ -217,7 +217,7 @@ def time_engine(engine: Engine, inputs: Inputs, batch_size: int, *, rounds: int,
     """
     rows = min(num_rows(inputs), limit)
     parts = [take(inputs, slice(i, min(i + batch_size, rows))) for i in range(0, rows, batch_size)]
-    whole = Engine(engine.sdn, Fixed(exit=engine.sdn.num_exits - 1), backend=engine.backend)
+    whole = Engine(engine.sdn, Fixed(exit=engine.sdn.num_exits - 1), backend=engine.backend, threads=engine.threads)
     timed = compare(lambda: [whole(part) for part in parts], lambda: [engine(part) for part in parts], rounds=rounds)
     return {
         "speedup_measured": timed.ratio,

@@ -327,11 +327,12 @@ def _put_in_place(folder: Path) -> Iterator[Path]:
         fresh = Path(room) / "new"
         fresh.mkdir()
         yield fresh
-        if folder.exists():
-            os.replace(folder, Path(room) / "old")
+        old = Path(room) / "old"
         try:
+            if folder.exists():
+                os.replace(folder, old)
             os.replace(fresh, folder)
-        except OSError:
-            if (Path(room) / "old").exists():
-                os.replace(Path(room) / "old", folder)
+        except BaseException:  # interrupted in between, too
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
             raise

@@ -195,7 +195,7 @@ def fit_ensemble(rows: Rows, first: int | None = None) -> Ensemble:
 def _weights(rows: Rows, place: int) -> Floats:
     most = min(ENSEMBLE_ROWS, ENSEMBLE_ELEMENTS // ((place + 1) * rows.logits_ENC.shape[2]))
     if len(rows.index_N) > most:
-        sure_N = np.nan_to_num(rows.scores[Confidence].score_KN[: place or 1].max(0), nan=math.inf)
+        sure_N = np.nan_to_num(rows.scores[Confidence].score_KN[:place].max(0), nan=math.inf)
         rows = rows.take(np.argsort(sure_N, kind="stable")[:most])
     parts = [
         (torch.stack([torch.log_softmax(one, 1, dtype=torch.float64) for one in logits], 2), labels_B)

@@ -7,9 +7,9 @@ augmentation.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-import os
 import secrets
 import tempfile
 import time
@@ -67,6 +67,35 @@ def seeded(*numbers: int) -> torch.Generator:
         state = (state ^ (number + 0x7F4A7C15)) * 0xBF58476D1CE4E5B9 % 2**64
         state ^= state >> 31
     return torch.Generator().manual_seed(state % 2**63)
+
+
+def with_first(data: Data) -> tuple[Data, Inputs, Tensor]:
+    """``data``, whole even where it can be read only once, and inputs and labels of its first batch. Raises
+    ``DataError`` where there is none.
+    """
+    first = next(batches(data, EXTRACT_BATCH), None)
+    if first is None or num_rows(first[0]) == 0:
+        raise DataError("The data is empty: no rows to train on.")
+    return itertools.chain([first], data) if isinstance(data, Iterator) else data, *first
+
+
+def count_rows(data: Data, first: Inputs) -> int | None:
+    """Rows of ``data``; of a stream as many batches like the ``first`` as it has, None where it does not say."""
+    pair = as_pair(data)
+    if pair is not None:
+        return num_rows(pair[0])
+    try:
+        return len(data) * num_rows(first)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def data_digest(data: Data) -> str:
+    """What tells rows in memory from others, labels included; streams are all alike."""
+    pair = as_pair(data)
+    if pair is None:
+        return "stream"
+    return hashlib.sha256(torch.stack([row_hashes(pair[0]), pair[1].cpu().long()]).numpy().tobytes()).hexdigest()
 
 
 def check_passes(data: object, passes: int) -> None:
@@ -285,25 +314,35 @@ def view_bytes(sdn: ShallowDeepNetwork, rows: int, bf16: bool) -> int:
     return rows * (2 if bf16 else 4) * sum(spec.views * spec.features for spec in sdn.plan.classifiers)
 
 
-def choose_place(cache: Cache, needed_bytes: int, budget_bytes: int) -> Literal["memory", "disk", "off"]:
-    """Where features go: memory when they fit the budget and half of the free memory, else disk within the budget."""
+def choose_place(cache: Cache, needed_bytes: int | None, budget_bytes: int) -> Literal["memory", "disk", "off"]:
+    """Where features go: memory when they fit the budget and half of the free memory, else disk within the budget; disk
+    where nobody knows how many they are (None).
+    """
     if cache != "auto":
         return cache
+    if needed_bytes is None:
+        return "disk"
     if needed_bytes > budget_bytes:
         return "off"
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return "memory" if needed_bytes <= free // 2 else "disk"
+    return "memory" if needed_bytes <= _free_bytes() / 2 else "disk"
+
+
+def _free_bytes() -> float:
+    """Memory that can be had, with what the system only keeps as a cache; infinite where it does not say."""
+    try:
+        told = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return math.inf
+    return 1024 * float(told.split("MemAvailable:")[1].split()[0])
 
 
 def cache_key(sdn: ShallowDeepNetwork, data: Data, augment: Augment | None, seed: int, share: Share) -> dict[str, Any]:
     """What features depend on. Only a pair in memory can be recognised again; a stream's features are never reused."""
-    pair = as_pair(data)
-    digest = hashlib.sha256(row_hashes(pair[0]).numpy().tobytes()).hexdigest() if pair else secrets.token_hex(16)
     return {
         "backbone": fingerprint(sdn.backbone),
         "cuts": [cut.name for cut in sdn.plan.cuts],
-        "reductions": [[spec.views, spec.features] for spec in sdn.plan.classifiers],
-        "data": digest,
+        "reductions": [[spec.kind, spec.views, spec.features] for spec in sdn.plan.classifiers],
+        "data": data_digest(data) if as_pair(data) else secrets.token_hex(16),
         "augment": repr(augment),
         "seed": seed,
         "share": [share.rank, share.world],

@@ -40,6 +40,9 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partials
+        for partial in partials:
+            with partial.open("r+b") as file:
+                os.fsync(file.fileno())
         for partial, path in zip(partials, paths, strict=True):
             os.replace(partial, path)
     finally:

@@ -96,15 +96,6 @@ class BackboneGraph:
                 found.append(Crossing(computed[0], sides, tuple(map(kinds.rows_first, sides)), before))
         return found
 
-    def next_operator(self, node: fx.Node) -> str:
-        """Name of the first convolution, matrix product or normalisation at or after ``node``'s users."""
-        order = list(self.module.graph.nodes)
-        for later in order[order.index(node) + 1 :]:
-            name = operator_name(later)
-            if later.op == "call_function" and any(part in name for part in _SHAPE_TELLING):
-                return name
-        return ""
-
     def piece(self, start: Crossing | None, end: Crossing | None) -> fx.GraphModule:
         """The graph from ``start`` (None: the inputs) to ``end`` (None: the logits) as a module of its own.
 
@@ -142,9 +133,6 @@ class BackboneGraph:
         piece.graph.eliminate_dead_code()
         piece.recompile()
         return piece
-
-
-_SHAPE_TELLING = ("conv", "linear", "batch_norm", "group_norm", "layer_norm", "instance_norm", "addmm", "bmm")
 
 
 class _Kinds:

@@ -18,15 +18,13 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from shallowdeep.augment import Augment
+from shallowdeep.augment import Augment, named_augment
 from shallowdeep.checkpoints import Checkpoint
 from shallowdeep.convolutions import QuickConvolutions
-from shallowdeep.features import Data, Share, check_passes, seeded, seeded_batches
+from shallowdeep.features import Data, Share, check_passes, data_digest, seeded, seeded_batches, with_first
 from shallowdeep.inputs import (
     Inputs,
-    as_inputs,
     as_pair,
-    batches,
     call,
     check_labels,
     each,
@@ -40,7 +38,6 @@ from shallowdeep.network import ShallowDeepNetwork, fingerprint
 from shallowdeep.progress import steps
 from shallowdeep.rates import one_cycle, stepped
 from shallowdeep.training import one_process
-from shallowdeep.types import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +84,7 @@ def train_jointly(
     is a launched ``lightning_fabric.Fabric`` (devices, processes, precision). Raises ``DataError`` for labels outside
     the classes, empty data or an iterator that can be read only once.
     """
-    _check(data, epochs)
+    data = _checked(data, epochs)
     recipe, fabric = recipe or JointRecipe(), fabric or one_process(sdn)
     trained = sdn if in_place else copy.deepcopy(sdn)
     run = _Run(
@@ -127,7 +124,7 @@ def train_backbone(
     Everything is as in ``train_jointly``, which with no IC is this. ``compiled`` runs the network through
     ``torch.compile``, which pays on a GPU.
     """
-    _check(data, epochs)
+    data = _checked(data, epochs)
     recipe, fabric = recipe or JointRecipe(), fabric or one_process(model)
     alone = _Alone(model)
     if compiled:
@@ -135,13 +132,11 @@ def train_backbone(
     return _Run(alone, (), num_classes, data, recipe, augment, epochs, seed, fabric)(checkpoint_dir, model)
 
 
-def _check(data: Data, epochs: int) -> None:
+def _checked(data: Data, epochs: int) -> Data:
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, found {epochs}.")
     check_passes(data, epochs)
-    first = next(batches(data, 64), None)
-    if first is None or num_rows(as_inputs(first[0])) == 0:
-        raise DataError("The data is empty: no rows to train on.")
+    return with_first(data)[0]
 
 
 class Taus:
@@ -214,6 +209,7 @@ class _Run:
     def __call__(self, checkpoint_dir: str | os.PathLike[str] | None, trained: nn.Module) -> Tensor:
         """Train ``trained`` to the end from the last checkpoint; returns the hashes of the rows seen."""
         about = {"recipe": dataclasses.asdict(self.recipe), "epochs": self.epochs, "seed": self.seed}
+        about |= {"data": data_digest(self.data), "augment": named_augment(self.augment)}
         checkpoint = Checkpoint(checkpoint_dir, {"start": fingerprint(trained), **about})
         state, first = checkpoint.load(), 0
         if state is not None:

@@ -22,7 +22,7 @@ from shallowdeep.classifiers import Factory, InternalClassifier, Said, make_clas
 from shallowdeep.cuts import check_audible
 from shallowdeep.files import FormatError, read_json, read_tensors, write_tensors, write_text
 from shallowdeep.graph import evaluating
-from shallowdeep.inputs import Inputs, as_inputs, call, example_of, logits_of, mask_of, signature_of
+from shallowdeep.inputs import Inputs, as_inputs, call, example_of, logits_of, mask_of
 from shallowdeep.taps import Visitor, tapped
 from shallowdeep.types import (
     BackboneMismatch,
@@ -339,9 +339,3 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
         return tuple(deep(v) for v in value) if isinstance(value, list) else value
 
     return {name: deep(value) for name, value in values.items()}
-
-
-def signature_fits(plan: Plan, inputs: Inputs) -> bool:
-    """Whether ``inputs`` are of the kind, names and dtypes that the plan was made with (shapes may differ)."""
-    found = signature_of(inputs)
-    return (found.kind, found.names, found.dtypes) == (plan.inputs.kind, plan.inputs.names, plan.inputs.dtypes)

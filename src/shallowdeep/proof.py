@@ -83,11 +83,8 @@ def prove(
         (name, first) for first in range(0, draws, BLOCK) for name in names if not _file(out, name, first).is_file()
     ]
     with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        waiting = {
-            pool.submit(_block, str(trace_file), str(out), name, first, start_by): name
-            for start_by in (time.time() + 60 * minutes,)
-            for name, first in todo
-        }
+        start_by = time.time() + 60 * minutes
+        waiting = [pool.submit(_block, str(trace_file), str(out), name, first, start_by) for name, first in todo]
         for done in steps(as_completed(waiting), "draws", len(todo)):
             done.result()
     found = {"trace": str(trace_file), "draws": draws, "seconds": time.perf_counter() - start, "block": BLOCK}

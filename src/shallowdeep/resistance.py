@@ -24,6 +24,7 @@ from shallowdeep.types import Answer, Trace, table
 from shallowdeep.walking import simulate
 
 FALSE_ALARMS = 0.05
+REQUEST = 10
 """The part of clean rows that an alarm may suspect where its catch is counted."""
 
 
@@ -162,11 +163,11 @@ def under_cap(engine: Answers, images_N: Tensor, labels_N: Tensor, max_cost: flo
     return _limited(parts, labels_N)
 
 
-def under_window(window: CostWindow, images_N: Tensor, labels_N: Tensor, request: int = 10) -> Limited:
-    """What one client of ``window`` is answered that sends the rows in order, ``request`` at a time."""
+def under_window(window: CostWindow, images_N: Tensor, labels_N: Tensor) -> Limited:
+    """What one client of ``window`` is answered that sends the rows in order, ten at a time."""
     client, parts, greatest = object(), list[Answer](), 0.0
-    for i in range(0, num_rows(images_N), request):
-        parts.append(window(take(images_N, slice(i, i + request)), client=client))
+    for i in range(0, num_rows(images_N), REQUEST):
+        parts.append(window(take(images_N, slice(i, i + REQUEST)), client=client))
         greatest = max(greatest, window.mean_cost(client))
     return _limited(parts, labels_N, greatest)
 

@@ -23,7 +23,7 @@ from shallowdeep.segments import Segment, cut_segments
 from shallowdeep.trajectory import Alarm
 from shallowdeep.types import BackendError, InputSignature
 from shallowdeep.views import SecondLook
-from shallowdeep.walking import Memory, Rule
+from shallowdeep.walking import Memory, Rule, needed_exits
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,12 +253,8 @@ def export_step(step: Step | Joined, example: Sequence[Tensor]) -> torch.export.
 
 
 def needed_ics(asked: tuple[bool, ...], feeds_EE: Tensor) -> tuple[int, ...]:
-    """ICs that must run: those asked, and those that feed one of them, directly or through others."""
-    needed = list(asked[:-1])
-    for exit in reversed(range(len(needed))):
-        if needed[exit]:
-            needed = [on or bool(feeds_EE[i, exit]) for i, on in enumerate(needed)]
-    return tuple(exit for exit, on in enumerate(needed) if on)
+    """Exits before the full one, which is the last of ``asked``, whose ICs must run."""
+    return tuple(exit for exit, on in enumerate(needed_exits(asked[:-1], feeds_EE)) if on)
 
 
 def _names_of(segment: Segment) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ It refuses to know thresholds and policies; it ends with weights. Training every
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shallowdeep.augment import Augment
+from shallowdeep.augment import Augment, named_augment
 from shallowdeep.checkpoints import Checkpoint
 from shallowdeep.features import (
     CACHE_BYTES,
@@ -36,17 +35,20 @@ from shallowdeep.features import (
     cache_key,
     check_passes,
     choose_place,
+    count_rows,
+    data_digest,
     extract_view,
     seeded,
     seeded_batches,
     temporary_folder,
     view_bytes,
+    with_first,
 )
-from shallowdeep.inputs import as_inputs, as_pair, batches, check_labels, num_rows, row_hashes, take
+from shallowdeep.inputs import as_pair, check_labels, num_rows, row_hashes, take
 from shallowdeep.network import ShallowDeepNetwork, fingerprint
 from shallowdeep.progress import steps
 from shallowdeep.rates import one_cycle, stepped
-from shallowdeep.types import DataError, Plan
+from shallowdeep.types import Plan
 
 Part: TypeAlias = tuple[list[Tensor], Tensor, int]
 """This process's rows of one batch: features per exit, labels, and the size of the whole batch."""
@@ -129,7 +131,8 @@ def train_exits(
     recipe's: 25 for the paper's ICs, 12 for strong ones, which then begin to learn rows by heart. ``augment(inputs,
     generator)`` draws random views, of which ``views`` (default: the recipe's) are made once and used in turn; without
     it there is one clean view. ``cache``: ``"auto"`` keeps features in memory, or on disk where memory is short, while
-    all views fit into ``cache_bytes``, and else streams (``"off"``: the backbone runs in every epoch). Features under
+    all views fit into ``cache_bytes``, and else streams (``"off"``: the backbone runs in every epoch); those of a
+    stream without a length go to disk. Features under
     ``cache_dir`` are found again by a later run, if complete. With ``checkpoint_dir`` a killed run goes on after its
     last whole epoch. ``precision`` is the backbone's; ``"auto"`` takes bf16 where a timed batch is faster. ``fabric``
     is a launched ``lightning_fabric.Fabric``; each of its processes takes its share of every batch. Raises
@@ -148,7 +151,9 @@ def train_exits(
     run = _ExitRun(sdn, data, augment, views if augment is not None else 1, recipe, epochs, seed, fabric)
     checkpoint = Checkpoint(checkpoint_dir, run.choices())
     state = checkpoint.load()
-    run.extractor = run.make_extractor(precision if state is None else "bf16" if state["bf16"] else "fp32")
+    if state is not None:  # whatever a new timing would say
+        precision = "bf16" if state["bf16"] else "fp32"
+    run.extractor = Extractor(sdn, run.sample, precision)
     with _only_exits_train(sdn), ExitStack() as stack:
         parts_of = run.source(cache, cache_bytes, cache_dir, stack)
         ready = time.perf_counter()
@@ -197,26 +202,14 @@ class _ExitRun:
         seed: int,
         fabric: Fabric,
     ) -> None:
-        self.sdn, self.data, self.augment, self.views, self.recipe = sdn, data, augment, views, recipe
+        self.sdn, self.augment, self.views, self.recipe = sdn, augment, views, recipe
         self.epochs, self.seed, self.fabric = epochs, seed, fabric
         self.share = Share(fabric.global_rank, fabric.world_size)
         self.extractor: Extractor
         self.hash_N = torch.zeros(0, dtype=torch.int64)
         self.place = "off"
-        self.sample, labels = self._first_batch()
+        self.data, self.sample, labels = with_first(data)
         check_labels(labels, num_rows(self.sample), sdn.plan.num_classes)
-
-    def _first_batch(self) -> tuple[Any, Tensor]:
-        """The first batch, put back where the data is a one-shot iterator."""
-        if isinstance(self.data, Iterator):
-            first = next(self.data, None)
-            if first is not None:
-                self.data = itertools.chain([first], self.data)
-        else:
-            first = next(batches(self.data, 64), None)
-        if first is None or num_rows(as_inputs(first[0])) == 0:
-            raise DataError("The data is empty: no rows to train on.")
-        return as_inputs(first[0]), first[1]
 
     def choices(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
@@ -228,19 +221,17 @@ class _ExitRun:
             "epochs": self.epochs,
             "seed": self.seed,
             "views": self.views,
+            "data": data_digest(self.data),
+            "augment": named_augment(self.augment),
         }
-
-    def make_extractor(self, precision: Precision) -> Extractor:
-        """The backbone's runner; a resumed run keeps the precision it began with, whatever a new timing would say."""
-        return Extractor(self.sdn, self.sample, precision)
 
     def source(
         self, cache: Cache, budget: int, folder: str | os.PathLike[str] | None, stack: ExitStack
     ) -> Callable[[int], Iterator[Part]]:
         """A function from the epoch to this process's parts of its batches."""
-        pair = as_pair(self.data)
-        per_view = view_bytes(self.sdn, num_rows(pair[0]) if pair else 0, self.extractor.bf16)
-        self.place = choose_place("disk" if folder and cache == "auto" else cache, self.views * per_view, budget)
+        rows = count_rows(self.data, self.sample)
+        needed = None if rows is None else self.views * view_bytes(self.sdn, rows, self.extractor.bf16)
+        self.place = choose_place("disk" if folder and cache == "auto" else cache, needed, budget)
         check_passes(self.data, self.epochs if self.place == "off" else self.views)
         if self.place == "off":
             return self._streamed

@@ -20,7 +20,7 @@ from shallowdeep.attack_study import StudyChoices, attack_study, write_study
 from shallowdeep.attacks import Attack, Pixels
 from shallowdeep.audits import Audit
 from shallowdeep.comparison import Comparison, compare
-from shallowdeep.data import Dataset
+from shallowdeep.data import Dataset, halves
 from shallowdeep.files import FormatError, write_text
 from shallowdeep.monitor import Monitor
 from shallowdeep.paper.figures import line_figure, save_figure
@@ -30,7 +30,7 @@ from shallowdeep.reliability import temper
 from shallowdeep.runs import inside, plain, read_run, write_run
 from shallowdeep.tuning import MachineCosts
 from shallowdeep.types import DataError, MissingExtra
-from shallowdeep.verbs import DataChoice, halves, load_sdn, policy_for, read_policy, read_trace, ready
+from shallowdeep.verbs import DataChoice, load_sdn, policy_for, read_policy, read_trace, ready
 from shallowdeep.walking import simulate
 
 

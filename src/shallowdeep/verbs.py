@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from shallowdeep.augment import FlipCrop
@@ -23,10 +24,10 @@ from shallowdeep.certificates import Method, Risk
 from shallowdeep.collection import collect
 from shallowdeep.costs import costs_of, table_of
 from shallowdeep.cuts import FRACTIONS, plan
-from shallowdeep.data import Dataset, Preprocessing, read_data
+from shallowdeep.data import Dataset, Preprocessing, halves, read_data
 from shallowdeep.disagreement import error_finding, fit_confusion
 from shallowdeep.effects import overthinking
-from shallowdeep.files import FormatError, read_json, write_text
+from shallowdeep.files import FormatError, read_json, replacing, write_text
 from shallowdeep.guarantees import unseen
 from shallowdeep.inputs import Inputs, each
 from shallowdeep.joint import JointRecipe, train_jointly
@@ -60,12 +61,6 @@ class DataChoice:
         """
         data = read_data(self.source, split=self.split, size=self.size, limit=self.limit)
         return data if self.half == "all" else data.rows(halves(len(data))[self.half == "b"])
-
-
-def halves(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Positions of a random half of ``rows`` rows and of the other half, each in order."""
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-    return order[: rows // 2].sort().values, order[rows // 2 :].sort().values
 
 
 def plan_verb(
@@ -121,6 +116,10 @@ def train_verb(
     seed: int = 0,
 ) -> Result:
     """ICs (or everything, ``jointly``) trained: writes ``sdn.json`` and ``sdn.safetensors``; resumes by itself."""
+    if lr is not None and not jointly:
+        raise ValueError("lr is the rate of joint training: give --jointly, too.")
+    if views is not None and views > 1 and (jointly or augment == "none"):
+        raise ValueError("Views are drawn for ICs alone, and with an augmentation: give --augment, and not --jointly.")
     about = read_run(plan_dir, "plan")["choices"]
     rows = data.read()
     preprocessing = _saved_preprocessing(about["preprocessing"])
@@ -147,7 +146,6 @@ def train_verb(
         result |= {"loss": done.loss_per_epoch[-1], "cache": done.cache, "precision": done.precision}
     result["epochs"] = epochs
     save(sdn, out)
-    (out / "checkpoint.pt").unlink(missing_ok=True)
     print(table_of(costs_of(sdn)))
     result["seconds"] = round(time.perf_counter() - start, 2)
     choices = {
@@ -157,7 +155,9 @@ def train_verb(
         "train_fingerprint": rows.fingerprint,
         "seed": seed,
     }
-    return write_run(out, "train", choices | {"augment": augment, "views": views, "lr": lr}, result)
+    written = write_run(out, "train", choices | {"augment": augment, "views": views, "lr": lr}, result)
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    return written
 
 
 def collect_verb(
@@ -333,7 +333,5 @@ def load_sdn(folder: Path) -> tuple[ShallowDeepNetwork, Preprocessing | None]:
 
 def write_backbone(sdn: ShallowDeepNetwork, out: Path) -> None:
     """The jointly trained backbone's own weights, beside the ICs: ``backbone.safetensors``."""
-    from safetensors.torch import save_model
-
-    out.mkdir(parents=True, exist_ok=True)
-    save_model(sdn.backbone, str(out / "backbone.safetensors"))
+    with replacing(out / "backbone.safetensors") as (partial,):
+        save_model(sdn.backbone, str(partial))

@@ -6,7 +6,6 @@ It refuses to know networks and engines; offline and online cannot differ, becau
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -118,7 +117,7 @@ class Rule:
     def _most_confident(self, exit: int, memory: Memory) -> tuple[Tensor, Tensor]:
         """Logits and softmax of each row's most confident finite exit; before the last exit, of lost rows alone."""
         logits_EBC, softmax_EBC = torch.stack(memory.logits), torch.stack(memory.softmax)
-        finite_EB = logits_EBC.abs().amax(2) < math.inf
+        finite_EB = torch.stack([finite_rows(logits_BC) for logits_BC in memory.logits])
         # Not even the exit itself: then it answers, however badly.
         least_E1 = -torch.ones(len(logits_EBC), 1, dtype=torch.float64, device=logits_EBC.device)
         least_E1[-1] = 0.0
@@ -251,11 +250,16 @@ def costs_when_asking(
     """
     if own_cost_E is None:
         return cost_E
+    return cost_E - (own_cost_E.to(torch.float64) * ~torch.tensor(needed_exits(asked_E, feeds_EE))).cumsum(0)
+
+
+def needed_exits(asked_E: Sequence[bool], feeds_EE: Tensor | None) -> tuple[bool, ...]:
+    """Which exits run: those asked, and those whose ICs feed one of them, directly or through others."""
     needed_E = torch.tensor([bool(asked) for asked in asked_E])
     for exit in reversed(range(len(needed_E))):
         if feeds_EE is not None and needed_E[exit]:
-            needed_E |= feeds_EE[:, exit].to(torch.bool)
-    return cost_E - (own_cost_E.to(torch.float64) * ~needed_E).cumsum(0)
+            needed_E |= feeds_EE[: len(needed_E), exit].to(needed_E)
+    return tuple(needed_E.tolist())
 
 
 def policy_costs(trace: Trace, enabled_E: Sequence[bool] | None = None) -> Tensor:

@@ -22,7 +22,8 @@ SHARE = 0.02
 
 
 class Watched:
-    """``watched(inputs)`` answers as ``engine`` does while ``monitor`` sees it; once exits are off, the full network.
+    """``watched(inputs)`` answers as ``engine`` does while ``monitor`` sees it; once exits are off, the full network,
+    whose ``alarm_B`` is None: the engine's alarm speaks of other exits.
 
     A random ``share`` of the rows is answered by the full network as well and compared: what audits add to the mean
     cost is about ``share``. ``monitor.reset()`` switches the exits on again. Several threads may call. Raises
@@ -35,7 +36,7 @@ class Watched:
         exits = exits_of(engine.sdn, engine.second_look)
         monitor.reference.check(exits.rule(engine.policy).asked, exits.confusion_reference is not None)
         self.engine, self.monitor, self.share = engine, monitor, share
-        self._full = Engine(engine.sdn, Fixed(exit=exits.full_exit), backend=engine.backend)
+        self._full = Engine(engine.sdn, Fixed(exit=exits.full_exit), backend=engine.backend, threads=engine.threads)
         self._random, self._lock = np.random.default_rng(seed), threading.Lock()
 
     def __call__(self, inputs: object) -> Answer:

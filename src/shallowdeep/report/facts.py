@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shallowdeep.calibration import Evaluation, Tradeoff, calibrate, evaluate, tradeoff
+from shallowdeep.data import halves
 from shallowdeep.disagreement import ErrorFinding, confusion, error_finding
 from shallowdeep.effects import Overthinking, answers, overthinking
 from shallowdeep.policies import Fixed, Policy, finite_rows
@@ -145,8 +146,7 @@ def _chosen(trace: Trace) -> tuple[Policy, Tensor, bool]:
     """A policy from one half of the rows, the other half, and that it was not seen."""
     if trace.num_samples < FEW_ROWS:
         return Fixed(exit=trace.full_exit), torch.arange(trace.num_samples), False
-    order = torch.randperm(trace.num_samples, generator=torch.Generator().manual_seed(0))
-    chosen, reported = order[: len(order) // 2].sort().values, order[len(order) // 2 :].sort().values
+    chosen, reported = halves(trace.num_samples)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the policy's own note is on the page
         return calibrate(trace.rows(chosen), max_accuracy_drop=USUAL_DROP), reported, False
@@ -158,7 +158,7 @@ def _unseen(trace: Trace, policy: Policy) -> tuple[Tensor, bool]:
     record = policy.calibrated_on
     if record is None or not record.hash_N or trace.hash_N is None:
         return everything, False
-    new_N = ~torch.isin(trace.hash_N, torch.tensor(record.hash_N, dtype=trace.hash_N.dtype))
+    new_N = ~record.seen(trace)
     enough = float(new_N.double().mean()) >= UNSEEN
     return (everything[new_N], False) if enough else (everything, True)
 

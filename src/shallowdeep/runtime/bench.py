@@ -81,8 +81,12 @@ def bench(
     ``ValueError`` for too few rows.
     """
     inputs, labels_N = rows
-    if num_rows(inputs) < max(batch_sizes):
-        raise ValueError(f"Batches of {max(batch_sizes)} need as many rows, found {num_rows(inputs)}.")
+    needed = max(map(_block, batch_sizes))
+    if num_rows(inputs) < needed or blocks < 2:
+        raise ValueError(
+            f"Blocks of batches of {max(batch_sizes)} need {needed} rows, and quartiles two blocks; "
+            f"found {num_rows(inputs)} rows and {blocks} blocks."
+        )
     look = second_look_of(second_look)
     pieces = _pieces(sdn, policy, take(inputs, slice(0, 2)), rivals or {}, look)
     accuracy = {what: _accuracy(piece, inputs, labels_N) for what, piece in pieces.items()}
@@ -178,7 +182,7 @@ def _in_turn(
     ways: Mapping[Way, Call], inputs: Inputs, size: int, blocks: int, order: random.Random
 ) -> tuple[Tensor, dict[Way, Times]]:
     """The rows used, and every way's times with batches of ``size``."""
-    rows = max(size, ROWS_A_BLOCK - ROWS_A_BLOCK % size)
+    rows = _block(size)
     times = {way: Times(_ms(call, take(inputs, slice(0, size))), [], []) for way, call in ways.items()}
     used: list[int] = []
     for block in shown(range(blocks), f"batches of {size}", blocks):
@@ -193,6 +197,11 @@ def _in_turn(
             times[way].calls.extend(spent)
             times[way].blocks.append(sum(spent) / len(batches))
     return torch.tensor(used), times
+
+
+def _block(size: int) -> int:
+    """Rows of a block of batches of ``size``."""
+    return max(size, ROWS_A_BLOCK - ROWS_A_BLOCK % size)
 
 
 def _ms(call: Call, batch: Inputs) -> float:

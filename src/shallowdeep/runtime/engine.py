@@ -143,7 +143,8 @@ class Engine:
         certified = next((one.backend for one in certificates if one is not None and one.backend), None)
         if backend == "auto" and certified is not None:
             backend = cast(BackendName, certified)
-        self._backend = self._chosen(backend, threads or torch.get_num_threads())
+        self.threads = threads or torch.get_num_threads()
+        self._backend = self._chosen(backend, self.threads)
         self.backend: BackendName = self._backend.name
         self._proved = dict[str, CalibrationRecord]()
         for name, record in proved.items():
