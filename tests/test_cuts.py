@@ -442,3 +442,87 @@ def test_torchscript_is_refused() -> None:
     net = ZOO["residual"].make().eval()
     with pytest.raises(CutError, match=r"TorchScript.*nn\.Module it was made from"):
         sd.plan(torch.jit.trace(net, images(2)), images(2))  # type: ignore[no-untyped-call]
+
+
+# ---------------------------------------------------------------- networks that others met
+
+
+class PreNorm(nn.Module):
+    """A block that begins with a norm, which its residual passes by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.relu(self.linear(self.norm(x)))
+
+
+class NotExported(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(PreNorm() for _ in range(4)), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x > 1e9).any()):
+            x = x * 1.0
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def test_blocks_that_begin_with_a_norm_end_at_cuts() -> None:
+    assert names(sd.plan(NotExported(), torch.randn(4, 16))) == [f"blocks.{i}:out" for i in range(4)]
+
+
+class Columns(nn.Module):
+    """Two columns of categories, of which there are 7 and 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Embedding(7, 8), nn.Embedding(3, 8)
+        self.body = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)), nn.Linear(16, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(torch.cat([self.one(x[:, 0]), self.two(x[:, 1])], 1))  # type: ignore[no-any-return]
+
+
+def test_columns_of_categories_keep_to_their_own() -> None:
+    assert len(sd.plan(Columns(), torch.tensor([[6, 0], [5, 2], [3, 1]])).candidates) > 3
+
+
+class Encoder(nn.Module):
+    """PyTorch's own encoder, which passes nested tensors between its layers where nobody listens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 16)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 4)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.encoder(self.words(ids), src_key_padding_mask=~mask)[:, 0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_pytorchs_encoder_with_padding() -> None:
+    model, ids = Encoder().eval(), torch.randint(1, 50, (4, 9))
+    batch = {"ids": ids, "mask": torch.arange(9)[None] < torch.tensor([[9], [4], [6], [2]])}
+    sdn = sd.attach(model, sd.plan(model, batch, at=(0.3, 0.6)))
+    with torch.no_grad():
+        torch.testing.assert_close(sdn(batch)[-1], model(**batch))
+    assert torch.backends.mha.get_fastpath_enabled(), "switched off only while somebody listens"
+
+
+def test_what_is_no_network_and_what_is_no_number() -> None:
+    with pytest.raises(DataError, match=r"plan takes an nn\.Module, found str"):
+        sd.plan("resnet18", images(2))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="The example has numbers that are not finite"):
+        sd.plan(ZOO["residual"].make(), torch.full_like(images(2), float("nan")))
+
+
+def test_rows_of_another_kind_are_named() -> None:
+    sdn = sd.attach(ZOO["residual"].make(), planned("residual"))
+    for wrong in (images(2)[:, :1], images(2).double()):
+        with pytest.raises(DataError, match=r"is planned for float32 \[rows, .*\] and fails for float"):
+            sdn(wrong)

@@ -20,7 +20,7 @@ from shallowdeep.network import ShallowDeepNetwork, fingerprint
 from shallowdeep.policies import CalibrationRecord, Confidence, Entropy, Fixed, Oracle, Patience, Policy
 from shallowdeep.runtime import engine as engine_module
 from shallowdeep.spelling import from_json, rule_to_json, to_json
-from shallowdeep.steps import Step, needed_ics
+from shallowdeep.steps import Step, make_steps, needed_ics
 from shallowdeep.trajectory import Alarm
 from shallowdeep.types import Answer, BackboneMismatch, DataError
 from test_certificates import PROVED
@@ -259,7 +259,40 @@ def test_an_engine_takes_no_notice_of_modes_and_gradients() -> None:
         running(images(2))
 
 
+class Counting(nn.Module):
+    """A network that counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)), nn.Linear(8, 3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.body(x)  # type: ignore[no-any-return]
+
+
+def test_making_an_engine_may_call_a_network_that_counts_its_calls() -> None:
+    sdn = sd.attach(Counting(), sd.plan(Counting(), torch.zeros(1, 8), at=(0.5,))).eval()
+    assert len(Engine(sdn, NEVER)(torch.randn(2, 8)).exit_B) == 2
+
+
 # ---------------------------------------------------------------- refusals
+
+
+def test_threads_are_at_least_one() -> None:
+    with pytest.raises(ValueError, match="threads is at least 1, found 0"):
+        Engine(made(), NEVER, threads=0)
+
+
+def test_nothing_is_asked_for_that_no_ic_reads() -> None:
+    sdn = made()
+    wide, *others = sdn.plan.classifiers
+    bare = dataclasses.replace(others[0], hidden=0)
+    sdn = sd.attach(sdn.backbone, dataclasses.replace(sdn.plan, classifiers=(wide, bare, *others[1:])))
+    steps = make_steps(sdn, NEVER, images(2))
+    assert wide.hidden == bare.fed_hidden > 0
+    assert "said.hidden" not in steps[0].gives + steps[1].takes
 
 
 @pytest.mark.parametrize("name", ["residual", "control_flow"])
@@ -280,8 +313,9 @@ def test_a_network_that_has_changed_is_noticed(name: str, what: str, monkeypatch
             sd.fit_confusion(sdn, sd.collect(sdn, (images(9), torch.arange(9) % CLASSES)))
         else:
             sdn.double()
-    with pytest.raises(BackboneMismatch, match=r"has changed since .*; make a new Engine\(sdn, policy\)"):
-        engine(images(2))
+    for _ in range(2):  # whoever tries again is not answered from old weights
+        with pytest.raises(BackboneMismatch, match=r"has changed since .*; make a new Engine\(sdn, policy\)"):
+            engine(images(2))
     if what != "double":
         assert Engine(sdn, ALWAYS)(images(2)).exit_B.tolist() == [0, 0]
 

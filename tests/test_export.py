@@ -178,6 +178,11 @@ def test_files_that_are_not_what_was_exported(exported: Path, tmp_path: Path) ->
             ValueError, match=r"manifest\.json (is damaged: export the network again|has the format None)"
         ):
             EarlyExits(folder)
+    for part, value in (("steps", []), ("steps", "x"), ("steps", [{}]), ("inputs", None)):
+        damaged = json.loads(manifest_of(exported)) | {part: value}
+        (folder / "manifest.json").write_text(json.dumps({k: v for k, v in damaged.items() if v is not None}))
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged: export the network again"):
+            EarlyExits(folder)
     (folder / "manifest.json").write_text(manifest_of(exported).replace('"kind": "folder"', '"kind": "file"'))
     with pytest.raises(ValueError, match="copy is an export of kind 'file'; this loop runs 'folder'"):
         EarlyExits(folder)

@@ -148,6 +148,16 @@ def test_no_rows_and_no_epochs() -> None:
         sd.train_exits(made(), rows(), epochs=0)
 
 
+@pytest.mark.parametrize("cache", ["memory", "off"])
+def test_a_row_that_is_not_finite_spoils_nothing(cache: str) -> None:
+    sdn, (x, y) = made(), rows()
+    before = weights(sdn)
+    x[7, 0] = float("nan")
+    with pytest.raises(DataError, match="Features are not finite for 1 rows of a batch: NaN inputs"):
+        sd.train_exits(sdn, (x, y), epochs=1, cache=cache)  # type: ignore[arg-type]
+    assert equal(before, weights(sdn))
+
+
 def test_half_written_features_are_found_and_made_again(tmp_path: Path) -> None:
     augment = FlipCrop(padding=1)
     options = {"epochs": 2, "cache_dir": tmp_path, "augment": augment, "views": 2, "precision": "fp32"}

@@ -53,6 +53,8 @@ def collect(
     one pass more. Raises ``DataError`` for empty data, labels outside the classes, logits that are not finite, or a
     view that is not deterministic and row by row.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is at least 1, found {batch_size}.")
     device, look = next(sdn.parameters()).device, second_look_of(second_look)
 
     def answers(inputs: Inputs) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,7 +78,11 @@ def plan(
     >>> [cut.name for cut in sd.plan(net, torch.zeros(1, 8), at=(0.25, 0.5)).cuts]
     ['0:out', '1:out']
     """
+    if not isinstance(model, nn.Module):
+        raise DataError(f"plan takes an nn.Module, found {type(model).__name__}.")
     check_audible(model)
+    if not all(bool(leaf.isfinite().all()) for leaf in tensors(as_inputs(example))):
+        raise DataError("The example has numbers that are not finite; give real rows.")
     inputs = distinct_rows(as_inputs(example))
     found = find_cuts(model, inputs)
     if not found.points:
@@ -209,7 +214,9 @@ def distinct_rows(inputs: Inputs, rows: int = 4) -> Inputs:
         if tiled.is_floating_point():
             noise = torch.randn(tiled.shape, generator=generator).to(tiled.device, tiled.dtype)
             return tiled + noise * tiled.std().clamp_min(0.1)
-        # Tokens and masks: the same values in another order stay valid.
+        if any(not torch.equal(tensor[0], row) for row in tensor[1:]):
+            return tiled
+        # Tokens and masks of one kind: the same values in another order stay valid.
         return torch.stack([row.roll(i, dims=-1) if row.ndim else row for i, row in enumerate(tiled)])
 
     return each(inputs, spread)
@@ -421,7 +428,7 @@ def modules_as_cuts(model: nn.Module, inputs: Inputs) -> tuple[list[CutPoint], i
     """
     paths = [path for path, module in model.named_modules() if path]
     rows = num_rows(inputs)
-    seen: list[tuple[CutPoint, int, int]] = []
+    seen: list[tuple[CutPoint, int]] = []
     followers: list[tuple[int, nn.Module]] = []
     modules = dict(model.named_modules())
     counts: Counter[str] = Counter()
@@ -438,17 +445,20 @@ def modules_as_cuts(model: nn.Module, inputs: Inputs) -> tuple[list[CutPoint], i
                 point = CutPoint(
                     name=path, module=path, call=count, port="out", leaf=leaf, macs_before=macs, shape=shape
                 )
-                seen.append((point, len(seen), id(tensor)))
+                seen.append((point, len(seen)))
                 break
 
     counter = FlopCounterMode(display=False)
     with evaluating(model), sdpa_kernel(SDPBackend.MATH), counter, listening(model, paths, hear):
         call(model, inputs)
     total = counter.get_total_flops() // 2 // rows
-    last = {point.macs_before: (point, order) for point, order, _ in seen}
     points = []
-    for point, order in last.values():
-        if 0 < point.macs_before <= (1 - LEAST_AFTER) * total and _rows_may_leave(model, inputs, point):
+    for macs, alike in itertools.groupby(seen, lambda one: one[0].macs_before):
+        if not 0 < macs <= (1 - LEAST_AFTER) * total:
+            continue
+        # The last of them may be bypassed: the norm that the next block begins with.
+        found = (one for one in reversed([*alike]) if _rows_may_leave(model, inputs, one[0]))
+        for point, order in itertools.islice(found, 1):
             name = f"{point.module}#{point.call + 1}:out" if counts[point.module] > 1 else f"{point.module}:out"
             alias = name.removesuffix(":out")
             channel_dim = _next_layer(followers, order, point.shape)

@@ -167,7 +167,12 @@ class Extractor:
             self.bf16 = self._seconds(sample, bf16=True) < 0.9 * self._seconds(sample, bf16=False)
 
     def __call__(self, inputs: Inputs) -> list[Tensor]:
-        return self._reduce(inputs, self.bf16)
+        """Reduced features of every exit. Raises ``DataError`` where they are not finite: every IC would be lost."""
+        found = self._reduce(inputs, self.bf16)
+        finite_B = torch.stack([reduced.isfinite().flatten(1).all(1) for reduced in found]).all(0)
+        if not bool(finite_B.all()):
+            raise DataError(f"Features are not finite for {int((~finite_B).sum())} rows of a batch: NaN inputs?")
+        return found
 
     def _reduce(self, inputs: Inputs, bf16: bool) -> list[Tensor]:
         precision = torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()

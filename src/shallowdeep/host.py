@@ -35,13 +35,18 @@ class EarlyExits:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            files = [(Path(folder) / step["file"], step["sha256"]) for step in self.manifest["steps"]]
+        except (KeyError, TypeError):
+            files = []
+        if not files or not {"inputs", "answers", "fresh", "rowless"} <= self.manifest.keys():
+            raise ValueError(f"{manifest} is damaged: export the network again.")
         self.sessions = []
-        for step in self.manifest["steps"]:
-            file = Path(folder) / step["file"]
+        for file, sha256 in files:
             if not file.is_file():
                 raise ValueError(f"{file} is missing: the export is incomplete.")
             model = file.read_bytes()
-            if hashlib.sha256(model).hexdigest() != step["sha256"]:
+            if hashlib.sha256(model).hexdigest() != sha256:
                 raise ValueError(f"{file} is not the file that was exported: its hash has changed.")
             self.sessions.append(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
 

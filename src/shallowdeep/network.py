@@ -22,7 +22,7 @@ from shallowdeep.classifiers import Factory, InternalClassifier, Said, make_clas
 from shallowdeep.cuts import check_audible
 from shallowdeep.files import FormatError, read_json, read_tensors, write_tensors, write_text
 from shallowdeep.graph import evaluating
-from shallowdeep.inputs import Inputs, as_inputs, call, example_of, logits_of, mask_of
+from shallowdeep.inputs import Inputs, as_inputs, call, example_of, logits_of, mask_of, signature_of
 from shallowdeep.taps import Visitor, tapped
 from shallowdeep.types import (
     BackboneMismatch,
@@ -138,8 +138,15 @@ class ShallowDeepNetwork(nn.Module):
         return mask_of(inputs, self.plan.cuts[position].mask)
 
     def _pass(self, inputs: Inputs, visit: Visitor, heard: Sequence[object]) -> Tensor:
-        with tapped(self.backbone, self.plan.cuts, visit):
-            full = logits_of(call(self.backbone, inputs))
+        try:
+            with tapped(self.backbone, self.plan.cuts, visit):
+                full = logits_of(call(self.backbone, inputs))
+        except RuntimeError as error:
+            if (found := signature_of(inputs)) == self.plan.inputs:
+                raise
+            raise DataError(
+                f"{self.plan.model} is planned for {self.plan.inputs} and fails for {found}: {error}"
+            ) from error
         if len(heard) != len(self.plan.cuts):
             passed = len(heard)
             raise CutError(f"The network took another path: it passed {passed} of {len(self.plan.cuts)} cut points.")

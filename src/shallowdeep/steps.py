@@ -134,7 +134,8 @@ def make_steps(
         again = group[-1].exit > full
         inputs = [name for name in names if again or any(name in (*part.reads, part.mask) for part in group)]
         fed = group[0].classifier.spec if group[0].classifier is not None and place else None
-        said = ["said.log_probs", *["said.hidden"] * bool(fed.fed_hidden)] if fed is not None and fed.fed else []
+        said = ["said.log_probs"] if fed is not None and fed.fed else []
+        said += ["said.hidden"] if fed is not None and fed.hidden and fed.fed_hidden else []
         memory = states if group[-1].exit != rule.last else []
         memory = [*memory, *(f"{kind}.{k}" for kind in rule.recalls(group[-1].exit) for k in range(place))]
         memory = [*memory, *[f"logits.{place - 1}"] * (again and f"logits.{place - 1}" not in memory)]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -84,10 +85,34 @@ def listening(model: nn.Module, paths: Iterable[str], hear: Hearer) -> Iterator[
     if missing:
         raise CutError(f"No module {missing[0]!r} in {type(model).__name__}.")
     with ExitStack() as stack:
+        stack.enter_context(_every_layer_is_called)
         for path in paths:
             for handle in _Ears(path, hear).attach(modules[path]):
                 stack.callback(_remove, handle)
         yield
+
+
+class _NoFastPath:
+    """While entered, by whatever thread, PyTorch's transformer encoders call their layers with plain tensors."""
+
+    def __init__(self) -> None:
+        self.entered, self.before, self.lock = 0, True, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.entered:
+                self.before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self.entered += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.entered -= 1
+            if not self.entered:
+                torch.backends.mha.set_fastpath_enabled(self.before)
+
+
+_every_layer_is_called = _NoFastPath()
 
 
 def _remove(handle: RemovableHandle) -> None:

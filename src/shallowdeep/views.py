@@ -117,7 +117,7 @@ def check_record(name: str, record: CalibrationRecord | None, has: str | None) -
     needs = None if record is None else record.info.get("second_look")
     if record is None or needs == has:
         return
-    way = "leave second_look out, or calibrate on a trace that was collected with it"
+    way = "leave second_look out, or calibrate on a trace that was collected with it and where looking twice pays"
     if needs is not None:
         way = f"give second_look={needs!r}" if needs in VIEWS else "give the view that its trace was collected with"
     was = "without a second look" if needs is None else f"with the second look {needs!r}"

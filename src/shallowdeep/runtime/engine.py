@@ -120,6 +120,8 @@ class Engine:
         backend: BackendName = "auto",
         threads: int | None = None,
     ) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is at least 1, found {threads}.")
         self.sdn, self.policy, self.second_look, self.alarm = sdn, policy, second_look_of(second_look), alarm
         check_view(policy, self.second_look)
         self.times: StepTimes | None = None
@@ -134,7 +136,6 @@ class Engine:
         self._dtype: torch.dtype = getattr(torch, sdn.plan.inputs.dtypes[0])
         # Those made in inference mode do not know how often they have changed.
         self._watched = [tensor for tensor in (*sdn.parameters(), *sdn.buffers()) if not tensor.is_inference()]
-        self._seen, self._looked = self._state(), 0.0
         self._programs: dict[tuple[InputSignature, bool], Program] = {}
         self._lock = threading.RLock()
         records = {"policy": policy.calibrated_on, "alarm": None if alarm is None else alarm.fitted_on}
@@ -156,6 +157,7 @@ class Engine:
         self._cost = self._backend.enter(self._cost_E)
         if self._exported:
             self._program(sdn.plan.inputs)
+        self._seen, self._looked = self._state(), 0.0  # of a network that counts its calls, too
 
     def __call__(self, inputs: object, *, max_cost: float | None = None, max_ms: float | None = None) -> Answer:
         """The answers to one batch, in its order: labels, logits, exits, confidence, confusion and cost per row.
@@ -292,11 +294,11 @@ class Engine:
         """``inputs`` in the network's order of names, and the SDN unchanged."""
         now = time.perf_counter()
         if not self._exported or now > self._looked + LOOK_SECONDS:
-            self._looked = now
             if self._state() != self._seen:
                 raise BackboneMismatch(
                     "The SDN has changed since this engine was made; make a new Engine(sdn, policy)."
                 )
+            self._looked = now
         planned = self.sdn.plan.inputs
         if isinstance(inputs, Tensor) and self._as_planned(inputs):
             return inputs, planned  # a look, not a description: after a pass the processor has forgotten our code
