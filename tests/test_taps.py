@@ -16,7 +16,7 @@ from shallowdeep.inputs import call
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Confidence
 from shallowdeep.taps import counting_functions, listening, tapped
-from shallowdeep.types import CutError, CutPoint
+from shallowdeep.types import CutError, CutPoint, DataError
 
 
 def made(name: str) -> ShallowDeepNetwork:
@@ -127,14 +127,14 @@ def test_nothing_stays_after_errors() -> None:
     with pytest.raises(KeyError, match="angry"), tapped(sdn.backbone, sdn.plan.cuts, angry):
         sdn.backbone(images(2))
     assert hooks(sdn.backbone) == 0
-    with pytest.raises(RuntimeError, match="channels"):
+    with pytest.raises(DataError, match="channels"):
         sdn(torch.zeros(2, 5, 8, 8))
     assert hooks(sdn.backbone) == 0
     with pytest.raises(CutError, match="No module 'nowhere' in Residual"):
         listening(sdn.backbone, {"blocks", "nowhere"}, lambda *_: None).__enter__()
     assert hooks(sdn.backbone) == 0
     functional = made("functional")
-    with pytest.raises(RuntimeError, match="channels"):
+    with pytest.raises(DataError, match="channels"):
         functional(torch.zeros(2, 5, 8, 8))
     with torch.no_grad():
         assert torch.relu(torch.tensor(-1.0)) == 0

@@ -74,8 +74,7 @@ class Checkpoint:
             return None
         choices, state, self.seconds = _read(self.path)
         if choices != self.choices:
-            other = _difference(choices, self.choices)
-            raise OtherRun(f"{self.path} belongs to another run: {other}. Delete it, or take another folder.")
+            raise OtherRun(f"{self.path} belongs to another run: {_difference(choices, self.choices)}.")
         return state
 
     def save(self, state: dict[str, Any]) -> None:
