@@ -280,6 +280,18 @@ def test_making_an_engine_may_call_a_network_that_counts_its_calls() -> None:
 # ---------------------------------------------------------------- refusals
 
 
+def test_whoever_tries_again_is_not_answered_from_old_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    sdn = made()
+    engine = Engine(sdn, ALWAYS)
+    monkeypatch.setattr(engine_module, "LOOK_SECONDS", 1000.0)
+    engine._looked = -1e9
+    with torch.no_grad():
+        next(sdn.classifiers.parameters()).mul_(2)
+    for _ in range(2):
+        with pytest.raises(BackboneMismatch, match="has changed"):
+            engine(images(2))
+
+
 def test_threads_are_at_least_one() -> None:
     with pytest.raises(ValueError, match="threads is at least 1, found 0"):
         Engine(made(), NEVER, threads=0)
@@ -313,9 +325,8 @@ def test_a_network_that_has_changed_is_noticed(name: str, what: str, monkeypatch
             sd.fit_confusion(sdn, sd.collect(sdn, (images(9), torch.arange(9) % CLASSES)))
         else:
             sdn.double()
-    for _ in range(2):  # whoever tries again is not answered from old weights
-        with pytest.raises(BackboneMismatch, match=r"has changed since .*; make a new Engine\(sdn, policy\)"):
-            engine(images(2))
+    with pytest.raises(BackboneMismatch, match=r"has changed since .*; make a new Engine\(sdn, policy\)"):
+        engine(images(2))
     if what != "double":
         assert Engine(sdn, ALWAYS)(images(2)).exit_B.tolist() == [0, 0]
 

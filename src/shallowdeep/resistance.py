@@ -24,8 +24,9 @@ from shallowdeep.types import Answer, Trace, table
 from shallowdeep.walking import simulate
 
 FALSE_ALARMS = 0.05
-REQUEST = 10
 """The part of clean rows that an alarm may suspect where its catch is counted."""
+REQUEST = 10
+"""Rows that a client sends at a time."""
 
 
 def efficacy(share_E: Tensor, cost_E: Tensor) -> float:
@@ -164,7 +165,7 @@ def under_cap(engine: Answers, images_N: Tensor, labels_N: Tensor, max_cost: flo
 
 
 def under_window(window: CostWindow, images_N: Tensor, labels_N: Tensor) -> Limited:
-    """What one client of ``window`` is answered that sends the rows in order, ten at a time."""
+    """What one client of ``window`` is answered that sends the rows in order, ``REQUEST`` at a time."""
     client, parts, greatest = object(), list[Answer](), 0.0
     for i in range(0, num_rows(images_N), REQUEST):
         parts.append(window(take(images_N, slice(i, i + REQUEST)), client=client))
