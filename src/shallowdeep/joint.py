@@ -34,6 +34,7 @@ from shallowdeep.inputs import (
     row_hashes,
     take,
 )
+from shallowdeep.muon import Muon, mixes_channels
 from shallowdeep.network import ShallowDeepNetwork, fingerprint
 from shallowdeep.progress import steps
 from shallowdeep.rates import one_cycle, stepped
@@ -48,7 +49,8 @@ class JointRecipe:
     ``tau_start`` to the IC's real cost (arXiv 1810.07052, 4.3). SGD with momentum; ``milestones`` are shares of the
     epochs after which the rate falls tenfold (the original code really runs .34 .59 .84), none means one cycle.
     ``distillation`` is the weight of every IC's divergence from the last exit's softened answer (arXiv 1905.08094);
-    ``rescale_gradients`` gives every block gradients of one scale however many exits follow (arXiv 1908.06294).
+    ``rescale_gradients`` gives every block gradients of one scale however many exits follow (arXiv 1908.06294). With a
+    ``muon_lr`` above 0 banks of convolution filters move by ``Muon``, what is left by SGD.
     """
 
     lr: float = 0.1
@@ -62,6 +64,7 @@ class JointRecipe:
     distillation: float = 0.0
     temperature: float = 3.0
     rescale_gradients: bool = False
+    muon_lr: float = 0.0
 
 
 def train_jointly(
@@ -192,14 +195,7 @@ class _Run:
         self.epochs, self.seed, self.fabric = epochs, seed, fabric
         self.share = Share(fabric.global_rank, fabric.world_size)
         self.taus = Taus(cost_E, epochs, recipe.tau_start)
-        sgd = torch.optim.SGD(
-            answers.parameters(),
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.nesterov,
-            weight_decay=recipe.weight_decay,
-        )
-        self.model, self.optimizer = fabric.setup(answers, sgd)
+        self.model, *self.optimizers = fabric.setup(answers, *_optimizers(answers, recipe))
         pair = as_pair(data)
         self.hash_N = torch.zeros(0, dtype=torch.int64) if pair is None else torch.unique(row_hashes(pair[0]))
         self.rows = 0 if pair is None else num_rows(pair[0])
@@ -214,7 +210,8 @@ class _Run:
         state, first = checkpoint.load(), 0
         if state is not None:
             trained.load_state_dict(state["weights"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             first, self.hash_N, self.rows = state["epoch"], state["hash_N"], state["rows"]
         modes = [(module, module.training) for module in trained.modules()]
         gpus = [self.fabric.device] if self.fabric.device.type == "cuda" else []
@@ -225,8 +222,8 @@ class _Run:
                     torch.manual_seed(seeded(self.seed, epoch, 2, self.share.rank).initial_seed())
                     self._epoch(epoch)
                 if self.fabric.is_global_zero:
-                    optimizer = self.optimizer.state_dict()
-                    state = {"weights": trained.state_dict(), "optimizer": optimizer, "epoch": epoch + 1}
+                    optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+                    state = {"weights": trained.state_dict(), "optimizers": optimizers, "epoch": epoch + 1}
                     checkpoint.save({**state, "hash_N": self.hash_N, "rows": self.rows})
         finally:
             for module, training in modes:
@@ -245,8 +242,9 @@ class _Run:
                 hashes.append(row_hashes(inputs))
             view = inputs if self.augment is None else self.augment(inputs, generator)
             own = self.share.of_batch(0)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.lr * self._rate(epoch, seen)
+            for optimizer, lr in zip(self.optimizers, (self.recipe.lr, self.recipe.muon_lr), strict=False):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * self._rate(epoch, seen)
             self._step(take(view, own), labels[own], size, self.taus.at(epoch))
             seen += size
         if hashes:
@@ -267,17 +265,32 @@ class _Run:
             loss = loss + tau * _cross_entropy(answer_BC, labels_B, self.recipe)
             if self.recipe.distillation:
                 loss = loss + tau * self.recipe.distillation * self._divergence(answer_BC, answers_EBC[-1])
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         # Processes average their gradients: a sum over the own rows times their number is the mean over the whole
         # batch.
         self.fabric.backward(loss * (self.share.world / size))
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def _divergence(self, answer_BC: Tensor, teacher_BC: Tensor) -> Tensor:
         """Kullback-Leibler divergence from the last exit's softened answer, summed over rows."""
         heat = self.recipe.temperature
         student, teacher = (answer_BC / heat).log_softmax(-1), (teacher_BC.detach() / heat).log_softmax(-1)
         return F.kl_div(student, teacher, reduction="sum", log_target=True) * heat**2
+
+
+def _optimizers(answers: nn.Module, recipe: JointRecipe) -> list[torch.optim.Optimizer]:
+    """SGD, and Muon for the filters where the recipe has a rate for it."""
+    filters = [p for p in answers.parameters() if recipe.muon_lr and mixes_channels(p)]
+    taken = {id(p) for p in filters}
+    sgd = torch.optim.SGD(
+        [p for p in answers.parameters() if id(p) not in taken],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+    )
+    return [sgd, Muon(filters, lr=recipe.muon_lr)] if filters else [sgd]
 
 
 def _cross_entropy(answer_BC: Tensor, labels_B: Tensor, recipe: JointRecipe) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from shallowdeep.choices import RUNS, Count, Folder, Rows
+from shallowdeep.choices import RUNS, Count, Folder, Minutes, Rows
 
 
 @Parameter(name="*")
@@ -198,7 +198,7 @@ def prove_guarantee(
     out: Folder = RUNS / "prove-guarantee",
     draws: Count = 1000,
     processes: Count = 2,
-    minutes: float = math.inf,
+    minutes: Minutes = math.inf,
 ) -> dict[str, Any]:
     """Draw calibration sets from a trace and count how often a certificate is wrong.
 

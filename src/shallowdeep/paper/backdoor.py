@@ -91,14 +91,14 @@ class Victim:
 
 
 def work_off(
-    victims: Sequence[Victim], data_dir: Path, *, results: Path, work: Path, minutes: float | None = None
+    victims: Sequence[Victim], data_dir: Path, *, results: Path, work: Path, minutes: float = math.inf
 ) -> dict[str, Any]:
     """The records of ``victims``, made where they are missing or of other epochs; names of those ``open``.
 
     Stops between two epochs when ``minutes`` are over; the next call goes on there.
     """
     report: dict[str, Any] = {"victims": [], "open": []}
-    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    end = time.monotonic() + 60 * minutes
     for victim in victims:
         path = results / f"{victim.name}.json"
         record = read_record(path) if path.is_file() else None

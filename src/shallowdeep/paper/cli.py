@@ -5,12 +5,13 @@ It refuses to do any work itself, and imports torch only inside a verb, so that 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from shallowdeep.choices import LOOK, Count
+from shallowdeep.choices import LOOK, Count, Minutes
 
 app = App(
     name="paper",
@@ -31,7 +32,7 @@ def run(
     networks: Names = ("vgg16", "resnet56", "wrn32-4", "mobilenet"),
     regimes: Names = ("cnn", "ic-only", "sdn-training", "mixed"),
     recipe: Literal["fast", "paper"] = "fast",
-    minutes: float | None = None,
+    minutes: Minutes = math.inf,
     seed: int = 0,
     results: Path = RESULTS,
     work: Path = Path("runs/paper"),
@@ -212,7 +213,7 @@ def backdoor(
     rates: Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())] = (0.005, 0.02, 0.1),
     network: Literal["vgg16", "resnet56", "wrn32-4", "mobilenet"] = "vgg16",
     epochs: Count | None = None,
-    minutes: float | None = None,
+    minutes: Minutes = math.inf,
     results: Path = RESULTS,
     work: Path = Path("runs/paper"),
     out: Path | None = None,

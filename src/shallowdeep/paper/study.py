@@ -90,7 +90,7 @@ def all_runs(
 
 
 def work_off(
-    runs: Iterable[StudyRun], data_dir: Path, *, results: Path, work: Path, minutes: float | None = None
+    runs: Iterable[StudyRun], data_dir: Path, *, results: Path, work: Path, minutes: float = math.inf
 ) -> dict[str, list[str]]:
     """Make every one of ``runs``, and the plain networks they need, whose record is missing from ``results`` or short.
 
@@ -100,7 +100,7 @@ def work_off(
     names of the runs that were ``done`` now, were there ``before``, and are still ``open``.
     """
     report: dict[str, list[str]] = {"done": [], "before": [], "open": []}
-    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    end = time.monotonic() + 60 * minutes
     wanted = list(dict.fromkeys(one for run in runs for one in (run.cnn, run) if one is not None))
 
     starting = {run.cnn for run in wanted if run.starts_trained and not _recorded(run, results)}
