@@ -113,7 +113,7 @@ def test_the_impossible_is_refused(given: dict[str, float]) -> None:
 
 
 def test_the_certificate_says_what_was_proved_and_where_it_holds() -> None:
-    about = {"backend": "torch", "precision": "torch.float32"}
+    about = {"backend": "torch", "precision": "torch.float32", "weights": "feed"}
     trace = dataclasses.replace(oracle.bed(6000, seed=1), info=about)
     alarm = calibrate_alarm(trace, POLICY, max_error=0.02)
     proved = alarm.certificate

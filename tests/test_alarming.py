@@ -23,6 +23,7 @@ from shallowdeep.alarming import alarms, fit_alarm, full_network, suspicions, wr
 from shallowdeep.calibration import calibrate
 from shallowdeep.export import _runner, export_file, export_folder
 from shallowdeep.host import EarlyExits
+from shallowdeep.network import weights_hash
 from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Patience, Policy
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.trajectory import Alarm
@@ -367,7 +368,8 @@ def test_an_alarm_runs_with_its_own_view_only() -> None:
 
 def test_what_was_proved_of_kept_answers_holds_on_its_backend_alone() -> None:
     sdn, policy = tiny(), Confidence(threshold=0.9)
-    proved = dataclasses.replace(PROVED, risk="kept", exit_names=sdn.plan.exit_names, asked_E=(True,) * 3)
+    here = {"weights": weights_hash(sdn), "exit_names": sdn.plan.exit_names, "asked_E": (True,) * 3}
+    proved = dataclasses.replace(PROVED, risk="kept", **here)
 
     def alarm(backend: str) -> Alarm:
         record = CalibrationRecord(certificate=dataclasses.replace(proved, backend=backend))

@@ -13,6 +13,7 @@ from nets import ZOO, planned
 from shallowdeep import attacks
 from shallowdeep.attacks import Attack, Pixels, added, noise, slowdown, universal
 from shallowdeep.collection import collect
+from shallowdeep.cuts import plan
 from shallowdeep.data import Preprocessing
 from shallowdeep.network import attach, fingerprint
 from shallowdeep.types import DataError
@@ -121,6 +122,19 @@ def test_nothing_allowed_nothing_done() -> None:
     assert torch.equal(slowdown(victim(), images, none, pixels=PIXELS), images)
     assert torch.equal(added(images, universal(victim(), images, none, pixels=PIXELS), PIXELS), images)
     assert slowdown(victim(), images[:0], STRONG, pixels=PIXELS).shape == (0, 3, 8, 8)
+
+
+def test_no_image_asks_nothing_of_the_network() -> None:
+    """A batch of no rows is more than ``x.view(x.size(0), -1)`` can take."""
+
+    class Viewed(torch.nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.view(x.size(0), -1))
+
+    sdn = attach(
+        net := Viewed(*(torch.nn.Linear(4, 4) for _ in range(3))), plan(net, torch.rand(4, 1, 2, 2), at=(0.3,))
+    )
+    assert slowdown(sdn, torch.rand(0, 1, 2, 2), STRONG).shape == (0, 1, 2, 2)
 
 
 def test_a_network_with_one_classifier_and_one_pushed_exit() -> None:

@@ -25,12 +25,14 @@ PROVED = Certificate(
     data_hash="0123456789abcdef",
     backend="onnxruntime",
     precision="torch.float32",
+    weights="feed",
     exit_names=("a", "b", "full"),
     asked_E=(True, False, True),
     view="",
     versions="shallowdeep 0",
 )
-HERE = {"backend": "onnxruntime", "precision": "torch.float32", "exit_names": ("a", "b", "full"), "view": ""}
+HERE = {"backend": "onnxruntime", "precision": "torch.float32", "weights": "feed", "view": ""}
+HERE |= {"exit_names": ("a", "b", "full")}
 
 
 def test_what_it_says() -> None:
@@ -57,6 +59,7 @@ def test_no_drop_and_a_gain_are_said_as_such() -> None:
     [
         ({"backend": "torch"}, "tested on backend 'onnxruntime' and 'torch' runs"),
         ({"precision": "torch.bfloat16"}, "tested in torch.float32 and torch.bfloat16 runs"),
+        ({"weights": "f00d"}, "tested with other weights of the backbone or its ICs"),
         ({"exit_names": ("a", "full")}, "tested on the exits a, b, full and a, full run"),
         ({"view": "mirror"}, "second look 'none' and 'mirror' runs"),
         ({"capped": True}, "a hard cap"),
@@ -68,7 +71,8 @@ def test_it_is_void_elsewhere(change: dict, reason: str) -> None:
 
 
 def test_a_trace_that_does_not_say_what_made_it_proves_nothing_about_an_engine() -> None:
-    assert "does not say" in dataclasses.replace(PROVED, backend="").void_for(**{**HERE, "backend": ""})
+    for unknown in ("backend", "precision", "weights"):
+        assert "does not say" in dataclasses.replace(PROVED, **{unknown: ""}).void_for(**{**HERE, unknown: ""})
 
 
 def test_it_travels_with_its_policy() -> None:

@@ -257,6 +257,7 @@ def test_a_policy_of_another_network_is_named(
         sentence = refused(capsys, *verb, "--sdn", "one/train", "--policy", "two/calibrate")
         assert "two/calibrate is of another network" in sentence
         assert "sdn calibrate" in sentence
+    write_text(tmp_path / "bare.json", '{"kind": "Confidence", "threshold": null}')
     for sentence, *words in (
         ("one/plan is a folder of `sdn plan`: give one of `sdn train`.", "collect", photos, "--sdn", "one/plan"),
         ("give one of `sdn plan`", "train", photos, "--plan", "two/calibrate"),
@@ -269,6 +270,19 @@ def test_a_policy_of_another_network_is_named(
             "--trace",
             "two/collect",
         ),
+        ("bare.json holds no policy: TypeError(", "evaluate", "--policy", "bare.json", "--trace", "two/collect"),
+        (
+            "bare.json holds no alarm: An alarm has the fields",
+            "predict",
+            photos,
+            "--sdn",
+            "two/train",
+            "--alarm",
+            "bare.json",
+            "--policy",
+            "two/calibrate",
+        ),
+        ("are of the CIFAR-10 demo: give --data cifar10, too", "demo", "--at", "0.2"),
         ("No file tune/policy.json: sdn tune writes one", "evaluate", "--policy", "tune", "--trace", "two/collect"),
     ):
         assert sentence in refused(capsys, *words)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import shallowdeep as sd
 from nets import CLASSES, ZOO, images, planned
 from shallowdeep.costs import feeds, own_costs
+from shallowdeep.graph import evaluating
 from shallowdeep.inputs import each, row_hashes
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.types import DataError, Trace
@@ -185,3 +188,32 @@ def test_low_precision_logits_are_kept_in_float32() -> None:
         trace = sd.collect(sdn, (images(ROWS), labels()))
     assert trace.logits_ENC.dtype == torch.float32
     assert trace.info["precision"] == "torch.bfloat16"
+
+
+def test_modes_come_back_when_the_last_thread_is_done() -> None:
+    net, inside, done = ZOO["residual"].make().train(), Event(), Event()
+
+    def hold() -> None:
+        with evaluating(net):
+            inside.set()
+            done.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        with evaluating(net):
+            other = pool.submit(hold)
+            assert inside.wait(10)
+        assert not any(module.training for module in net.modules()), "the other thread still needs it so"
+        done.set()
+        other.result()
+    assert all(module.training for module in net.modules())
+
+
+def test_rows_are_known_again_where_the_network_writes_into_them() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    sdn = sd.attach(net, sd.plan(net, torch.rand(4, 6), at=(0.5,)))
+    x, y = torch.randn(20, 6), torch.arange(20) % 3
+    sd.train_exits(sdn, (x.clone(), y), epochs=1)
+    trained_N = sd.collect(sdn, (x.clone(), y)).trained_N
+    assert trained_N is not None
+    assert bool(trained_N.all())

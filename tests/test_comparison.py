@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,15 @@ from scipy.optimize import isotonic_regression
 import oracle
 from shallowdeep import comparison, families
 from shallowdeep.cli import main
-from shallowdeep.comparison import AIMS, Comparison, Difference, compare, holm, usual_policies
+from shallowdeep.comparison import (
+    AIMS,
+    LEVEL,
+    Comparison,
+    Difference,
+    compare,
+    holm,
+    usual_policies,
+)
 from shallowdeep.families import FAMILIES, Family
 from shallowdeep.paths import Floats, Rows, read_rows
 from shallowdeep.paths import Path as Steps
@@ -187,7 +196,7 @@ def test_resampled_means_scatter_as_means_do() -> None:
     right_AN = (trace.logits_ENC[:2].argmax(2) == trace.labels_N).double().numpy()
     full_N = (trace.logits_ENC[2].argmax(1) == trace.labels_N).double().numpy()
     reported = comparison._Reported(right_AN, right_AN[None] / 2)
-    draws = [draw for block in comparison._resampled([reported, reported], full_N, 0) for draw in block]
+    draws = [draw for block in comparison._resampled([reported, reported], full_N, 500, 0) for draw in block]
     assert len(draws) == 500
     drop_RA = np.stack([drop_FA[0] for drop_FA, _ in draws])
     assert all((drop_FA[0] == drop_FA[1]).all() for drop_FA, _ in draws), "the same rows for all"
@@ -349,3 +358,16 @@ def test_the_verbs_leave_tables_files_and_figures(tmp_path: Path, capsys: pytest
 
 def test_the_examples_run() -> None:
     oracle.run_examples(comparison, "comparison")
+
+
+def test_so_many_are_drawn_that_any_number_of_differences_can_be_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, resampled = [], comparison._resampled
+
+    def noted(found: Any, full_N: Any, times: int, seed: int) -> Any:
+        drawn.append(times)
+        return resampled(found, full_N, 10, seed)
+
+    monkeypatch.setattr(comparison, "_resampled", noted)
+    found = compare(oracle.bed(300, exits=3), {}, splits=1, max_accuracy_drops=[0.0005 * i for i in range(1, 41)])
+    tried = sum(difference.name != found.default for difference in found.differences)
+    assert 2 / (drawn[0] + 1) <= LEVEL / tried

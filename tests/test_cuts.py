@@ -526,3 +526,28 @@ def test_rows_of_another_kind_are_named() -> None:
     for wrong in (images(2)[:, :1], images(2).double()):
         with pytest.raises(DataError, match=r"is planned for float32 \[rows, .*\] and fails for float"):
             sdn(wrong)
+
+
+class Rooted(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.sqrt())
+
+
+def test_real_rows_are_taken_as_they_are() -> None:
+    """Noise would leave where the network is defined."""
+    net, x = Rooted(*(nn.Linear(6, 6) for _ in range(3)), nn.Linear(6, 3)), torch.rand(4, 6)
+    assert sd.plan(net, x, at=(0.5,)).via == "export"
+    with pytest.raises(DataError, match=r"not finite for the example.* give as many real rows"):
+        sd.plan(net, x[:1], at=(0.5,))
+
+
+def test_an_infinite_logit_hides_no_mixing() -> None:
+    class Mixing(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(0))
+
+    net = Mixing(*(nn.Linear(6, 6) for _ in range(3)), nn.Linear(6, 3))
+    with torch.no_grad():
+        net[-1].bias[0] = -torch.inf
+    with pytest.raises(DataError, match=r"not finite|another row leaves"):
+        sd.plan(net, torch.rand(5, 6), at=(0.5,))

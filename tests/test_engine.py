@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import shallowdeep as sd
 from nets import CLASSES, ZOO, images, planned, token_batch
 from shallowdeep.inputs import Inputs, each, num_rows
-from shallowdeep.network import ShallowDeepNetwork, fingerprint
+from shallowdeep.network import ShallowDeepNetwork, fingerprint, weights_hash
 from shallowdeep.policies import CalibrationRecord, Confidence, Entropy, Fixed, Oracle, Patience, Policy
 from shallowdeep.runtime import engine as engine_module
 from shallowdeep.spelling import from_json, rule_to_json, to_json
@@ -383,7 +383,8 @@ def test_the_users_network_is_left_alone() -> None:
 
 
 def certified(sdn: ShallowDeepNetwork, policy: Confidence, **changes: Any) -> Confidence:
-    proved = dataclasses.replace(PROVED, backend="torch", exit_names=sdn.plan.exit_names, **changes)
+    here = {"backend": "torch", "weights": weights_hash(sdn), "exit_names": sdn.plan.exit_names}
+    proved = dataclasses.replace(PROVED, **here | changes)
     return dataclasses.replace(policy, calibrated_on=CalibrationRecord(certificate=proved))
 
 
@@ -400,6 +401,7 @@ def test_auto_stays_where_the_certificate_was_made(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        ({"weights": "f00d"}, "tested with other weights of the backbone or its ICs"),
         ({"precision": "torch.float64"}, "tested in torch.float64 and torch.float32 runs"),
         ({"view": "mirror"}, "second look 'mirror' and 'none' runs"),
     ],

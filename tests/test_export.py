@@ -23,6 +23,7 @@ from shallowdeep import export as export_module
 from shallowdeep.export import export_file, export_folder, export_programs
 from shallowdeep.host import EarlyExits
 from shallowdeep.inputs import take, tensors
+from shallowdeep.network import weights_hash
 from shallowdeep.policies import CalibrationRecord, Confidence
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.types import Answer, BackendError, DataError, ExportError
@@ -199,6 +200,14 @@ def test_nothing_is_left_of_an_export_that_answers_otherwise(tmp_path: Path, mon
     monkeypatch.setattr(EarlyExits, "__call__", lambda *args: (found := real(*args)) | {"exit": 0 * found["exit"] + 1})
     with pytest.raises(ExportError, match=r"The export sends .* of .* rows to another exit than the engine"):
         export_folder(tiny(), policy, tmp_path / "out", rows(60))
+    alone = lambda args: len(args[1]) == 1  # noqa: E731
+    monkeypatch.setattr(
+        EarlyExits,
+        "__call__",
+        lambda *args: (found := real(*args)) | {"exit": (found["exit"] + alone(args)) % 3},
+    )
+    with pytest.raises(ExportError, match=r"The export sends 1 of 1 rows to another exit than the engine"):
+        export_folder(tiny(), policy, tmp_path / "out", rows(60))
     assert (tmp_path / "out/manifest.json").read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     with pytest.raises(ExportError, match="give at least 7 real rows, found 3"):
@@ -255,7 +264,8 @@ def test_what_onnx_cannot_say(tmp_path: Path) -> None:
 
 
 def test_a_certificate_goes_only_with_the_runtime_that_made_its_trace(tmp_path: Path) -> None:
-    proved = dataclasses.replace(PROVED, backend="onnxruntime", exit_names=tiny().plan.exit_names)
+    here = {"backend": "onnxruntime", "weights": weights_hash(tiny()), "exit_names": tiny().plan.exit_names}
+    proved = dataclasses.replace(PROVED, **here)
     policy = Confidence(threshold=0.5, calibrated_on=CalibrationRecord(certificate=proved))
     export_folder(tiny(), policy, tmp_path / "folder", rows(60))
     export_programs(tiny(), policy, tmp_path / "programs", rows(60))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from shallowdeep import files
-from shallowdeep.files import FormatError, read_json, read_tensors, write_tensors, write_text
+from shallowdeep.files import FormatError, read_json, read_tensors, replacing, write_tensors, write_text
 
 
 def test_tensors_and_metadata_come_back(tmp_path: Path) -> None:
@@ -79,3 +80,12 @@ def test_a_full_disk_is_an_oserror_and_leaves_the_old_file(tmp_path: Path, monke
         write_tensors(path, {"a": torch.zeros(1)}, {})
     assert float(read_tensors(path)[0]["a"]) == 1.0
     assert [found.name for found in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_threads_write_into_files_of_their_own(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool, replacing(tmp_path / "x") as (own,):
+        own.write_text("own")
+        pool.submit(write_text, tmp_path / "x", "another").result()
+        assert (tmp_path / "x").read_text() == "another"
+        assert own.read_text() == "own"
+    assert (tmp_path / "x").read_text() == "own"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Event
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nets import ZOO
 from shallowdeep.cuts import distinct_rows, find_cuts
-from shallowdeep.graph import BackboneGraph, evaluating, export_graph, is_identity, operator_name
+from shallowdeep.graph import BackboneGraph, evaluating, export_graph, is_identity, operator_name, silence
 from shallowdeep.inputs import call, logits_of, take, tensors
 
 EXPORTABLE = [name for name, nasty in ZOO.items() if nasty.via == "export"]
@@ -194,3 +198,19 @@ def test_what_takes_only_its_type_from_a_tensor_is_not_computed_from_it() -> Non
     between = {point.name: point.side_inputs for point in points if point.name.startswith("layers")}
     assert list(between) == [f"layers.{i}:in" for i in (1, 2, 3)]
     assert all(len(sides) == 2 for sides in between.values())
+
+
+def test_what_is_silent_is_heard_again_whatever_threads_do() -> None:
+    out, level, inside = sys.stdout, logging.root.manager.disable, Event()
+
+    def second() -> None:
+        with silence():
+            inside.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        with silence():
+            other = pool.submit(second)
+            inside.wait(0.2)
+        other.result()
+    assert sys.stdout is out
+    assert logging.root.manager.disable == level

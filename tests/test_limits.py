@@ -215,3 +215,11 @@ def test_no_rows_cost_nothing() -> None:
     window = CostWindow(Spending(), max_mean_cost=0.5, rows=3)
     assert window(rows_wanting(), client="a").cost_B.shape == (0,)
     assert window.mean_cost("a") == pytest.approx(FIRST)
+
+
+def test_sums_that_round_cap_nobody_within_budget() -> None:
+    """Every window of rows that ran to the end costs the budget, but for rounding."""
+    for rows in (7, 10, 100):
+        window = CostWindow(Spending(), max_mean_cost=FULL, rows=rows, over="refuse")
+        for count in (1, 2, 3) * 20:
+            assert not bool(window(rows_wanting(*[len(victim().plan.cost_E) - 1] * count), client="c").capped_B.any())

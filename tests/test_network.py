@@ -16,7 +16,7 @@ import shallowdeep as sd
 from nets import CLASSES, ZOO, Residual, images, planned
 from shallowdeep.files import FormatError, read_tensors, write_tensors
 from shallowdeep.inputs import call, each, logits_of, tensors
-from shallowdeep.network import ShallowDeepNetwork, fingerprint
+from shallowdeep.network import ShallowDeepNetwork, fingerprint, weights_hash
 from shallowdeep.types import BackboneMismatch, ConfusionReference, CutError, DataError
 
 
@@ -385,3 +385,37 @@ def test_inputs_are_left_alone() -> None:
         inputs = ZOO[name].batch(3)
         made(name)(inputs)
         assert all(torch.equal(a, b) for a, b in zip(tensors(inputs), tensors(ZOO[name].batch(3)), strict=True))
+
+
+def test_what_cannot_be_written_leaves_the_old_one(saved: Path, tmp_path: Path) -> None:
+    folder, sdn = copied(saved, tmp_path), dressed()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    sdn.preprocessing = {"mean": torch.zeros(3)}
+    next(sdn.classifiers.parameters()).data.add_(1)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        sd.save(sdn, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_fingerprint_is_of_tensors() -> None:
+    class Noted(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None: ...
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), Noted(6, 6), nn.Linear(6, 3))
+    assert fingerprint(net) != fingerprint(nn.Sequential(nn.Linear(6, 6), Noted(6, 6), nn.Linear(6, 3)))
+    sdn = sd.attach(net, sd.plan(net, torch.rand(4, 6), at=(0.4,)))
+    sd.train_exits(sdn, (torch.randn(20, 6), torch.arange(20) % 3), epochs=1)
+
+
+def test_weights_of_backbone_and_ics_have_a_hash_of_their_own() -> None:
+    sdn, hashes = dressed(), []
+    for part in (sdn.confusion_mean_EE, next(sdn.classifiers.parameters()).data, next(sdn.backbone.parameters()).data):
+        hashes.append(weights_hash(sdn))
+        part.add_(1)
+    hashes.append(weights_hash(sdn))
+    assert hashes[0] == hashes[1], "moments of confusion are no weights"
+    assert len(set(hashes)) == 3

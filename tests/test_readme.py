@@ -19,7 +19,7 @@ RIVER = (
     "files progress types bounds certificates policies spelling trajectory walking effects finding disagreement",
     "reliability paths families rivals thresholds guarantees calibration alarming abstention comparison",
     "sequential audits reference monitor",
-    "inputs views taps classifiers graph cuts network costs proof collection rates checkpoints segments",
+    "inputs views taps classifiers graph cuts network costs proof collection rates muon checkpoints segments",
     "augment features convolutions training joint timing steps onnx nested runs",
     "runtime runtime.backends runtime.times runtime.loop runtime.on_torch runtime.on_onnxruntime runtime.on_openvino",
     "runtime.programs runtime.modules runtime.streams runtime.engine",

@@ -32,7 +32,7 @@ def test_only_a_proof_is_called_a_certificate() -> None:
     assert "confidence=" not in re.sub(r"<script.*?</script>", "", page, flags=re.S)
     proof = Certificate(
         method="ltt", test="binomial", risk="harm", bound=0.01, delta=0.05, observed=0.0, rows=9, tested_rows=9,
-        data_hash="", backend="", precision="", exit_names=(), asked_E=(), view="", versions="",
+        data_hash="", backend="", precision="", weights="", exit_names=(), asked_E=(), view="", versions="",
     )  # fmt: skip
     proved = dataclasses.replace(aimed, calibrated_on=dataclasses.replace(record, certificate=proof))
     assert words.record_title(proved) == "The certificate"

@@ -11,14 +11,17 @@ import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import shallowdeep as sd
 from nets import CLASSES, ZOO, images
+from shallowdeep import training
 from shallowdeep.augment import FlipCrop
+from shallowdeep.checkpoints import alone
 from shallowdeep.files import FormatError
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.training import PAPER_EXITS, ExitRecipe
@@ -240,3 +243,54 @@ def test_the_papers_recipe_is_the_papers() -> None:
     rates = [PAPER_EXITS.lr * stepped(epoch, PAPER_EXITS.milestones) for epoch in range(25)]
     assert rates.count(1e-3) == 14
     assert sum(abs(rate - 1e-4) < 1e-12 for rate in rates) == 11
+
+
+class Branching(nn.Module):
+    """With batch normalisation and a branch on data, so that it cannot be exported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU())
+        self.second, self.last = nn.Sequential(nn.Linear(16, 16), nn.ReLU()), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.first(x * 2 if float(x.sum()) > 1e9 else x)))
+
+
+def test_timing_the_passes_moves_no_statistics() -> None:
+    torch.manual_seed(0)
+    net = Branching()
+    sdn = sd.attach(net, sd.plan(net, torch.randn(4, 8), at=(0.3,)))
+    assert sdn.plan.via == "modules"
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    sd.train_exits(sdn, (torch.randn(64, 8), torch.arange(64) % 3), epochs=1)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_rows_of_another_type_are_one_sentence() -> None:
+    x, y = rows()
+    with pytest.raises(DataError):
+        sd.train_exits(made("paper"), (x.double(), y), epochs=1)
+    with pytest.raises(ValueError, match=r"cache auto, memory, disk, off; found .* 'ram'"):
+        sd.train_exits(made("paper"), (x, y), epochs=1, cache="ram")  # type: ignore[arg-type]
+
+
+def test_two_runs_do_not_write_one_cache(tmp_path: Path) -> None:
+    with alone(tmp_path / "rank0"), pytest.raises(DataError, match="Another process is at work"):
+        sd.train_exits(made("paper"), rows(), epochs=1, cache_dir=tmp_path)
+
+
+def test_the_cache_takes_what_was_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, place = [], training.choose_place
+
+    def noted(cache: Any, needed: int | None, budget: int) -> Any:
+        expected.append(needed)
+        return place(cache, needed, budget)
+
+    monkeypatch.setattr(training, "choose_place", noted)
+    x, y = rows()
+    sdn = made("paper").double()
+    with torch.no_grad():
+        reduced, _ = sdn.reduce(x.double())
+    sd.train_exits(sdn, (x.double(), y), epochs=1, precision="fp32")
+    assert expected == [sum(f.nbytes for f in reduced)]

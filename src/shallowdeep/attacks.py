@@ -134,8 +134,10 @@ def slowdown(
     exits = attack.pushes(sdn)
     low, high, unit = pixels.per_channel(images_B)
     images_B = images_B.detach()
+    if not len(images_B):
+        return images_B.clone()
     start = torch.rand(images_B.shape, generator=torch.Generator().manual_seed(seed)).to(images_B) * 2 - 1
-    parts = [images_B[:0].clone()]
+    parts = []
     with evaluating(sdn):
         for x, start_B in zip(torch.split(images_B, batch_size), torch.split(start, batch_size), strict=True):
             # Rounding may have put a pixel a hair outside; it may stay where it is.

@@ -230,7 +230,7 @@ class Evaluation:
 def evaluate(policy: Policy, trace: Trace) -> Evaluation:
     """What ``policy`` does on ``trace``: accuracy, drop, mean cost, who leaves where, how well errors are found.
 
-    Warns when over 1 % of the rows are those the policy was calibrated on: they flatter it.
+    Warns when over 1 % of the rows are those the policy was calibrated on, or the ICs trained on: they flatter it.
     >>> trace = Trace(logits_ENC=torch.eye(2).expand(2, 2, 2), labels_N=torch.tensor([0, 0]), cost_E=torch.ones(2) / 2)
     >>> evaluate(Fixed(exit=0), trace).mean_cost
     0.5
@@ -238,6 +238,8 @@ def evaluate(policy: Policy, trace: Trace) -> Evaluation:
     record = policy.calibrated_on
     if record is not None and (seen := share(record.seen(trace))) > OVERLAP:
         warnings.warn(f"The policy was calibrated on {seen:.1%} of these rows: they flatter it.", stacklevel=2)
+    if trace.trained_N is not None and (seen := share(trace.trained_N)) > OVERLAP:
+        warnings.warn(f"The ICs trained on {seen:.1%} of these rows: they flatter the policy.", stacklevel=2)
     outcome = simulate(policy, trace)
     full_N = answers(trace)[trace.full_exit] == trace.labels_N
     right_N = (outcome.labels_N == trace.labels_N) & finite_rows(outcome.logits_NC)
@@ -259,7 +261,8 @@ def evaluate(policy: Policy, trace: Trace) -> Evaluation:
 class Curve:
     """One family's policies from the one that lets nobody leave early to the one that lets everybody: P points.
 
-    ``Confidence(threshold=tuple(threshold_PE[p]))`` costs ``cost_P[p]`` on average and is right ``accuracy_P[p]``.
+    ``Confidence(threshold=tuple(threshold_PE[p]), enabled_E=...)``, with the exits that were asked, costs ``cost_P[p]``
+    on average and is right ``accuracy_P[p]``.
     """
 
     family: str

@@ -28,8 +28,9 @@ class Certificate:
 
     ``bound`` is the most that ``risk`` may be, with probability 1 - ``delta`` (None: in expectation). ``observed`` is
     its mean over ``tested_rows`` of the ``rows``; no other row was tested and none of them chose. ``data_hash``
-    identifies them. ``backend``, ``precision``, ``exit_names``, ``asked_E`` and ``view`` (the second look's name, ""
-    for none) are those of the trace, "" where it does not say; ``versions`` those that made it.
+    identifies them. ``backend``, ``precision``, ``weights`` (a hash of backbone and ICs), ``exit_names``,
+    ``asked_E`` and ``view`` (the second look's name, "" for none) are those of the trace, "" where it does not say;
+    ``versions`` those that made it.
     """
 
     method: Literal["ltt", "betting", "crc"]
@@ -43,6 +44,7 @@ class Certificate:
     data_hash: str
     backend: str
     precision: str
+    weights: str
     exit_names: tuple[str, ...]
     asked_E: tuple[bool, ...]
     view: str
@@ -60,18 +62,27 @@ class Certificate:
         )
 
     def void_for(
-        self, *, backend: str, precision: str, exit_names: tuple[str, ...], view: str = "", capped: bool = False
+        self,
+        *,
+        backend: str,
+        precision: str,
+        weights: str,
+        exit_names: tuple[str, ...],
+        view: str = "",
+        capped: bool = False,
     ) -> str | None:
         """Why the certificate does not hold for what runs; None where it does.
 
         ``capped``: a limit of cost or time may end walks before the policy does.
         """
-        if not self.backend or not self.precision:
-            return "its trace does not say which backend and precision made it; collect it with engine.collect"
+        if not (self.backend and self.precision and self.weights):
+            return "its trace does not say which backend, precision and weights made it; collect it with engine.collect"
         if self.backend != backend:
             return f"it was tested on backend {self.backend!r} and {backend!r} runs; certify a trace of engine.collect"
         if self.precision != precision:
             return f"it was tested in {self.precision} and {precision} runs"
+        if self.weights != weights:
+            return "it was tested with other weights of the backbone or its ICs; certify a trace of these"
         if self.view != view:
             return f"it was tested with the second look {self.view or 'none'!r} and {view or 'none'!r} runs"
         if self.exit_names != tuple(exit_names):
@@ -89,6 +100,7 @@ class Certificate:
             ("method", f"{self.method}: {self.test}"),
             ("observed", f"{self.observed:.4g} on {self.tested_rows} of {self.rows} rows"),
             ("runs on", f"{self.backend or 'unknown'}, {self.precision or 'unknown'}"),
+            ("weights", self.weights or "unknown"),
             ("exits", asked + (f" (second look: {self.view})" if self.view else "")),
             ("made by", self.versions),
         ]
@@ -121,6 +133,7 @@ def claim_of(risk: Claim, bound: float) -> str:
 
 def certificate_from_json(facts: Mapping[str, Any]) -> Certificate:
     """The certificate whose ``dataclasses.asdict`` is ``facts``. Raises ``ValueError`` on other fields."""
+    facts = {"weights": "", **facts}  # one of before weights were named is read, and void
     fields = {field.name for field in dataclasses.fields(Certificate)}
     if facts.keys() != fields:
         raise ValueError(f"A certificate has the fields {', '.join(sorted(fields))}; found {', '.join(sorted(facts))}.")

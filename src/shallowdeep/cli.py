@@ -280,6 +280,8 @@ def demo(
     from shallowdeep import demo as demos
 
     if data == "digits":
+        if data_dir is not None or weights is not None or at:
+            raise ValueError("--data-dir, --weights and --at are of the CIFAR-10 demo: give --data cifar10, too.")
         return demos.digits_demo(out, classifier=classifier, seed=seed)
     return demos.cifar10_demo(out, data_dir=data_dir, weights=weights, at=_wishes(at), classifier=classifier, seed=seed)
 

@@ -27,7 +27,7 @@ from shallowdeep.inputs import (
     row_hashes,
     take,
 )
-from shallowdeep.network import ShallowDeepNetwork
+from shallowdeep.network import ShallowDeepNetwork, weights_hash
 from shallowdeep.progress import steps
 from shallowdeep.types import DataError, Trace
 from shallowdeep.views import CHECKED_ROWS, Look, SecondLook, second_look_of
@@ -102,21 +102,22 @@ def collect_answers(
             if look is not None and not labels:
                 look.check(take(inputs, slice(0, CHECKED_ROWS)))
             labels.append(check_labels(batch_labels, rows, sdn.plan.num_classes).cpu())
+            hashes.append(row_hashes(inputs))  # now: some networks write into what they are given
             answers_EBC = answers(inputs)
             _check_finite(answers_EBC, logits.count)
             logits.append(answers_EBC.transpose(0, 1))
-            hashes.append(row_hashes(inputs))
         if not labels:
             raise DataError("The data is empty: no rows to collect.")
         logits_NEC = logits.tensor()
     hash_N = torch.cat(hashes)
-    info = {"model": sdn.plan.model, "backend": backend, "precision": str(answers_EBC.dtype)}
+    info = {"model": sdn.plan.model, "weights": weights_hash(sdn), "backend": backend}
+    info |= {"precision": str(answers_EBC.dtype), "torch": torch.__version__}
     return Trace(
         logits_ENC=logits_NEC.transpose(0, 1),
         labels_N=torch.cat(labels),
         hash_N=hash_N,
         trained_N=torch.isin(hash_N, sdn.trained_hashes),
-        info=info | {"torch": torch.__version__} | ({"second_look": look.name} if look is not None else {}),
+        info=info | ({"second_look": look.name} if look is not None else {}),
         **vars(exits_of(sdn, look)),
     )
 

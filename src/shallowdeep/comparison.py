@@ -361,18 +361,19 @@ def _differences(
     names = list(found)
     drop_FA = np.stack([full_N.mean() - found[name].right_AN.mean(1) for name in names])
     paid_FXA = np.stack([found[name].paid_XAN.mean(2) for name in names])
-    at_D = np.array(drops)
+    at_D, whats = np.array(drops), ("cost", "ms", "accuracy") if len(full_X) > 1 else ("cost", "accuracy")
+    # So many that Holm's first bar can be reached at all.
+    draws = max(RESAMPLES, math.ceil(2 * (len(names) - 1) * len(whats) * len(drops) / LEVEL))
     place = names.index(default)
     cost_D = _levels(drop_FA[place], paid_FXA[place], full_X, at_D, np.full(len(at_D), math.nan))[0]
     seen_FWD = np.stack([_levels(*one, full_X, at_D, cost_D) for one in zip(drop_FA, paid_FXA, strict=True)])
     seen_FWD[:, -1][paid_FXA[:, 0].min(1)[:, None] > cost_D + 1e-12] = math.nan  # nothing of it is so cheap
     drawn_RFWD = np.concatenate(
         [
-            [[_levels(*one, full_X, at_D, cost_D) for one in zip(*draw, strict=True)] for draw in draws]
-            for draws in steps(_resampled(list(found.values()), full_N, seed), "resample rows")
+            [[_levels(*one, full_X, at_D, cost_D) for one in zip(*draw, strict=True)] for draw in draw_block]
+            for draw_block in steps(_resampled(list(found.values()), full_N, draws, seed), "resample rows")
         ]
     )
-    whats = ("cost", "ms", "accuracy") if len(full_X) > 1 else ("cost", "accuracy")
     away_FWD, away_RFWD = seen_FWD - seen_FWD[place], drawn_RFWD - drawn_RFWD[:, place : place + 1]
     tails_FWD = np.minimum((away_RFWD <= 1e-9).sum(0), (away_RFWD >= -1e-9).sum(0))
     p_FWD = np.where(np.isnan(away_FWD), math.nan, np.minimum(1, 2 * (tails_FWD + 1) / (len(away_RFWD) + 1)))
@@ -415,12 +416,16 @@ def _levels(drop_A: Floats, paid_XA: Floats, full_X: Floats, drops_D: Floats, co
     return np.concatenate([paid_XD, gain_D[None]])
 
 
-def _resampled(found: Sequence[_Reported], full_N: Floats, seed: int) -> Iterator[Iterator[tuple[Floats, Floats]]]:
-    """Drops [F, A] and prices paid [F, X, A] of rows drawn with replacement, the same for all; in blocks of draws."""
+def _resampled(
+    found: Sequence[_Reported], full_N: Floats, times: int, seed: int
+) -> Iterator[Iterator[tuple[Floats, Floats]]]:
+    """Drops [F, A] and prices paid [F, X, A] of rows drawn with replacement ``times`` times, the same for all; in
+    blocks of draws.
+    """
     samples, generator = len(full_N), np.random.default_rng(seed)
-    block = max(1, min(RESAMPLES, 4 * CHUNK_ELEMENTS // samples))
-    for start in range(0, RESAMPLES, block):
-        draws = min(block, RESAMPLES - start)
+    block = max(1, min(times, 4 * CHUNK_ELEMENTS // samples))
+    for start in range(0, times, block):
+        draws = min(block, times - start)
         count_RN = np.stack(
             [np.bincount(generator.integers(samples, size=samples), minlength=samples) for _ in range(draws)]
         )

@@ -41,6 +41,8 @@ from shallowdeep.types import ClassifierSpec, CutError, CutPoint, DataError, Inp
 FRACTIONS = (0.15, 0.30, 0.45, 0.60, 0.75, 0.90)
 LEAST_AFTER = 0.02
 """A cut with a smaller share of the macs behind it saves nothing."""
+FEWEST = 4
+"""Rows of an example that tell whether rows mix."""
 
 # Exporting costs seconds, and a plan is soon followed by engines; the graph goes when the model goes.
 _known: WeakKeyDictionary[nn.Module, tuple[InputSignature, Cuts]] = WeakKeyDictionary()
@@ -170,6 +172,11 @@ def find_cuts(model: nn.Module, inputs: Inputs) -> Cuts:
         if whole.shape[0] != num_rows(inputs):
             raise DataError(f"{num_rows(inputs)} rows in, {whole.shape[0]} rows of logits out.")
         part = logits_of(call(model, take(inputs, slice(1, None))))
+    if not bool(whole.isfinite().all()):
+        raise DataError(
+            f"{type(model).__name__} gives logits that are not finite for the example, whose rows noise makes "
+            f"different where there are fewer than {FEWEST} different ones: give as many real rows."
+        )
     if not same(whole[1:], part):
         raise DataError(
             f"{type(model).__name__} answers a row differently when another row leaves the batch; "
@@ -202,7 +209,7 @@ def _still_answers(cuts: Cuts, model: nn.Module, inputs: Inputs, logits: Tensor)
         return False
 
 
-def distinct_rows(inputs: Inputs, rows: int = 4) -> Inputs:
+def distinct_rows(inputs: Inputs, rows: int = FEWEST) -> Inputs:
     """``inputs`` repeated to at least ``rows`` rows, made different, so that mixing rows up cannot go unseen."""
     repeats = -(-rows // max(num_rows(inputs), 1))
     if num_rows(inputs) == 0:
@@ -212,6 +219,8 @@ def distinct_rows(inputs: Inputs, rows: int = 4) -> Inputs:
     def spread(tensor: Tensor) -> Tensor:
         tiled = tensor.repeat(repeats, *([1] * (tensor.ndim - 1)))[: max(rows, tensor.shape[0])]
         if tiled.is_floating_point():
+            if len(tensor) >= rows and len(torch.unique(tensor, dim=0)) == len(tensor):
+                return tensor
             noise = torch.randn(tiled.shape, generator=generator).to(tiled.device, tiled.dtype)
             return tiled + noise * tiled.std().clamp_min(0.1)
         if any(not torch.equal(tensor[0], row) for row in tensor[1:]):
@@ -227,7 +236,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     a, b = a.double(), b.double()
-    scale = float(a.abs().max()) if a.numel() else 0.0
+    scale = float(a[a.isfinite()].abs().max()) if bool(a.isfinite().any()) else 0.0
     return bool(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * max(scale, 1e-6), equal_nan=True))
 
 

@@ -179,7 +179,7 @@ def read_data(
     if size is not None:
         raise DataError(f"{path} holds arrays, which are not resized; leave size={size} out.")
     data = read_cifar(cifar, split) if cifar is not None else _read_npz(path)
-    return data.rows(_spread(len(data), limit))
+    return data.rows(spread(len(data), limit))
 
 
 def _check_size(size: tuple[int, int]) -> None:
@@ -187,7 +187,12 @@ def _check_size(size: tuple[int, int]) -> None:
         raise DataError(f"size must be (height, width) in pixels, found {size}.")
 
 
-def _spread(count: int, limit: int | None) -> Tensor:
+def spread(count: int, limit: int | None) -> Tensor:
+    """Positions of ``limit`` of ``count`` rows, evenly spread; all where there are no more, or no limit.
+
+    >>> spread(10, 3).tolist()
+    [0, 3, 6]
+    """
     kept = count if limit is None else min(limit, count)
     return torch.arange(kept) * count // max(kept, 1)
 
@@ -282,7 +287,7 @@ def _read_folder(root: Path, split: str | None, size: tuple[int, int] | None, li
     if not files:
         found = ", ".join(entry.name for entry in _entries(folder)[:5]) or "nothing"
         raise DataError(f"No images: {folder} needs a folder per class with {' '.join(SUFFIXES)} files, found {found}.")
-    chosen = [files[row] for row in _spread(len(files), limit).tolist()]
+    chosen = [files[row] for row in spread(len(files), limit).tolist()]
     return Dataset(
         inputs=_read_images(((str(file), file) for file, _ in chosen), len(chosen), size),
         labels_N=torch.tensor([label for _, label in chosen]),
@@ -367,7 +372,7 @@ def _read_parquet(
             beside = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
             names = beside.get("info", {}).get("features", {}).get("label", {}).get("names")
     labels_N = torch.cat(labels)
-    chosen = _spread(len(labels_N), limit)
+    chosen = spread(len(labels_N), limit)
     return Dataset(
         class_names=tuple(map(str, names)) if names else _numbered(labels_N, source),
         inputs=_read_images(_blobs(pq, files, set(chosen.tolist())), len(chosen), size),

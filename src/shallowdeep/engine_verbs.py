@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from shallowdeep.costs import exits_of
-from shallowdeep.files import read_json, write_text
+from shallowdeep.files import write_text
 from shallowdeep.inputs import Inputs, num_rows, take
 from shallowdeep.models import load_model
 from shallowdeep.network import ShallowDeepNetwork, plan_to_json
@@ -30,7 +30,7 @@ from shallowdeep.timing import compare
 from shallowdeep.trajectory import Alarm
 from shallowdeep.tuning import machine_costs, tune
 from shallowdeep.types import table
-from shallowdeep.verbs import DataChoice, Result, check_policy, load_sdn, read_policy, read_trace, ready
+from shallowdeep.verbs import DataChoice, Result, check_policy, load_sdn, read_alarm, read_policy, read_trace, ready
 from shallowdeep.views import second_look_of, view_of
 
 EXPORT_ROWS = 1024
@@ -205,8 +205,8 @@ def _spelled(figure_B: Tensor) -> list[str]:
     return [f"{figure:.6f}" for figure in figure_B.tolist()]
 
 
-def _alarm(folder: Path | None) -> Alarm | None:
-    return None if folder is None else Alarm.from_json(read_json(folder / "alarm.json"))
+def _alarm(path: Path | None) -> Alarm | None:
+    return None if path is None else read_alarm(path)
 
 
 def time_engine(engine: Engine, inputs: Inputs, batch_size: int, *, rounds: int, limit: int) -> Result:

@@ -27,6 +27,7 @@ from shallowdeep.files import FormatError, read_json, read_tensors, write_tensor
 from shallowdeep.inputs import (
     Batches,
     Inputs,
+    as_inputs,
     as_pair,
     batches,
     check_labels,
@@ -159,7 +160,7 @@ class Extractor:
         self.segments: list[Segment] = []
         if sdn.plan.via == "export":
             example, stops = example_of(self.signature, 2, self.device), range(len(sdn.plan.cuts))
-            with suppress(CutError):  # rows of another shape than planned may have other cut points
+            with suppress(CutError, RuntimeError):  # rows of another shape or type: ``reduce`` says what is wrong
                 self.segments = cut_segments(sdn.backbone, sdn.plan, stops, example)[:-1]
         some = next(p for p in sdn.parameters() if p.is_floating_point())
         self.bf16 = precision == "bf16"
@@ -221,7 +222,7 @@ def extract_view(
     for inputs, batch_labels in steps(in_order, f"features, view {view + 1}", total):
         checked = check_labels(batch_labels, num_rows(inputs), sdn.plan.num_classes).cpu()
         hashes.append(row_hashes(inputs))
-        seen = inputs if augment is None else augment(inputs, generator)
+        seen = inputs if augment is None else as_inputs(augment(inputs, generator))
         if num_rows(seen) != num_rows(inputs):
             raise DataError(
                 f"augment must answer as many rows as it gets: {num_rows(inputs)} in, {num_rows(seen)} out."
@@ -271,7 +272,8 @@ class Store:
             rows, _ = read_tensors(folder / "rows.safetensors")
         except FormatError:
             return None
-        if {name: about.get(name) for name in self.key} != json.loads(json.dumps(self.key)):
+        key = json.loads(json.dumps(self.key))
+        if not isinstance(about, dict) or {name: about.get(name) for name in key} != key:
             return None
         dtype = getattr(torch, str(about["dtype"]).removeprefix("torch."))
         features = []
@@ -312,11 +314,6 @@ class _Writer:
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=dtype).view(shape)
-
-
-def view_bytes(sdn: ShallowDeepNetwork, rows: int, bf16: bool) -> int:
-    """Bytes of one view of ``rows`` rows."""
-    return rows * (2 if bf16 else 4) * sum(spec.views * spec.features for spec in sdn.plan.classifiers)
 
 
 def choose_place(cache: Cache, needed_bytes: int | None, budget_bytes: int) -> Literal["memory", "disk", "off"]:

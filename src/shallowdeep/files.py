@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,7 @@ class NoFile(FormatError, FileNotFoundError):
 @contextmanager
 def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
     """Where to write what shall replace ``paths``: renamed together at the end, or, after an error, not at all."""
-    partials = tuple(path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths)
+    partials = tuple(path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial") for path in paths)
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +26,9 @@ from shallowdeep.inputs import Inputs, call, inputs_from, logits_of, signature_o
 from shallowdeep.types import InputSignature
 
 _IDENTITY = {"clone.default", "alias.default", "detach.default", "contiguous.default", "dropout.default"}
+_lock, _quiet = threading.Lock(), threading.RLock()
+_evaluated: WeakKeyDictionary[nn.Module, tuple[bool, int]] = WeakKeyDictionary()
+"""Modules that somebody needs in eval mode: the mode they had, and how many need it."""
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_assert_async")
 
 
@@ -40,15 +45,26 @@ class _FromLeaves(nn.Module):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` in eval mode without gradients; every module's own mode flag comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """``model`` in eval mode without gradients; every module's own mode flag comes back when the last thread that
+    needs it so is done.
+    """
+    modules = [*model.modules()]
+    with _lock:
+        for module in modules:
+            training, users = _evaluated.get(module, (module.training, 0))
+            _evaluated[module] = training, users + 1
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _lock:
+            for module in modules:
+                training, users = _evaluated.pop(module)
+                if users > 1:
+                    _evaluated[module] = training, users - 1
+                else:
+                    module.training = training
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,19 +341,23 @@ def told(error: BaseException) -> str:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """The exporter's warnings and log lines: what matters of them is in the exception, which the plan reports."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    """The exporter's warnings and log lines: what matters of them is in the exception, which the plan reports.
+
+    One thread at a time: what is switched off belongs to the process.
+    """
+    with _quiet:
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            with (
+                warnings.catch_warnings(),
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.disable(before)
 
 
 def _count(module: fx.GraphModule, leaves: Sequence[Tensor]) -> dict[fx.Node, int]:

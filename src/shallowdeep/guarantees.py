@@ -387,6 +387,7 @@ def certificate_of(trace: Trace, asked: Sequence[bool], aim: Aim, observed: floa
         data_hash=digest.hexdigest()[:16],
         backend=trace.info.get("backend", ""),
         precision=trace.info.get("precision", ""),
+        weights=trace.info.get("weights", ""),
         exit_names=trace.exit_names[: last + 1],
         asked_E=tuple(asked[: last + 1]),
         view=trace.info.get("second_look", "") if last > trace.full_exit else "",

@@ -34,7 +34,7 @@ from shallowdeep.inputs import (
     row_hashes,
     take,
 )
-from shallowdeep.muon import Muon, mixes_channels
+from shallowdeep.muon import Muon, filters_of
 from shallowdeep.network import ShallowDeepNetwork, fingerprint
 from shallowdeep.progress import steps
 from shallowdeep.rates import one_cycle, stepped
@@ -281,7 +281,7 @@ class _Run:
 
 def _optimizers(answers: nn.Module, recipe: JointRecipe) -> list[torch.optim.Optimizer]:
     """SGD, and Muon for the filters where the recipe has a rate for it."""
-    filters = [p for p in answers.parameters() if recipe.muon_lr and mixes_channels(p)]
+    filters = filters_of(answers) if recipe.muon_lr else []
     taken = {id(p) for p in filters}
     sgd = torch.optim.SGD(
         [p for p in answers.parameters() if id(p) not in taken],

@@ -20,6 +20,8 @@ from shallowdeep.types import Answer
 from shallowdeep.views import SecondLook
 
 CLIENTS = 10_000
+ROUNDING = 1 + 1e-12
+"""Sums of costs round: what fits to this much fits."""
 
 
 class Answers(Protocol):
@@ -125,11 +127,10 @@ class CostWindow:
 
     def _allowed(self, window: deque[_Spent], rows: int) -> float:
         """The greatest cost for each of ``rows`` rows that overdraws no window which ends at any of them."""
-        budget = self.max_mean_cost * self.rows
+        budget = self.max_mean_cost * self.rows * ROUNDING
         # After j new rows the j oldest have left: what remains, and j times the allowance, must fit.
         kept = list(itertools.accumulate(reversed([entry.cost for entry in window]), initial=0.0))[::-1]
         allowed = min((budget - kept[j]) / j for j in range(1, min(max(rows, 1), self.rows) + 1))
-        # The first exit always fits, but sums round.
         return min(max(allowed, 0.0 if self.over == "refuse" else self.first_cost), self.full_cost)
 
 

@@ -81,7 +81,8 @@ class Monitor:
     """Watches a stream of answers: ``see`` batches, ``audit`` some rows at full depth, give ``labels`` when they come.
 
     ``verdict`` may be asked after every row: with probability >= 1 - ``reference.alpha``, over the reference rows and
-    the whole stream, it says "keep" for ever while rows come, independently, from where the reference rows came from.
+    the whole stream, it says "keep" for ever while rows come, independently, from where the reference rows came from,
+    and early exits lose no more there than is tolerated.
     An alarm stays until ``reset``. "recalibrate": a share of exits, the cost, confidence or confusion has left the
     reference's limits. "switch exits off": audits show that early exits lose, or contradict the full network, more than
     is tolerated. Several threads may call; neither memory nor file grows. ``docs/monitor.md`` has an example.

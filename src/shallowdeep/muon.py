@@ -18,13 +18,14 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 TINY = 1e-12
 
 
-def mixes_channels(parameter: nn.Parameter) -> bool:
-    """Whether ``parameter`` is a bank of convolution filters that read several channels, and has a norm to keep."""
-    return parameter.ndim == 4 and parameter.shape[1] > 1 and bool(parameter.detach().any())
+def filters_of(model: nn.Module) -> list[nn.Parameter]:
+    """The filters of ``model``'s 2d convolutions that read several channels and have a norm to keep, each once."""
+    weights = dict.fromkeys(module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
+    return [w for w in weights if isinstance(w, nn.Parameter) and w.shape[1] > 1 and bool(w.detach().any())]
 
 
 class Muon(torch.optim.Optimizer):
-    """Every step turns each bank of filters [O, I, H, W] by ``lr`` of its norm, which stays as it was at the start.
+    """Every step brings each bank of filters [O, I, H, W] to the norm it started with, and turns it by ``lr`` of that.
 
     The direction is Nesterov's momentum with all its singular values brought near 1, so that rare directions move as
     far as common ones. A norm that stays is meant for filters that a normalisation follows.

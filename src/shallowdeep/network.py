@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from shallowdeep.classifiers import Factory, InternalClassifier, Said, make_classifier
 from shallowdeep.cuts import check_audible
-from shallowdeep.files import FormatError, read_json, read_tensors, write_tensors, write_text
+from shallowdeep.files import FormatError, read_json, read_tensors, replacing, write_tensors, write_text
 from shallowdeep.graph import evaluating
 from shallowdeep.inputs import Inputs, as_inputs, call, example_of, logits_of, mask_of, signature_of
 from shallowdeep.taps import Visitor, tapped
@@ -245,7 +245,13 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
 
 def fingerprint(model: nn.Module) -> str:
     """Sha256 over names, shapes, dtypes and bits of every parameter and buffer of ``model``."""
-    return _digest(model.state_dict())
+    return _digest({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})
+
+
+def weights_hash(sdn: ShallowDeepNetwork) -> str:
+    """What tells these weights of backbone and ICs from others, in 16 characters; nothing else that an SDN keeps."""
+    parts = (fingerprint(sdn.backbone), fingerprint(sdn.classifiers))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -260,7 +266,7 @@ def save(sdn: ShallowDeepNetwork, folder: str | os.PathLike[str]) -> None:
     """Write what was added to the backbone into ``folder``: ``sdn.safetensors`` (ICs, confusion moments, hashes of the
     training rows) and ``sdn.json`` (plan, preprocessing, class names, fingerprint of the backbone, format version).
 
-    The backbone's own weights are not written. Both files are replaced whole; ``sdn.json`` names the weights' hash,
+    The backbone's own weights are not written. Both files are replaced together; ``sdn.json`` names the weights' hash,
     so that a pair of different ages is found when loading.
     """
     tensors = {f"classifiers.{name}": value for name, value in sdn.classifiers.state_dict().items()}
@@ -274,9 +280,10 @@ def save(sdn: ShallowDeepNetwork, folder: str | os.PathLike[str]) -> None:
         "preprocessing": sdn.preprocessing,
         "plan": plan_to_json(sdn.plan),
     }
-    path = Path(folder)
-    write_tensors(path / "sdn.safetensors", tensors, {"shallowdeep_sdn": str(FORMAT)})
-    write_text(path / "sdn.json", json.dumps(about, indent=1))
+    path, text = Path(folder), json.dumps(about, indent=1)
+    with replacing(path / "sdn.safetensors", path / "sdn.json") as (weights, described):
+        write_tensors(weights, tensors, {"shallowdeep_sdn": str(FORMAT)})
+        write_text(described, text)
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module, *, classifier: Factory | None = None) -> ShallowDeepNetwork:

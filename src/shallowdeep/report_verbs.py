@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shallowdeep.data import Dataset
+from shallowdeep.data import Dataset, spread
 from shallowdeep.files import read_json, write_text
 from shallowdeep.inputs import take
 from shallowdeep.network import plan_from_json, read_about
@@ -192,12 +192,8 @@ def _gallery(facts: Facts, kept: Tensor, limit: int) -> Tensor:
         return torch.arange(len(kept))
     odd_K = _odd(facts)[kept]
     odd, even = odd_K.nonzero().flatten(), (~odd_K).nonzero().flatten()
-    odd = _spread(odd, min(len(odd), limit))
-    return torch.cat([odd, _spread(even, min(len(even), limit - len(odd)))]).sort().values
-
-
-def _spread(rows: Tensor, count: int) -> Tensor:
-    return rows[torch.arange(count) * len(rows) // max(count, 1)]
+    odd = odd[spread(len(odd), limit)]
+    return torch.cat([odd, even[spread(len(even), limit - len(odd))]]).sort().values
 
 
 def _heat(facts: Facts, data: Dataset, sdn_dir: Path, kept: Tensor, chosen_G: Tensor, heats: int) -> dict[str, str]:

@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from scipy.special import logsumexp
-from scipy.stats import beta
+
+from shallowdeep.bounds import binomial_upper
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -117,9 +118,8 @@ def share_limits(hits: int, rows: int, alpha: float) -> tuple[float, float]:
     >>> share_limits(0, 598, 0.1)[1] < 0.005
     True
     """
-    low = float(beta.ppf(alpha / 2, hits, rows - hits + 1)) if hits else 0.0
-    high = float(beta.ppf(1 - alpha / 2, hits + 1, rows - hits)) if hits < rows else 1.0
-    return low, high
+    high, rest = binomial_upper(np.array([hits, rows - hits]), rows, alpha / 2)
+    return float(1 - rest), float(high)
 
 
 def _lower(value_V: Floats, count_V: Floats, alpha: float) -> float:

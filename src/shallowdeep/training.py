@@ -10,10 +10,10 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from shallowdeep.augment import Augment, named_augment
-from shallowdeep.checkpoints import Checkpoint
+from shallowdeep.checkpoints import Checkpoint, alone
 from shallowdeep.features import (
     CACHE_BYTES,
     Cache,
@@ -41,7 +41,6 @@ from shallowdeep.features import (
     seeded,
     seeded_batches,
     temporary_folder,
-    view_bytes,
     with_first,
 )
 from shallowdeep.inputs import as_pair, check_labels, num_rows, row_hashes, take
@@ -142,9 +141,10 @@ def train_exits(
     recipe = recipe or default_recipe(sdn.plan)
     epochs = recipe.epochs if epochs is None else epochs
     views = recipe.views if views is None else views
-    if epochs < 1 or views < 1 or precision not in ("auto", "fp32", "bf16"):
+    if epochs < 1 or views < 1 or precision not in get_args(Precision) or cache not in get_args(Cache):
         raise ValueError(
-            f"Need epochs >= 1, views >= 1, precision auto, fp32 or bf16; found {epochs}, {views}, {precision!r}."
+            f"Need epochs >= 1, views >= 1, precision {', '.join(get_args(Precision))}, "
+            f"cache {', '.join(get_args(Cache))}; found {epochs}, {views}, {precision!r}, {cache!r}."
         )
     start = time.perf_counter()
     fabric = fabric or one_process(sdn)
@@ -153,8 +153,8 @@ def train_exits(
     state = checkpoint.load()
     if state is not None:  # whatever a new timing would say
         precision = "bf16" if state["bf16"] else "fp32"
-    run.extractor = Extractor(sdn, run.sample, precision)
     with _only_exits_train(sdn), ExitStack() as stack:
+        run.extractor = Extractor(sdn, run.sample, precision)
         parts_of = run.source(cache, cache_bytes, cache_dir, stack)
         ready = time.perf_counter()
         losses = run.optimise(parts_of, checkpoint, state)
@@ -230,7 +230,7 @@ class _ExitRun:
     ) -> Callable[[int], Iterator[Part]]:
         """A function from the epoch to this process's parts of its batches."""
         rows = count_rows(self.data, self.sample)
-        needed = None if rows is None else self.views * view_bytes(self.sdn, rows, self.extractor.bf16)
+        needed = None if rows is None else rows * self.views * self._row_bytes()
         self.place = choose_place("disk" if folder and cache == "auto" else cache, needed, budget)
         check_passes(self.data, self.epochs if self.place == "off" else self.views)
         if self.place == "off":
@@ -239,25 +239,31 @@ class _ExitRun:
         own = None
         if self.place == "disk":
             own = Path(folder or stack.enter_context(temporary_folder())) / f"rank{self.share.rank}"
-        store = Store(own, key)
-        made: list[View] = []
-        for view in range(self.views):
-            found = store.find(view)
-            if found is None:
-                found = extract_view(
-                    self.sdn,
-                    self.data,
-                    self.augment,
-                    self.seed,
-                    view,
-                    extractor=self.extractor,
-                    store=store,
-                    share=self.share,
-                )
-                store.finish(view, *found)
-            made.append(found[0])
-            self.hash_N = found[1]
+        with nullcontext() if own is None else alone(own):
+            made = [self._view(view, Store(own, key)) for view in range(self.views)]
         return lambda epoch: self._cached(made, epoch)
+
+    def _view(self, view: int, store: Store) -> View:
+        """One view of the data, found again or made."""
+        found = store.find(view)
+        if found is None:
+            found = extract_view(
+                self.sdn,
+                self.data,
+                self.augment,
+                self.seed,
+                view,
+                extractor=self.extractor,
+                store=store,
+                share=self.share,
+            )
+            store.finish(view, *found)
+        made, self.hash_N = found
+        return made
+
+    def _row_bytes(self) -> int:
+        """Bytes of one row's features."""
+        return sum(reduced.nbytes for reduced in self.extractor(take(self.sample, slice(0, 1))))
 
     def _cached(self, made: Sequence[View], epoch: int) -> Iterator[Part]:
         view = made[epoch % len(made)]

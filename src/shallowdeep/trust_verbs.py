@@ -168,14 +168,15 @@ def watch_verb(
 
     A live trace holds full answers and labels, too: all its rows are audited.
     """
-    policy = read_policy(policy_dir)
     choices: Result = {"policy": policy_dir, "trace": trace_dir, "live": live_dir, "after": after}
     if after is not None:
+        policy = read_policy(policy_dir)
         monitor = Monitor.load(after / "monitor.json")
     else:
         tolerated = {"alpha": alpha, "max_accuracy_drop": max_accuracy_drop, "slack": slack}
         choices |= {**tolerated, "max_disagreement": max_disagreement}
         trace = read_trace(trace_dir)
+        policy = policy_for(trace, policy_dir)
         monitor = Monitor(refer(policy, trace, max_disagreement=max_disagreement, **tolerated))
     if (live_dir / "predictions.csv").is_file():
         monitor.see(read_predictions(live_dir / "predictions.csv", monitor.reference))

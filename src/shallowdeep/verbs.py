@@ -38,6 +38,7 @@ from shallowdeep.progress import waiting
 from shallowdeep.runs import inside, plain, read_run, write_run
 from shallowdeep.spelling import from_json, in_words, to_json
 from shallowdeep.training import train_exits
+from shallowdeep.trajectory import Alarm
 from shallowdeep.types import DataError, Trace, table
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -96,7 +97,7 @@ def plan_verb(
         "weights": weights and str(weights.resolve()),
         "num_classes": num_classes or len(rows.class_names),
         "preprocessing": preprocessing and preprocessing.to_json(),
-        "class_names": rows.class_names,
+        "class_names": (*rows.class_names, *(f"class {i}" for i in range(len(rows.class_names), found.num_classes))),
         "data": data.__dict__,
     }
     result = {"exits": found.exit_names, "cost": found.cost_E, "macs": found.total_macs, "params": found.total_params}
@@ -299,8 +300,24 @@ def read_policy(path: Path) -> Policy:
         return from_json(read_json(file))
     except FormatError:
         raise
-    except ValueError as error:
-        raise FormatError(f"{file} holds no policy: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{file} holds no policy: {_wrong(error)}") from None
+
+
+def read_alarm(path: Path) -> Alarm:
+    """The alarm at ``path``, a folder of ``sdn alarms``, or a file. Raises ``FormatError``."""
+    file = inside(path, "alarm.json")
+    try:
+        return Alarm.from_json(read_json(file))
+    except FormatError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{file} holds no alarm: {_wrong(error)}") from None
+
+
+def _wrong(error: Exception) -> str:
+    """What is wrong, with the kind of error where its words alone do not say."""
+    return str(error) if isinstance(error, ValueError) else repr(error)
 
 
 def check_policy(policy: Policy, path: Path, exit_names: Sequence[str], full_exit: int) -> None:

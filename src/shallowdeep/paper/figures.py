@@ -36,7 +36,7 @@ def early_exits_figure(found: Mapping[str, Any], title: str) -> Any:
         {"cost": cost, "accuracy": right, "what": "early exits"}
         for cost, right in zip(curve["cost"], curve["accuracy"], strict=True)
     ]
-    plain = [{"cost": cost, "accuracy": found["accuracy_cnn"], "what": "full network"} for cost in (0.0, 1.0)]
+    plain = [{"cost": cost, "accuracy": found["accuracy_cnn"], "what": "plain network"} for cost in (0.0, 1.0)]
     return line_figure([*rows, *plain], "cost:Q", "mean cost (full network = 1)", "accuracy:Q", "accuracy", title)
 
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from shallowdeep.explain import enlarged, grad_cam
+from shallowdeep.files import replacing
 from shallowdeep.network import ShallowDeepNetwork, load
 from shallowdeep.paper.datasets import class_names, read_rows, study_set
 from shallowdeep.paper.experiments import galleries
@@ -94,8 +95,8 @@ def draw_looks(name: str, data_dir: Path, *, results: Path, work: Path, out: Pat
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    with replacing(path) as (partial,):
+        picture.save(partial, "PNG")
 
 
 def _heated(image: Tensor, heat: Tensor) -> Tensor:

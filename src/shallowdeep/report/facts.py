@@ -84,9 +84,13 @@ class Facts:
 
     @property
     def doubt(self) -> float:
-        """Half the width of a 95 % interval of the drop: rows are paired, each right twice, once or never."""
+        """Half the width of a 95 % interval of the drop: rows are paired, each right twice, once or never.
+
+        A gain and a loss more are counted (Agresti, Min 2005): no difference in few rows does not mean that none comes.
+        """
         difference_N = self.right_EN[self.trace.full_exit].double() - self.answered_right_N.double()
-        return 1.96 * float(difference_N.std(correction=0)) / math.sqrt(len(difference_N))
+        rows, differ = len(difference_N) + 2, int((difference_N != 0).sum()) + 2
+        return 1.96 * math.sqrt((differ / rows - (float(difference_N.sum()) / rows) ** 2) / rows)
 
     @property
     def labels(self) -> list[str]:

@@ -50,7 +50,8 @@ const report = (() => {
     let before = 0;
     for (let e = 0; e < trace.full; e++) before += left[e];
     const rows = trace.rows, drop = (fullRight - right) / rows;
-    const doubt = 1.96 * Math.sqrt(Math.max(0, differ / rows - drop * drop) / rows);
+    const counted = rows + 2, shift = (fullRight - right) / counted;
+    const doubt = 1.96 * Math.sqrt(((differ + 2) / counted - shift * shift) / counted);
     return { left, good, cost: cost / rows, accuracy: right / rows, full: fullRight / rows, drop, doubt, early: before / rows };
   };
 

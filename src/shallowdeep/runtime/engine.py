@@ -29,7 +29,7 @@ from shallowdeep.inputs import (
     signature_of,
     take,
 )
-from shallowdeep.network import ShallowDeepNetwork
+from shallowdeep.network import ShallowDeepNetwork, weights_hash
 from shallowdeep.policies import CalibrationRecord, Confidence, Policy
 from shallowdeep.progress import steps
 from shallowdeep.runtime.backends import Array, Backend, BackendName
@@ -71,6 +71,7 @@ def why_void(
     *,
     look: SecondLook | None,
     backend: str,
+    weights: str,
     capped: bool = False,
 ) -> str | None:
     """Why the certificate on the record of ``policy``, or of an alarm, does not hold where ``policy`` runs on
@@ -87,6 +88,7 @@ def why_void(
     return record.certificate.void_for(
         backend=backend,
         precision=str(next(floats, torch.float32)),
+        weights=weights,
         exit_names=exits.exit_names[: last + 1],
         view=look.name if look is not None and last > exits.full_exit else "",
         capped=capped,
@@ -100,7 +102,8 @@ class Engine:
     "torch" (any device), "torch-compile", "onnxruntime", "openvino" or "openvino-bf16", these with ``threads`` threads
     (None: as many as PyTorch has), or "auto": the quickest that is installed, by measurement, or the one that the
     certificate of policy or alarm speaks of; ``certificate`` is None without one and, with a warning, where it is void.
-    Weights are snapshotted: a call soon after the SDN has changed raises ``BackboneMismatch``. A backbone that cannot
+    Weights are snapshotted: from .1 s after the SDN's were changed in place a call raises ``BackboneMismatch``; modules
+    or parameters put in their place go unseen. A backbone that cannot
     be exported runs through its own modules, in PyTorch alone. Several threads may call one engine. Rows whose logits
     are not finite are answered by the backbone's own exit with ``valid_B`` False. An ``alarm``
     (of ``fit_alarm`` or ``calibrate_alarm``, for policies that ask the same exits) adds ``alarm_B``, how probably each
@@ -148,8 +151,9 @@ class Engine:
         self._backend = self._chosen(backend, self.threads)
         self.backend: BackendName = self._backend.name
         self._proved = dict[str, CalibrationRecord]()
+        self._weights = weights_hash(sdn) if proved else ""
         for name, record in proved.items():
-            if reason := why_void(record, sdn, policy, look=self.second_look, backend=self.backend):
+            if reason := self._why_void(record):
                 warnings.warn(f"The {name}'s certificate is void here: {reason}.", stacklevel=2)
             else:
                 self._proved[name] = record
@@ -170,9 +174,7 @@ class Engine:
         rows = num_rows(batch)
         if max_cost is not None or max_ms is not None:
             for name, record in self._proved.items():
-                reason = why_void(
-                    record, self.sdn, self.policy, look=self.second_look, backend=self.backend, capped=True
-                )
+                reason = self._why_void(record, capped=True)
                 warnings.warn(f"The {name}'s certificate is void for this call: {reason}.", stacklevel=2)
         if rows == 0:
             return self._nothing()
@@ -194,6 +196,17 @@ class Engine:
             found = walk(program, self._named(part), num_rows(part), self.times, own)
             left += [some._replace(row_S=some.row_S + first) for some in found]
         return self._answer(left)
+
+    def _why_void(self, record: CalibrationRecord, *, capped: bool = False) -> str | None:
+        return why_void(
+            record,
+            self.sdn,
+            self.policy,
+            look=self.second_look,
+            backend=self.backend,
+            weights=self._weights,
+            capped=capped,
+        )
 
     def _before_others(self, limit: Limit | None, rows: int) -> Limit | None:
         """``limit`` less the time that ``rows`` rows to come need for their first step."""
