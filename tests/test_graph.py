@@ -201,16 +201,18 @@ def test_what_takes_only_its_type_from_a_tensor_is_not_computed_from_it() -> Non
 
 
 def test_what_is_silent_is_heard_again_whatever_threads_do() -> None:
-    out, level, inside = sys.stdout, logging.root.manager.disable, Event()
+    out, level, inside, left = sys.stdout, logging.root.manager.disable, Event(), Event()
 
     def second() -> None:
         with silence():
             inside.set()
+            left.wait(10)
 
     with ThreadPoolExecutor(1) as pool:
         with silence():
             other = pool.submit(second)
             inside.wait(0.2)
+        left.set()
         other.result()
     assert sys.stdout is out
     assert logging.root.manager.disable == level
