@@ -96,15 +96,11 @@ def plan(
         )
     chosen = [_with_mask(cut, inputs) for cut in choose(found, at, type(model).__name__)]
     params = sum(p.numel() for p in model.parameters())
+    kind, factory = (classifier, None) if isinstance(classifier, str) else ("custom", classifier)
     specs: list[ClassifierSpec] = []
     for cut in chosen:
-        kind = classifier if isinstance(classifier, str) else "custom"
-        factory = None if isinstance(classifier, str) else classifier
-        specs.append(
-            size_classifier(
-                kind, cut, found.num_classes, found.total_macs, params, specs[-1] if specs else None, factory
-            )
-        )
+        before = specs[-1] if specs else None
+        specs.append(size_classifier(kind, cut, found.num_classes, found.total_macs, params, before, factory))
     return Plan(
         model=type(model).__name__,
         inputs=signature_of(inputs),
@@ -116,7 +112,7 @@ def plan(
         candidates=found.points,
         via="export" if found.graph is not None else "modules",
         reason=found.reason,
-        factory=None if isinstance(classifier, str) else classifier,
+        factory=factory,
     )
 
 
@@ -259,17 +255,17 @@ def _graph_cuts(
         values = Values(graph.module, {c.node for c in by_macs.values()})
         if not same(values.run(*tensors(inputs)), logits):
             raise CutError("The exported graph answers otherwise than the network.")
-        homes = _homes(model, inputs, graph, values.kept)
+        homes = _homes(model, inputs, values.kept)
     points, crossings = [], []
     for crossing in by_macs.values():
         found = homes.get(crossing.node)
         if found:
-            points.append(_point(graph, crossing, found))
+            points.append(_point(crossing, found))
             crossings.append(crossing)
     return points, crossings
 
 
-def _point(graph: BackboneGraph, crossing: Crossing, homes: list[CutPoint]) -> CutPoint:
+def _point(crossing: Crossing, homes: list[CutPoint]) -> CutPoint:
     tensor = crossing.node.meta["val"]
     names = [home.name for home in homes]
     bare = [name.removesuffix(":out") for name in names if name.endswith(":out")]
@@ -293,9 +289,7 @@ def _calls_of(node: fx.Node) -> list[tuple[str, int]]:
     return calls
 
 
-def _homes(
-    model: nn.Module, inputs: Inputs, graph: BackboneGraph, values: dict[fx.Node, Tensor]
-) -> dict[fx.Node, list[CutPoint]]:
+def _homes(model: nn.Module, inputs: Inputs, values: dict[fx.Node, Tensor]) -> dict[fx.Node, list[CutPoint]]:
     """For every crossing the ways to reach it in the user's own network, each seen to carry the same numbers."""
     suggested: dict[tuple[str, Port, int], list[fx.Node]] = {}
     for node in values:

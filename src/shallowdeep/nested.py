@@ -6,6 +6,7 @@ It refuses to know who runs it: an engine and an exported file hold the same gra
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,8 @@ def answering_model(
     outputs, names = [*outputs, *_outputs(step, model, answers)], [*names, *answers]
     rows |= _answered(graph, step, rows, answers)
     given = {f"next.{name}": rows[name] for name in names}
+    # Copies: ``model`` is kept for others, who know its outputs by their own names.
+    outputs = [copy.deepcopy(value) for value in outputs]
     for name, value in zip(given, outputs, strict=True):
         value.name = name
     return _model(graph, inputs, given, outputs, model), names

@@ -44,8 +44,8 @@ def onnx_program(step: Step | Joined, example: Sequence[Tensor]) -> Any:
     except torch.onnx.OnnxExporterError as error:
         raise BackendError(f"The network cannot be an ONNX graph: {told(error)}.") from error
     assert program is not None
-    _MADE[step] = program.model_proto
-    return program.model_proto
+    made = _MADE[step] = program.model_proto  # built anew whenever asked for
+    return made
 
 
 def _number(s: float, dtype: int = 1, layout: str = "", device: str = "", pin_memory: bool = False) -> Any:

@@ -150,14 +150,15 @@ class Engine:
         self.threads = threads or torch.get_num_threads()
         self._backend = self._chosen(backend, self.threads)
         self.backend: BackendName = self._backend.name
-        self._proved = dict[str, CalibrationRecord]()
+        self._void_capped = dict[str, str | None]()
         self._weights = weights_hash(sdn) if proved else ""
         for name, record in proved.items():
             if reason := self._why_void(record):
                 warnings.warn(f"The {name}'s certificate is void here: {reason}.", stacklevel=2)
             else:
-                self._proved[name] = record
-        self.certificate = self._proved["policy"].certificate if "policy" in self._proved else None
+                self._void_capped[name] = self._why_void(record, capped=True)
+        holds = policy.calibrated_on if "policy" in self._void_capped else None
+        self.certificate = None if holds is None else holds.certificate
         self._cost = self._backend.enter(self._cost_E)
         if self._exported:
             self._program(sdn.plan.inputs)
@@ -173,8 +174,7 @@ class Engine:
         batch, signature = self._checked(inputs)
         rows = num_rows(batch)
         if max_cost is not None or max_ms is not None:
-            for name, record in self._proved.items():
-                reason = self._why_void(record, capped=True)
+            for name, reason in self._void_capped.items():
                 warnings.warn(f"The {name}'s certificate is void for this call: {reason}.", stacklevel=2)
         if rows == 0:
             return self._nothing()
