@@ -5,6 +5,7 @@ python benchmarks/optimisers.py DATA OUT.json [NETWORK EPOCHS MUON_LR]
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -19,18 +20,14 @@ from shallowdeep.paper.datasets import read_rows, split_rows, study_set
 from shallowdeep.paper.recipes import fresh_network
 from shallowdeep.runs import describe_device
 
-WAYS = {"sgd": (128, 0.0), "muon": (256, None)}
-"""Batch size of each way, and its ``muon_lr``, None for the one asked for."""
-
 
 def main(data: Path, out: Path, network: str = "vgg16", epochs: str = "5", muon_lr: str = "0.05") -> None:
     chosen, (images, labels) = study_set("cifar10"), read_rows("cifar10", data, "train")
     kept, held = split_rows(labels)
     result = {"network": network, "epochs": int(epochs), "device": describe_device(), "ways": {}}
-    for name, (batch_size, rate) in WAYS.items():
-        recipe = JointRecipe(
-            nesterov=True, milestones=(), batch_size=batch_size, muon_lr=float(muon_lr) if rate is None else rate
-        )
+    sgd = JointRecipe(nesterov=True, milestones=())
+    muon = dataclasses.replace(sgd, batch_size=256, muon_lr=float(muon_lr))
+    for name, recipe in (("sgd", sgd), ("muon", muon)):
         model, start = fresh_network(network, chosen, seed=0), time.perf_counter()
         train_backbone(
             model,
@@ -46,7 +43,7 @@ def main(data: Path, out: Path, network: str = "vgg16", epochs: str = "5", muon_
             said = torch.cat([model.eval()(part).argmax(-1) for part in images[held].split(500)])
         right = (said == labels[held]).double().mean().item()
         result["ways"][name] = {
-            "batch_size": batch_size,
+            "batch_size": recipe.batch_size,
             "muon_lr": recipe.muon_lr,
             "accuracy": right,
             "seconds_per_epoch": seconds / int(epochs),

@@ -200,11 +200,10 @@ def test_nothing_is_left_of_an_export_that_answers_otherwise(tmp_path: Path, mon
     monkeypatch.setattr(EarlyExits, "__call__", lambda *args: (found := real(*args)) | {"exit": 0 * found["exit"] + 1})
     with pytest.raises(ExportError, match=r"The export sends .* of .* rows to another exit than the engine"):
         export_folder(tiny(), policy, tmp_path / "out", rows(60))
-    alone = lambda args: len(args[1]) == 1  # noqa: E731
     monkeypatch.setattr(
         EarlyExits,
         "__call__",
-        lambda *args: (found := real(*args)) | {"exit": (found["exit"] + alone(args)) % 3},
+        lambda *args: (found := real(*args)) | {"exit": (found["exit"] + (len(args[1]) == 1)) % 3},
     )
     with pytest.raises(ExportError, match=r"The export sends 1 of 1 rows to another exit than the engine"):
         export_folder(tiny(), policy, tmp_path / "out", rows(60))

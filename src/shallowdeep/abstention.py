@@ -18,7 +18,6 @@ from shallowdeep.alarming import fit_alarm, full_network, wrong_answers
 from shallowdeep.bounds import Bools, Counts, Floats, binomial_upper, last_proved, rows_needed
 from shallowdeep.calibration import SUREST
 from shallowdeep.certificates import Certificate
-from shallowdeep.effects import share
 from shallowdeep.guarantees import Aim, certificate_of, check_provable, unseen
 from shallowdeep.policies import OVERLAP, CalibrationRecord, Policy
 from shallowdeep.spelling import rule_to_json
@@ -105,9 +104,9 @@ def _fresh(trace: Trace, policy: Policy | None, alarm: Alarm | None, max_error: 
         )
     fresh_N = unseen(trace, None if policy is None else policy.calibrated_on, "policy")
     fresh_N &= unseen(trace, None if alarm is None else alarm.fitted_on, "alarm")
+    if (part := trace.trained_share) > OVERLAP:
+        warnings.warn(f"The ICs trained on {part:.1%} of these rows, which are left out.", stacklevel=3)
     if trace.trained_N is not None:
-        if (part := share(trace.trained_N)) > OVERLAP:
-            warnings.warn(f"The ICs trained on {part:.1%} of these rows, which are left out.", stacklevel=3)
         fresh_N &= ~trace.trained_N.bool().numpy()
     if (rows := int(fresh_N.sum())) < FEWEST:
         raise ValueError(f"An alarm takes {FEWEST} rows that nobody has seen; here are {rows}.")

@@ -221,7 +221,7 @@ def alarms(trace: Trace, policy: Policy | None = None, *, against: Trace | None 
     True
     """
     policy, traces = policy or full_network(trace), [trace]
-    if trace.trained_N is not None and (seen := share(trace.trained_N)) > OVERLAP:
+    if (seen := trace.trained_share) > OVERLAP:
         warnings.warn(f"The ICs trained on {seen:.1%} of these rows: errors look rarer, alarms better.", stacklevel=2)
     if policy.calibrated_on is not None and (seen := share(policy.calibrated_on.seen(trace))) > OVERLAP:
         warnings.warn(f"The policy was calibrated on {seen:.1%} of these rows: its errors look rarer.", stacklevel=2)

@@ -71,7 +71,7 @@ def calibrate(
     """
     _check(max_accuracy_drop, max_mean_cost, confidence, method, risk)
     asked = asked_exits(enabled_E, trace.num_exits, trace.full_exit)
-    if trace.trained_N is not None and (seen := share(trace.trained_N)) > OVERLAP:
+    if (seen := trace.trained_share) > OVERLAP:
         warnings.warn(f"The ICs trained on {seen:.1%} of these rows: thresholds from them are too bold.", stacklevel=2)
     certificate: Certificate | None = None
     drop = float(max_accuracy_drop or 0.0)
@@ -238,7 +238,7 @@ def evaluate(policy: Policy, trace: Trace) -> Evaluation:
     record = policy.calibrated_on
     if record is not None and (seen := share(record.seen(trace))) > OVERLAP:
         warnings.warn(f"The policy was calibrated on {seen:.1%} of these rows: they flatter it.", stacklevel=2)
-    if trace.trained_N is not None and (seen := share(trace.trained_N)) > OVERLAP:
+    if (seen := trace.trained_share) > OVERLAP:
         warnings.warn(f"The ICs trained on {seen:.1%} of these rows: they flatter the policy.", stacklevel=2)
     outcome = simulate(policy, trace)
     full_N = answers(trace)[trace.full_exit] == trace.labels_N

@@ -281,6 +281,11 @@ class Trace:
         return self.logits_ENC.shape[0]
 
     @property
+    def trained_share(self) -> float:
+        """The share of rows that the ICs are known to have trained on."""
+        return 0.0 if self.trained_N is None else float(self.trained_N.double().mean())
+
+    @property
     def num_samples(self) -> int:
         """N."""
         return self.logits_ENC.shape[1]

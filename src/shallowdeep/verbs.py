@@ -9,10 +9,10 @@ import dataclasses
 import json
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import save_model
@@ -41,6 +41,7 @@ from shallowdeep.training import train_exits
 from shallowdeep.trajectory import Alarm
 from shallowdeep.types import DataError, Trace, table
 
+Parsed = TypeVar("Parsed")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Half = Literal["all", "a", "b"]
 Result = dict[str, Any]
@@ -295,29 +296,23 @@ def read_trace(path: Path) -> Trace:
 
 def read_policy(path: Path) -> Policy:
     """The policy at ``path``, a folder of ``sdn calibrate`` or ``sdn tune``, or a file. Raises ``FormatError``."""
-    file = inside(path, "policy.json")
-    try:
-        return from_json(read_json(file))
-    except FormatError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{file} holds no policy: {_wrong(error)}") from None
+    return _parsed(path, "policy", from_json)
 
 
 def read_alarm(path: Path) -> Alarm:
     """The alarm at ``path``, a folder of ``sdn alarms``, or a file. Raises ``FormatError``."""
-    file = inside(path, "alarm.json")
+    return _parsed(path, "alarm", Alarm.from_json)
+
+
+def _parsed(path: Path, what: str, parse: Callable[[Any], Parsed]) -> Parsed:
+    file = inside(path, f"{what}.json")
+    facts = read_json(file)
     try:
-        return Alarm.from_json(read_json(file))
-    except FormatError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{file} holds no alarm: {_wrong(error)}") from None
-
-
-def _wrong(error: Exception) -> str:
-    """What is wrong, with the kind of error where its words alone do not say."""
-    return str(error) if isinstance(error, ValueError) else repr(error)
+        return parse(facts)
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"{file} holds no {what}: {error!r}") from None
+    except ValueError as error:
+        raise FormatError(f"{file} holds no {what}: {error}") from None
 
 
 def check_policy(policy: Policy, path: Path, exit_names: Sequence[str], full_exit: int) -> None:

@@ -27,7 +27,7 @@ Regime: TypeAlias = Literal["cnn", "ic-only", "sdn-training", "mixed"]
 REGIMES: tuple[Regime, ...] = ("cnn", "ic-only", "sdn-training", "mixed")
 FAST_EPOCHS = {"vgg16": 30, "wrn32-4": 30, "resnet56": 50, "mobilenet": 25}
 FAST_MUON_LR = {"vgg16": 0.05}
-"""Networks without shortcuts gain most from it; the others are trained by SGD alone."""
+"""Tried on VGG16 alone so far; the others are trained by SGD."""
 WEIGHT_DECAY = {"vgg16": 5e-4, "wrn32-4": 5e-4, "resnet56": 1e-4, "mobilenet": 1e-4}
 Rows: TypeAlias = tuple[Tensor, Tensor]
 

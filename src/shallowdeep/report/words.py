@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shallowdeep.effects import share
 from shallowdeep.policies import OVERLAP, Confidence, Fixed, Policy
 from shallowdeep.report.facts import Facts
 from shallowdeep.report.numbers import Row
@@ -67,8 +66,8 @@ def summary(facts: Facts) -> list[Part]:
 
 def rows_said(facts: Facts) -> str:
     """Which rows the page speaks of, and how honest that is."""
-    rows, trained_N = f"{facts.trace.num_samples:,} rows", facts.trace.trained_N
-    if trained_N is not None and (part := share(trained_N)) > OVERLAP:
+    rows = f"{facts.trace.num_samples:,} rows"
+    if (part := facts.trace.trained_share) > OVERLAP:
         return f"{rows}, {percent(part)} of which the ICs were trained on: every figure flatters them."
     if facts.chosen_here and not isinstance(facts.policy, Fixed):
         return f"{rows} that the thresholds have not seen: they were chosen here, on the other half of the trace."

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import cast
 
@@ -151,12 +152,13 @@ class Engine:
         self._backend = self._chosen(backend, self.threads)
         self.backend: BackendName = self._backend.name
         self._void_capped = dict[str, str | None]()
-        self._weights = weights_hash(sdn) if proved else ""
+        weights = weights_hash(sdn) if proved else ""
+        void = partial(why_void, sdn=sdn, policy=policy, look=self.second_look, backend=self.backend, weights=weights)
         for name, record in proved.items():
-            if reason := self._why_void(record):
+            if reason := void(record):
                 warnings.warn(f"The {name}'s certificate is void here: {reason}.", stacklevel=2)
             else:
-                self._void_capped[name] = self._why_void(record, capped=True)
+                self._void_capped[name] = void(record, capped=True)
         holds = policy.calibrated_on if "policy" in self._void_capped else None
         self.certificate = None if holds is None else holds.certificate
         self._cost = self._backend.enter(self._cost_E)
@@ -196,17 +198,6 @@ class Engine:
             found = walk(program, self._named(part), num_rows(part), self.times, own)
             left += [some._replace(row_S=some.row_S + first) for some in found]
         return self._answer(left)
-
-    def _why_void(self, record: CalibrationRecord, *, capped: bool = False) -> str | None:
-        return why_void(
-            record,
-            self.sdn,
-            self.policy,
-            look=self.second_look,
-            backend=self.backend,
-            weights=self._weights,
-            capped=capped,
-        )
 
     def _before_others(self, limit: Limit | None, rows: int) -> Limit | None:
         """``limit`` less the time that ``rows`` rows to come need for their first step."""
