@@ -1,11 +1,10 @@
-"""What a few epochs teach a network of the study, on held-out rows: SGD alone, and Muon for the filters.
+"""What a few epochs teach a network of the study, on held-out rows: by SGD alone, and by its ``fast`` recipe.
 
-python benchmarks/optimisers.py DATA OUT.json [NETWORK EPOCHS MUON_LR]
+python benchmarks/optimisers.py DATA OUT.json [NETWORK EPOCHS]
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
@@ -15,19 +14,17 @@ import torch
 from lightning_fabric import Fabric
 
 from shallowdeep.augment import FlipCrop
-from shallowdeep.joint import JointRecipe, train_backbone
+from shallowdeep.joint import train_backbone
 from shallowdeep.paper.datasets import read_rows, split_rows, study_set
-from shallowdeep.paper.recipes import fresh_network
+from shallowdeep.paper.recipes import FAST, FAST_WHOLE, fresh_network
 from shallowdeep.runs import describe_device
 
 
-def main(data: Path, out: Path, network: str = "vgg16", epochs: str = "5", muon_lr: str = "0.05") -> None:
+def main(data: Path, out: Path, network: str = "mobilenet", epochs: str = "4") -> None:
     chosen, (images, labels) = study_set("cifar10"), read_rows("cifar10", data, "train")
     kept, held = split_rows(labels)
     result = {"network": network, "epochs": int(epochs), "device": describe_device(), "ways": {}}
-    sgd = JointRecipe(nesterov=True, milestones=())
-    muon = dataclasses.replace(sgd, batch_size=256, muon_lr=float(muon_lr))
-    for name, recipe in (("sgd", sgd), ("muon", muon)):
+    for name, recipe in (("sgd", FAST), ("muon", FAST_WHOLE[network])):
         model, start = fresh_network(network, chosen, seed=0), time.perf_counter()
         train_backbone(
             model,

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import test_cli
 from shallowdeep import attack_study as module
@@ -16,7 +15,6 @@ from shallowdeep.attack_study import StudyChoices, attack_study, write_study
 from shallowdeep.attacks import Attack
 from shallowdeep.cli import main
 from shallowdeep.network import fingerprint
-from shallowdeep.trust_verbs import spread
 from victim import PIXELS, pictures, victim
 
 CHOICES = StudyChoices(
@@ -71,11 +69,6 @@ def test_a_study_measures_every_defence_and_goes_on_where_it_was(
     text = write_study(tmp_path, copy.deepcopy(again))
     assert json.loads((tmp_path / "attack.json").read_text())["limits"] == limits
     assert (tmp_path / "table.txt").read_text() == text + "\n"
-
-
-def test_rows_are_spread_evenly() -> None:
-    assert torch.equal(spread(torch.arange(5), 9), torch.arange(5))
-    assert len(set(spread(torch.arange(1000), 77).tolist())) == 77
 
 
 def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -195,15 +195,15 @@ class AlarmScores:
     lead: Mapping[str, AurocDifference]
 
     def __str__(self) -> str:
+        answers = f"{self.samples} answers; accuracy {self.accuracy:.2%} at mean cost {self.mean_cost:.3f}"
+        if self.positives in (0, self.samples):
+            return f"There is nothing to tell apart: {self.positives} {self.target} among {answers}"
         head = "score", "AUROC", "AUPR", "FPR at 95 % TPR", "AURC", f"AUROC less {RIVAL}'s, 95 %"
         rows: list[tuple[str, ...]] = [head]
         for name, own in self.scores.items():
             figures = (f"{value:.4f}" for value in (own.auroc, own.aupr, own.fpr_at_95_tpr, own.aurc))
             rows.append((name, *figures, "" if name == RIVAL else str(self.lead[name])))
-        return (
-            f"{table(rows)}\n{self.positives} {self.target} among {self.samples} answers; accuracy "
-            f"{self.accuracy:.2%} at mean cost {self.mean_cost:.3f}"
-        )
+        return f"{table(rows)}\n{self.positives} {self.target} among {answers}"
 
 
 def alarms(trace: Trace, policy: Policy | None = None, *, against: Trace | None = None) -> AlarmScores:

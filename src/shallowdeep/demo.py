@@ -40,7 +40,6 @@ from shallowdeep.types import DataError, Trace, table
 from shallowdeep.verbs import IMAGENET_MEAN, IMAGENET_STD
 
 Kind = Literal["strong", "paper"]
-Rows = tuple[Tensor, Tensor]
 DIGITS_DROP, CIFAR_DROP, CIFAR_SPLITS, CIFAR_VIEWS = 0.0, 0.0058, 20, 6
 
 

@@ -68,6 +68,7 @@ def tune_verb(
     print(f"{table(lines)}\nnetwork in one piece: {costs.full_ms:.3f} ms ({costs.backend}, batches of {batch_size})")
     print(f"expected: {tuned.expected_time:.2f} of its time")
     write_text(out / "policy.json", json.dumps(to_json(tuned.policy), indent=1))
+    (out / "plan.json").unlink(missing_ok=True)  # of an earlier run
     if tuned.plan is not None:
         write_text(out / "plan.json", json.dumps(plan_to_json(tuned.plan), indent=1))
         names = " ".join(cut.name for cut in tuned.plan.cuts)

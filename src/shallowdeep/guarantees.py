@@ -175,7 +175,7 @@ def certify(trace: Trace, asked: Sequence[bool], aim: Aim) -> Proof:
     step = _proved(leaving_KN, loss_LN, aim, _start(choice, parts, aim), steps)
     cost_LN = np.broadcast_to(parts.test_on.cost_L[:, None], loss_LN.shape)
     cost_P = along(leaving_KN, cost_LN, steps) / tested
-    if step is None or (aim.bound >= 0 and aim.risk != "error" and cost_P[step] >= full_cost):
+    if step is None or (cost_P[step] >= full_cost and not _gains(aim)):
         return _refusal(parts, aim, full_cost)
     observed = float(along(leaving_KN, loss_LN, steps)[step]) / tested
     facts: dict[str, float | int | str] = {
@@ -338,7 +338,9 @@ def _passes(leaving_KN: Steps, loss_LN: Floats, aim: Aim, steps: int, start: int
 def _refusal(parts: Parts, aim: Aim, full_cost: float) -> Proof:
     """The full network, why, and how many rows it would take."""
     tested = len(parts.testing)
-    note = f"It is not proved that {claim_of(aim.risk, aim.bound)}: this is the full network, without a certificate."
+    kind = "policy" if _gains(aim) else "cheaper policy"
+    note = f"It is not proved for any {kind} that {claim_of(aim.risk, aim.bound)}: "
+    note += "this is the full network, without a certificate."
     least = 1
     if aim.method != "split" and aim.bound > 0:
         least = rows_needed(aim.bound, aim.delta) if aim.delta is not None else math.ceil(1 / aim.bound) - 1
@@ -355,6 +357,11 @@ def _refusal(parts: Parts, aim: Aim, full_cost: float) -> Proof:
     return Proof(None, None, note, {"tested_rows": tested})
 
 
+def _gains(aim: Aim) -> bool:
+    """Whether the full network itself may not do what ``aim`` asks, so that a policy which does need not be cheaper."""
+    return aim.bound < 0 or aim.risk == "error"
+
+
 def _in_all(tested: int) -> int:
     return math.ceil(tested / (1 - CHOOSING))
 
@@ -364,7 +371,7 @@ def _rows_hoped(parts: Parts, aim: Aim, full_cost: float) -> int | None:
     most = 0.0
     for fit in parts.fits:
         hopes_P = _hopes(fit.brings, _accuracy(parts), aim, 1)
-        useful_P = (fit.brings.cost_P < full_cost) | (aim.bound < 0) | (aim.risk == "error")
+        useful_P = (fit.brings.cost_P < full_cost) | _gains(aim)
         most = max(most, float(hopes_P[useful_P].max(initial=0.0)))
     return math.ceil(((_level(aim) + 1) / most) ** 2) if most > 0 else None
 

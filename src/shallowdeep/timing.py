@@ -32,9 +32,11 @@ def compare(a: Callable[[], object], b: Callable[[], object], *, rounds: int = 1
     a(), b()
     pairs = []
     for turn in steps(range(rounds), "measure in turn", rounds):
-        first, second = (a, b) if turn % 2 == 0 else (b, a)
-        times = {first: _seconds(first), second: _seconds(second)}
-        pairs.append((times[a], times[b]))
+        if turn % 2:
+            y, x = _seconds(b), _seconds(a)
+        else:
+            x, y = _seconds(a), _seconds(b)
+        pairs.append((x, y))
     ratios = [x / y for x, y in pairs]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
     return Paired(

@@ -20,7 +20,7 @@ from shallowdeep.attack_study import StudyChoices, attack_study, write_study
 from shallowdeep.attacks import Attack, Pixels
 from shallowdeep.audits import Audit
 from shallowdeep.comparison import Comparison, compare
-from shallowdeep.data import Dataset, halves
+from shallowdeep.data import Dataset, halves, spread
 from shallowdeep.files import FormatError, write_text
 from shallowdeep.monitor import Monitor
 from shallowdeep.paper.figures import line_figure, save_figure
@@ -32,6 +32,8 @@ from shallowdeep.tuning import MachineCosts
 from shallowdeep.types import DataError, MissingExtra
 from shallowdeep.verbs import DataChoice, load_sdn, policy_for, read_policy, read_trace, ready
 from shallowdeep.walking import simulate
+
+Result = dict[str, Any]
 
 
 def attack_verb(
@@ -73,7 +75,7 @@ def attack_verb(
         out,
         choices,
         calibration=pair(own.rows(half)),
-        reported=pair(own.rows(spread(other, rows))),
+        reported=pair(own.rows(other[spread(len(other), rows)])),
         training=None if others is None else pair(others),
     ):
         text = write_study(out, found)
@@ -83,20 +85,6 @@ def attack_verb(
     write_run(out, "attack", about, found)
     brief = {kind: found["undefended"]["found"][kind] for kind in ("clean", "slowdown")}
     return dict(plain({"verb": "attack", "out": out, **brief}))
-
-
-def spread(positions_N: torch.Tensor, rows: int) -> torch.Tensor:
-    """``rows`` of ``positions_N``, evenly spread; all where there are no more.
-
-    >>> spread(torch.arange(10), 3).tolist()
-    [0, 4, 9]
-    """
-    if rows >= len(positions_N):
-        return positions_N
-    return positions_N[torch.linspace(0, len(positions_N) - 1, rows).long()]
-
-
-Result = dict[str, Any]
 
 
 def reliability_verb(trace_dir: Path, out: Path) -> Result:
@@ -117,6 +105,7 @@ def compare_verb(
     found = compare(read_trace(trace_dir), max_accuracy_drops=max_accuracy_drops, splits=splits, clock=clock)
     print(found)
     write_text(out / "compare.json", json.dumps(plain(dataclasses.asdict(found)), indent=1) + "\n")
+    (out / "compare_ms.svg").unlink(missing_ok=True)  # of an earlier run
     try:
         save_figure(_plane(found, "cost"), out / "compare.svg")
         if clock is not None:
@@ -126,7 +115,7 @@ def compare_verb(
     levels: dict[str, Result] = {}
     for one in found.differences:
         levels.setdefault(f"{one.what} at {one.drop:g}", {})[one.name] = one.level
-    choices = {"trace": trace_dir, "splits": splits, "tuned": tuned}
+    choices = {"trace": trace_dir, "max_accuracy_drops": max_accuracy_drops, "splits": splits, "tuned": tuned}
     return write_run(out, "compare", choices, {"default": found.default, **levels, "verdict": found.verdict()})
 
 

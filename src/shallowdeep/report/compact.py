@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shallowdeep.data import spread
 from shallowdeep.report.facts import Facts
 from shallowdeep.walking import policy_costs
 
@@ -43,8 +44,7 @@ def threshold_of(step: int) -> float:
 def kept_rows(facts: Facts, traces: int) -> Tensor:
     """Positions of the rows that are packed: all, or as many as fit, spread evenly."""
     fit = LIMIT_BYTES // (4 * facts.trace.num_exits * traces)
-    samples = facts.trace.num_samples
-    return torch.arange(samples) if samples <= fit else torch.arange(fit) * samples // fit
+    return spread(facts.trace.num_samples, fit)
 
 
 def packed(facts: Facts, kept: Tensor) -> dict[str, Any]:

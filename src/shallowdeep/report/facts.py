@@ -20,6 +20,7 @@ from shallowdeep.data import halves
 from shallowdeep.disagreement import ErrorFinding, confusion, error_finding
 from shallowdeep.effects import Overthinking, answers, overthinking
 from shallowdeep.policies import Fixed, Policy, finite_rows
+from shallowdeep.reliability import Reliability, reliability_of
 from shallowdeep.types import Outcome, Trace
 from shallowdeep.walking import CHUNK_ELEMENTS, simulate
 
@@ -49,6 +50,7 @@ class Facts:
     evaluation: Evaluation
     overthinking: Overthinking
     finding: ErrorFinding
+    reliability: Reliability
     tradeoff: Tradeoff
     outcome: Outcome
     confusion_N: Tensor
@@ -132,6 +134,7 @@ def facts_of(
         evaluation=evaluation,
         overthinking=overthinking(trace),
         finding=error_finding(trace),
+        reliability=reliability_of(trace),
         tradeoff=tradeoff(trace),
         outcome=simulate(policy, trace),
         confusion_N=confusion(trace),

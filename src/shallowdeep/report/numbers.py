@@ -9,21 +9,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from shallowdeep.finding import risk_coverage
 from shallowdeep.report.facts import Facts
 from shallowdeep.walking import policy_costs
 
-BINS, POINTS = 15, 120
+POINTS = 120
 Row = dict[str, Any]
 
 
 def by_exit(facts: Facts) -> list[Row]:
     """Per exit: cost, accuracy, right at some exit so far, right here and wrong at the end, leaving, calibration."""
     full = facts.trace.full_exit
-    right_EN, odds_EN = facts.right_EN, facts.odds_EN
+    right_EN, honest = facts.right_EN, facts.reliability
     ever_EN = right_EN.cummax(0).values
-    sure_EN = torch.sigmoid(odds_EN).nan_to_num(nan=0.0)
+    sure_E, ece_E = (of_E.nan_to_num(nan=0.0) for of_E in (honest.mean_confidence_E, honest.ece_E))
     rows = []
     for e, label in enumerate(facts.labels):
         spoiled = float((right_EN[e] & ~right_EN[full]).double().mean())
@@ -37,8 +37,8 @@ def by_exit(facts: Facts) -> list[Row]:
                 "so_far": float(ever_EN[e].double().mean()),
                 "first": float(first.double().mean()),
                 "spoiled": spoiled,
-                "sure": float(sure_EN[e].mean()),
-                "ece": _ece(sure_EN[e], right_EN[e]),
+                "sure": float(sure_E[e]),
+                "ece": float(ece_E[e]),
             }
         )
     return rows
@@ -120,33 +120,24 @@ def risks(facts: Facts) -> list[Row]:
     kept = torch.linspace(samples / POINTS, samples, POINTS).round().long().clamp(1, samples).tolist()
     rows = []
     for what, (score_N, bad_N) in curves.items():
-        risk_N = bad_N[score_N.argsort(stable=True)].double().cumsum(0)
-        rows += [{"what": what, "coverage": k / samples, "risk": float(risk_N[k - 1]) / k} for k in dict.fromkeys(kept)]
+        risk_P = risk_coverage(score_N, bad_N).risk_P.tolist()
+        rows += [{"what": what, "coverage": k / samples, "risk": risk_P[k - 1]} for k in dict.fromkeys(kept)]
     return rows
 
 
 def reliability(facts: Facts) -> list[Row]:
-    """Per exit and bin of confidence: mean confidence, accuracy and rows (bins of equal width, arXiv 1706.04599)."""
-    rows = []
-    for e, label in enumerate(facts.labels):
-        sure_N, right_N = torch.sigmoid(facts.odds_EN[e]).nan_to_num(nan=0.0), facts.right_EN[e].double()
-        bin_N = (sure_N * BINS).long().clamp(0, BINS - 1)
-        count = bin_N.bincount(minlength=BINS)
-        sure = bin_N.bincount(sure_N, minlength=BINS) / count
-        right = bin_N.bincount(right_N, minlength=BINS) / count
-        rows += [
-            {"exit": label, "confidence": float(sure[b]), "accuracy": float(right[b]), "rows": int(count[b])}
-            for b in range(BINS)
-            if count[b]
-        ]
-    return rows
-
-
-def _ece(sure_N: Tensor, right_N: Tensor) -> float:
-    """Expected calibration error: the mean gap of confidence and accuracy over bins, weighted by rows."""
-    bin_N = (sure_N * BINS).long().clamp(0, BINS - 1)
-    gap = bin_N.bincount(sure_N - right_N.double(), minlength=BINS)
-    return float(gap.abs().sum()) / len(sure_N)
+    """Per exit and bin of confidence that has rows: their mean confidence, accuracy and number."""
+    honest = facts.reliability
+    return [
+        {
+            "exit": label,
+            "confidence": float(honest.confidence_EK[e, k]),
+            "accuracy": float(honest.accuracy_EK[e, k]),
+            "rows": int(honest.count_EK[e, k]),
+        }
+        for e, label in enumerate(facts.labels)
+        for k in honest.count_EK[e].nonzero().flatten().tolist()
+    ]
 
 
 def milliseconds(bench: Mapping[str, Any]) -> list[Row]:
