@@ -12,6 +12,7 @@ from torch import nn
 from shallowdeep.policies import Confidence, Fixed
 from shallowdeep.runtime import bench as bench_module
 from shallowdeep.runtime.bench import Times, Way, bench, verdict
+from shallowdeep.runtime.on_torch import OnTorch
 from test_backends import middle, rows, tiny
 
 
@@ -87,6 +88,22 @@ def test_everybody_has_the_same_rows_in_shuffled_turns(monkeypatch: pytest.Monke
     assert used_N.reshape(3, 32)[:, 0].tolist() == [0, 5, 1]
     assert [first for who, first, _ in heard if who == "full"] == [first for who, first, _ in heard if who == "early"]
     assert all(len(found.blocks) == 3 and len(found.calls) == 6 for found in times.values())
+
+
+def test_no_call_ends_before_the_device_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[int] = []
+    measured = bench_module._ms
+
+    def ms(call: Any, batch: Any) -> float:
+        before = len(waits)
+        spent = measured(call, batch)
+        assert len(waits) > before
+        return spent
+
+    monkeypatch.setattr(OnTorch, "wait", lambda self: waits.append(1))
+    monkeypatch.setattr(bench_module, "_ms", ms)
+    data = rows(32), torch.zeros(32, dtype=torch.int64)
+    bench(tiny(), Confidence(threshold=0.5), data, backends=("torch",), batch_sizes=(8,), threads=(1,), blocks=2)
 
 
 def test_what_the_verdict_says() -> None:

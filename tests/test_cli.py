@@ -129,6 +129,9 @@ def test_all_verbs_one_after_another(
         threshold=0.2,
     )
     write_text(tmp_path / "runs/alarms/alarm.json", json.dumps(alarm.to_json()))
+    for verb in (("train", photos), ("collect", photos), ("tune",), ("bench", photos), ("predict", photos)):
+        said = refused(capsys, *verb, "--device", "nowhere")
+        assert said.startswith("sdn: PyTorch cannot compute on 'nowhere' here: ")
     predicted = run(capsys, "predict", photos, "--half", "b", "--backend", "torch", "--alarm", "runs/alarms")
     assert predicted["rows"] == 120
     with (tmp_path / "runs/predict/predictions.csv").open(newline="") as file:

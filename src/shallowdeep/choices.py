@@ -25,6 +25,7 @@ Backend: TypeAlias = Literal["auto", "torch", "torch-compile", "onnxruntime", "o
 
 
 Count: TypeAlias = Annotated[int, Parameter(validator=Number(gte=1))]
+Device: TypeAlias = Annotated[str, Parameter(help="Where the network runs: cpu, cuda, cuda:1, ...")]
 Minutes: TypeAlias = Annotated[float, Parameter(validator=Number(gte=0))]
 Folder: TypeAlias = Annotated[Path, Parameter(validator=PathCheck(file_okay=False))]
 """A folder to write, there or not: a file in its place is refused before any work is done."""

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from cyclopts import App, CycloptsError, Parameter
 
 from shallowdeep import engine_cli, report_cli, trust_cli
-from shallowdeep.choices import CONVERT, FASTER, LOOK, OPTIONS, RUNS, TRUST, Count, Folder, Rows
+from shallowdeep.choices import CONVERT, FASTER, LOOK, OPTIONS, RUNS, TRUST, Count, Device, Folder, Rows
 from shallowdeep.paper.cli import app as paper_app
 
 
@@ -98,6 +98,7 @@ def train(
     views: Count | None = None,
     lr: float | None = None,
     seed: int = 0,
+    device: Device = "cpu",
 ) -> dict[str, Any]:
     """Train the internal classifiers of a plan; a killed run goes on when it is started again.
 
@@ -132,6 +133,7 @@ def train(
         views=views,
         lr=lr,
         seed=seed,
+        device=device,
     )
 
 
@@ -143,6 +145,7 @@ def collect(
     second_look: Literal["mirror"] | None = None,
     batch_size: Count = 256,
     reference: bool = False,
+    device: Device = "cpu",
 ) -> dict[str, Any]:
     """Record what every exit says about every row: a trace.
 
@@ -162,7 +165,13 @@ def collect(
     from shallowdeep import verbs
 
     return verbs.collect_verb(
-        sdn_dir, rows.choice(), out, second_look=second_look, batch_size=batch_size, reference=reference
+        sdn_dir,
+        rows.choice(),
+        out,
+        second_look=second_look,
+        batch_size=batch_size,
+        reference=reference,
+        device=device,
     )
 
 

@@ -11,9 +11,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from shallowdeep.choices import RUNS, Backend, Count, Folder, Rows
-
-BENCHED: tuple[Backend, ...] = ("torch", "onnxruntime", "openvino")
+from shallowdeep.choices import RUNS, Backend, Count, Device, Folder, Rows
 
 
 def tune(
@@ -25,6 +23,7 @@ def tune(
     backend: Backend = "auto",
     threads: Count | None = None,
     batch_size: Count = 1,
+    device: Device = "cpu",
 ) -> dict[str, Any]:
     """Choose exits and thresholds for the least time on this machine.
 
@@ -55,6 +54,7 @@ def tune(
         backend=backend,
         threads=threads,
         batch_size=batch_size,
+        device=device,
     )
 
 
@@ -64,12 +64,13 @@ def bench(
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
     policy: Path = RUNS / "tune",
     out: Folder = RUNS / "bench",
-    backends: Annotated[tuple[Backend, ...], Parameter(consume_multiple=True, negative=())] = BENCHED,
+    backends: Annotated[tuple[Backend, ...], Parameter(consume_multiple=True, negative=())] = (),
     batch_sizes: Annotated[tuple[Count, ...], Parameter(consume_multiple=True, negative=())] = (1, 8, 64, 256),
     threads: Annotated[tuple[Count, ...], Parameter(consume_multiple=True, negative=())] = (1, 2),
     blocks: Count = 12,
     rival: str | None = None,
     rival_weights: Path | None = None,
+    device: Device = "cpu",
 ) -> dict[str, Any]:
     """Measure early exits against the fastest whole network, in seconds, on real rows.
 
@@ -82,7 +83,7 @@ def bench(
     out
         Folder to write.
     backends
-        What to compare.
+        What to compare; default: torch, onnxruntime and openvino, on a GPU torch and torch-compile.
     batch_sizes
         Rows answered at once.
     threads
@@ -107,6 +108,7 @@ def bench(
         blocks=blocks,
         rival=rival,
         rival_weights=rival_weights,
+        device=device,
     )
 
 
@@ -149,6 +151,7 @@ def predict(
     batch_size: Count = 64,
     backend: Backend = "auto",
     threads: Count | None = None,
+    device: Device = "cpu",
 ) -> dict[str, Any]:
     """Answer rows, stopping early, and time it against the whole network.
 
@@ -181,6 +184,7 @@ def predict(
         batch_size=batch_size,
         backend=backend,
         threads=threads,
+        device=device,
     )
 
 

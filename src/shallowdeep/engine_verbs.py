@@ -46,11 +46,12 @@ def tune_verb(
     backend: BackendName = "auto",
     threads: int | None = None,
     batch_size: int = 1,
+    device: str = "cpu",
 ) -> Result:
     """Exits and thresholds for the least time on this machine: writes ``policy.json`` and, where training fewer exits
     anew would pay, their plan as ``plan.json``.
     """
-    sdn, _ = load_sdn(sdn_dir)
+    sdn, _ = load_sdn(sdn_dir, device)
     trace = read_trace(trace_dir)
     look = trace.info.get("second_look")
     own = exits_of(sdn, second_look_of(look)).exit_names
@@ -75,6 +76,7 @@ def tune_verb(
         print("ICs that nobody asks run because they feed others.")
         print(f"Trained anew with few exits, {tuned.plan_time:.2f} is to be expected: --at {names}")
     choices = {"sdn": sdn_dir, "trace": trace_dir, "max_accuracy_drop": max_accuracy_drop, "threads": threads}
+    choices |= {"device": device}
     facts = {"backend": costs.backend, "batch_size": batch_size, "full_ms": costs.full_ms, "asked": asked}
     facts |= {"expected_time": tuned.expected_time, "plan_time": tuned.plan_time}
     return write_run(out, "tune", choices, facts | {"reach_ms": costs.reach_ms_E, "own_ms": costs.own_ms_E})
@@ -92,13 +94,15 @@ def bench_verb(
     blocks: int,
     rival: str | None = None,
     rival_weights: Path | None = None,
+    device: str = "cpu",
 ) -> Result:
     """Seconds of early exits against the fastest whole network, on real rows: writes ``bench.json``."""
-    sdn, preprocessing = load_sdn(sdn_dir)
+    sdn, preprocessing = load_sdn(sdn_dir, device)
     rows = data.read()
     rivals = {}
     if rival is not None:
-        rivals[rival.rpartition(":")[2]] = load_model(rival, weights=rival_weights, num_classes=sdn.plan.num_classes)
+        other = load_model(rival, weights=rival_weights, num_classes=sdn.plan.num_classes)
+        rivals[rival.rpartition(":")[2]] = other.to(device)
     policy = _policy_for(sdn, policy_dir)
     found = bench(
         sdn,
@@ -121,7 +125,7 @@ def bench_verb(
     print(f"{table(lines)}\n\n{found['verdict']}")
     write_text(out / "bench.json", json.dumps(plain(found), indent=1))
     choices = {"sdn": sdn_dir, "policy": policy_dir, "data": data.__dict__, "data_fingerprint": rows.fingerprint}
-    return write_run(out, "bench", choices | {"rival": rival}, found)
+    return write_run(out, "bench", choices | {"rival": rival, "device": device}, found)
 
 
 def export_verb(
@@ -159,12 +163,13 @@ def predict_verb(
     batch_size: int = 64,
     backend: BackendName = "auto",
     threads: int | None = None,
+    device: str = "cpu",
 ) -> Result:
     """Answers that stop early: writes ``predictions.csv``; measures seconds against the whole backbone on the same
     rows. With an alarm there is a column of how probably each answer is wrong and, where the alarm has a threshold, one
     of which answers it keeps.
     """
-    sdn, preprocessing = load_sdn(sdn_dir)
+    sdn, preprocessing = load_sdn(sdn_dir, device)
     policy, alarm = _policy_for(sdn, policy_dir), _alarm(alarm_dir)
     engine = Engine(sdn, policy, second_look=view_of(policy), alarm=alarm, backend=backend, threads=threads)
     rows = data.read()
@@ -199,7 +204,7 @@ def predict_verb(
     shown = f"{result['accuracy']:.2%}", f"{result['mean_cost']:.3f}", f"{timed['speedup_measured']:.2f}x"
     print(table([("rows", "accuracy", "mean cost", "speedup"), (str(len(rows)), *shown)]))
     about = {"sdn": sdn_dir, "policy": policy_dir, "data": data.__dict__, "data_fingerprint": rows.fingerprint}
-    return write_run(out, "predict", about | {"batch_size": batch_size, "alarm": alarm_dir}, result)
+    return write_run(out, "predict", about | {"batch_size": batch_size, "alarm": alarm_dir, "device": device}, result)
 
 
 def _spelled(figure_B: Tensor) -> list[str]:

@@ -98,7 +98,7 @@ class Ensemble:
             log_BC = torch.where(said_BC == said_BC, said_BC, 1.0).clamp_min(LEAST).log()
             total_BC = total_BC + self.weight_EE[exit][other] * log_BC
         if self.bias_EC:
-            total_BC = total_BC + torch.tensor(self.bias_EC[exit], dtype=torch.float64, device=total_BC.device)
+            total_BC = total_BC + _beside(total_BC, self.bias_EC[exit])
         finite_B1 = finite_rows(logits_BC)[:, None]
         answer_BC = torch.where(finite_B1, torch.softmax(total_BC, 1), softmax[-1])
         return torch.where(finite_B1, total_BC.to(logits_BC.dtype), logits_BC), answer_BC
@@ -261,8 +261,7 @@ class PerClass(_Choosing):
         if softmax_BC.shape[1] != len(self.threshold_C):
             raise ValueError(f"PerClass has {len(self.threshold_C)} thresholds for {softmax_BC.shape[1]} classes.")
         top_B, label_B = softmax_BC.max(1)
-        bar_C = torch.tensor(self.threshold_C, dtype=torch.float64, device=softmax_BC.device)
-        return state, top_B >= bar_C.index_select(0, label_B)
+        return state, top_B >= _beside(softmax_BC, self.threshold_C).index_select(0, label_B)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -468,6 +467,11 @@ def asked_exits(enabled_E: Sequence[bool] | None, num_exits: int, full_exit: int
     if len(enabled_E) != num_exits:
         raise ValueError(f"enabled_E has {len(enabled_E)} entries; {num_exits} exits need {num_exits}.")
     return tuple(bool(on) or e == full_exit for e, on in enumerate(enabled_E))
+
+
+def _beside(tensor: Tensor, values: Sequence[float]) -> Tensor:
+    """``values`` in float64 on the device of ``tensor``, which is not waited for."""
+    return torch.tensor(values, dtype=torch.float64).to(tensor.device, non_blocking=True)
 
 
 def finite_rows(logits_BC: Tensor) -> Tensor:

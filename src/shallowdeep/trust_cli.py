@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from shallowdeep.choices import RUNS, Count, Folder, Minutes, Rows
+from shallowdeep.choices import RUNS, Count, Device, Folder, Minutes, Rows
 
 
 @Parameter(name="*")
@@ -56,6 +56,7 @@ def attack(
     training_split: str | None = None,
     training_limit: Count = 10_000,
     seed: int = 0,
+    device: Device = "cpu",
 ) -> dict[str, Any]:
     """Attack a network so that nothing leaves early, and measure what that costs and what helps; goes on if killed.
 
@@ -96,6 +97,7 @@ def attack(
         second_look=second_look,
         training=training if training_split is not None else None,
         seed=seed,
+        device=device,
     )
 
 

@@ -47,12 +47,13 @@ def attack_verb(
     second_look: str | None,
     training: DataChoice | None,
     seed: int,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """What a slowdown attack does and what defences make of it: writes ``attack.json`` and ``table.txt``.
 
     One fixed half of the rows chooses thresholds, ``rows`` rows of the other half are attacked.
     """
-    sdn, preprocessing = load_sdn(sdn_dir)
+    sdn, preprocessing = load_sdn(sdn_dir, device)
     own, others = data.read(), None if training is None else training.read()
 
     def pair(rows: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,7 +81,7 @@ def attack_verb(
     ):
         text = write_study(out, found)
     print(text)
-    about = {"sdn": sdn_dir, "data": data.__dict__, "data_fingerprint": own.fingerprint, "rows": rows}
+    about = {"sdn": sdn_dir, "data": data.__dict__, "data_fingerprint": own.fingerprint, "rows": rows, "device": device}
     about |= {"training": training and training.__dict__, "choices": plain(choices.__dict__)}
     write_run(out, "attack", about, found)
     brief = {kind: found["undefended"]["found"][kind] for kind in ("clean", "slowdown")}

@@ -28,6 +28,7 @@ from shallowdeep.data import Dataset, Preprocessing, halves, read_data
 from shallowdeep.disagreement import error_finding, fit_confusion
 from shallowdeep.effects import overthinking
 from shallowdeep.files import FormatError, read_json, replacing, write_text
+from shallowdeep.graph import told
 from shallowdeep.guarantees import unseen
 from shallowdeep.inputs import Inputs, each
 from shallowdeep.joint import JointRecipe, train_jointly
@@ -116,16 +117,18 @@ def train_verb(
     views: int | None = None,
     lr: float | None = None,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Result:
     """ICs (or everything, ``jointly``) trained: writes ``sdn.json`` and ``sdn.safetensors``; resumes by itself."""
     if lr is not None and not jointly:
         raise ValueError("lr is the rate of joint training: give --jointly, too.")
     if views is not None and views > 1 and (jointly or augment == "none"):
         raise ValueError("Views are drawn for ICs alone, and with an augmentation: give --augment, and not --jointly.")
+    there = device_called(device)
     about = read_run(plan_dir, "plan")["choices"]
     rows = data.read()
     preprocessing = _saved_preprocessing(about["preprocessing"])
-    network = _network(about)
+    network = _network(about).to(there)
     torch.manual_seed(seed)
     sdn = attach(network, plan_from_json(read_json(plan_dir / "plan.json")))
     sdn.class_names, sdn.preprocessing = tuple(about["class_names"]), about["preprocessing"] or {}
@@ -156,6 +159,7 @@ def train_verb(
         "train_data": data.__dict__,
         "train_fingerprint": rows.fingerprint,
         "seed": seed,
+        "device": device,
     }
     written = write_run(out, "train", choices | {"augment": augment, "views": views, "lr": lr}, result)
     (out / "checkpoint.pt").unlink(missing_ok=True)
@@ -170,11 +174,12 @@ def collect_verb(
     second_look: str | None = None,
     batch_size: int = 256,
     reference: bool = False,
+    device: str = "cpu",
 ) -> Result:
     """What every exit says about every row: writes ``trace.safetensors``. ``reference`` stores the confusion's
     moments.
     """
-    sdn, preprocessing = load_sdn(sdn_dir)
+    sdn, preprocessing = load_sdn(sdn_dir, device)
     rows = data.read()
     trace = collect(sdn, (ready(rows, preprocessing), rows.labels_N), second_look=second_look, batch_size=batch_size)
     if reference:
@@ -186,7 +191,7 @@ def collect_verb(
     lines += [(n, f"{c:.3f}", f"{a:.2%}") for n, c, a in zip(trace.exit_names, trace.cost_E, accuracy_E, strict=True)]
     print(table(lines))
     about = {"sdn": sdn_dir, "data": data.__dict__, "data_fingerprint": rows.fingerprint, "reference": reference}
-    about |= {"second_look": second_look}
+    about |= {"second_look": second_look, "device": device}
     return write_run(out, "collect", about, {"rows": len(rows), "exits": trace.exit_names, "accuracy": accuracy_E})
 
 
@@ -289,6 +294,16 @@ def _network(about: dict[str, Any]) -> nn.Module:
     return load_model(about["model"], weights=weights, num_classes=about["num_classes"])
 
 
+def device_called(name: str) -> torch.device:
+    """The device ``name`` ("cpu", "cuda", "cuda:1", ...). Raises ``ValueError`` where PyTorch cannot compute on it."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as error:
+        raise ValueError(f"PyTorch cannot compute on {name!r} here: {told(error).partition('. ')[0]}.") from None
+    return device
+
+
 def read_trace(path: Path) -> Trace:
     """The trace at ``path``, a folder of ``sdn collect`` or a file."""
     return Trace.load(inside(path, "trace.safetensors"))
@@ -338,9 +353,9 @@ def policy_for(trace: Trace, path: Path) -> Policy:
     return policy
 
 
-def load_sdn(folder: Path) -> tuple[ShallowDeepNetwork, Preprocessing | None]:
-    about = read_run(folder, "train")["choices"]
-    return load(folder, _network(about)).eval(), _saved_preprocessing(about["preprocessing"])
+def load_sdn(folder: Path, device: str = "cpu") -> tuple[ShallowDeepNetwork, Preprocessing | None]:
+    there, about = device_called(device), read_run(folder, "train")["choices"]
+    return load(folder, _network(about)).to(there).eval(), _saved_preprocessing(about["preprocessing"])
 
 
 def write_backbone(sdn: ShallowDeepNetwork, out: Path) -> None:

@@ -60,6 +60,7 @@ class Watched:
     def _compared(self, answer: Answer, inputs: object, share: float) -> Audit:
         with self._lock:
             chosen_B = self._random.random(len(answer.labels_B)) < share
-        row_S = torch.from_numpy(chosen_B.nonzero()[0]).to(answer.labels_B.device)
-        full_S = self._full(take(as_inputs(inputs), row_S)).labels_B if len(row_S) else row_S
-        return Audit(row_S=row_S, answered_S=answer.labels_B[row_S], full_S=full_S)
+        row_S = torch.from_numpy(chosen_B.nonzero()[0])
+        answered_S = answer.labels_B[row_S]
+        full_S = self._full(take(as_inputs(inputs), row_S)).labels_B if len(row_S) else answered_S
+        return Audit(row_S=row_S, answered_S=answered_S, full_S=full_S)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from shallowdeep.costs import exits_of
 from shallowdeep.cuts import plan
-from shallowdeep.inputs import Inputs, num_rows, signature_of, take, tensors
+from shallowdeep.inputs import Inputs, each, num_rows, signature_of, take, tensors
 from shallowdeep.network import ShallowDeepNetwork, attach
 from shallowdeep.policies import Confidence, Fixed, Policy
 from shallowdeep.progress import steps as shown
@@ -63,7 +63,7 @@ def bench(
     policy: Policy,
     rows: tuple[Inputs, Tensor],
     *,
-    backends: Sequence[BackendName] = ("torch", "onnxruntime", "openvino"),
+    backends: Sequence[BackendName] = (),
     batch_sizes: Sequence[int] = (1, 8, 64, 256),
     threads: Sequence[int] = (1, 2),
     blocks: int = 12,
@@ -72,13 +72,15 @@ def bench(
     seed: int = 0,
 ) -> Facts:
     """Milliseconds of the whole network, of early exits, of the network cut at each exit asked and of ``rivals`` (other
-    networks for the same inputs), on every backend, batch size and number of threads. Returns JSON-able facts.
+    networks for the same inputs, on the same device), on every backend, batch size and number of threads. Returns
+    JSON-able facts.
 
-    ``rows`` are real inputs with labels [N]; noise leaves where nothing real does. Every block gives the same rows to
-    all in shuffled order; ratios are of blocks: their median and quartiles. The whole network and the cuts, with the
-    ICs passed on the way, are compiled in one piece and do nothing else. With a ``second_look`` a row that looks twice
-    is measured against the whole way and one pass more, and looking at every row twice, without ICs, is a rival. Raises
-    ``ValueError`` for too few rows.
+    Without ``backends`` they are "torch", "onnxruntime" and "openvino", on a GPU "torch" and "torch-compile". ``rows``
+    are real inputs with labels [N]; noise leaves where nothing real does. They are on the device before the clock runs.
+    Every block gives the same rows to all in shuffled order; ratios are of blocks: their median and quartiles. The
+    whole network and the cuts, with the ICs passed on the way, are compiled in one piece and do nothing else. With a
+    ``second_look`` a row that looks twice is measured against the whole way and one pass more, and looking at every row
+    twice, without ICs, is a rival. Raises ``ValueError`` for too few rows.
     """
     inputs, labels_N = rows
     needed = max(map(_block, batch_sizes))
@@ -87,7 +89,10 @@ def bench(
             f"Blocks of batches of {max(batch_sizes)} need {needed} rows, and quartiles two blocks; "
             f"found {num_rows(inputs)} rows and {blocks} blocks."
         )
-    look = second_look_of(second_look)
+    look, device = second_look_of(second_look), next(sdn.parameters()).device
+    inputs = each(inputs, lambda tensor: tensor.to(device))
+    usual: tuple[BackendName, ...] = ("torch", "onnxruntime", "openvino")
+    backends = backends or (usual if device.type == "cpu" else ("torch", "torch-compile"))
     pieces = _pieces(sdn, policy, take(inputs, slice(0, 2)), rivals or {}, look)
     accuracy = {what: _accuracy(piece, inputs, labels_N) for what, piece in pieces.items()}
     answers: dict[BackendName, dict[str, Tensor]] = {}
@@ -159,8 +164,18 @@ def _ways(
         if sum(exits_of(sdn, look).rule(policy).asked) > 1:
             sizes = [2**power for power in range(largest.bit_length()) if 2**power <= largest]
             early.measure(take(inputs, slice(0, largest)), sizes=sizes, rounds=3)
-        ways[Way(name, "early")] = engines[name] = early
+        engines[name], ways[Way(name, "early")] = early, _waited(early, backend)
     return engines, ways
+
+
+def _waited(engine: Engine, backend: Backend) -> Call:
+    """``engine`` as a function of a batch that ends when the device has."""
+
+    def call(batch: Inputs) -> None:
+        engine(batch)
+        backend.wait()
+
+    return call
 
 
 def _bare(backend: Backend, piece: Joined, inputs: Inputs) -> Call:

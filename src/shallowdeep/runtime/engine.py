@@ -101,8 +101,9 @@ class Engine:
 
     ``inputs`` is a batch as the backbone takes it, on any device; the answer is on the network's. ``backend`` is
     "torch" (any device), "torch-compile", "onnxruntime", "openvino" or "openvino-bf16", these with ``threads`` threads
-    (None: as many as PyTorch has), or "auto": the quickest that is installed, by measurement, or the one that the
-    certificate of policy or alarm speaks of; ``certificate`` is None without one and, with a warning, where it is void.
+    (None: as many as PyTorch has), or "auto": the quickest that is installed, by measurement (on a GPU one of the first
+    two, which takes as long as compiling does), or the one that the certificate of policy or alarm speaks of;
+    ``certificate`` is None without one and, with a warning, where it is void.
     Weights are snapshotted: from .1 s after the SDN's were changed in place a call raises ``BackboneMismatch``; modules
     or parameters put in their place go unseen. A backbone that cannot
     be exported runs through its own modules, in PyTorch alone. Several threads may call one engine. Rows whose logits
@@ -267,8 +268,11 @@ class Engine:
         """The backend called ``name``, or the quickest."""
         if name == "auto":
             libraries: tuple[BackendName, ...] = ("onnxruntime", "openvino")
-            others = [n for n in libraries if self._exported and self._device.type == "cpu" and find_spec(n)]
-            return self._quickest([make_backend(n, self._device, threads) for n in ("torch", *others)])
+            rivals: list[BackendName] = [n for n in libraries if find_spec(n)]
+            if self._device.type != "cpu":
+                rivals = ["torch-compile"]
+            names: list[BackendName] = ["torch", *rivals] if self._exported else ["torch"]
+            return self._quickest([make_backend(n, self._device, threads) for n in names])
         if name != "torch" and not self._exported:
             raise CutError(f"{self.sdn.plan.model} cannot be exported, so only the backend 'torch' runs it.")
         return make_backend(name, self._device, threads)

@@ -22,6 +22,7 @@ from shallowdeep.types import Answer
 from shallowdeep.walking import Left
 
 _END = object()
+"""What stands for the requests behind the last, of a source that failed, too."""
 POLL_SECONDS = 0.05
 TIMES_KEPT = 10_000
 """Requests, the latest, whose milliseconds a report speaks of."""
@@ -39,10 +40,6 @@ class _Request:
     waiting: int = 0
     left: list[Left] = field(default_factory=list)
     result: Answer | Exception | None = None
-
-
-class _Broken:
-    """What stands for the requests of a source that failed."""
 
 
 class _Waiting(NamedTuple):
@@ -134,7 +131,7 @@ class Stream(Iterator[Answer | Exception]):
         if self._stopped.is_set():
             return
         self._stopped.set()
-        self.unanswered += [request.inputs for request in self._order if not isinstance(request.inputs, _Broken)]
+        self.unanswered += [request.inputs for request in self._order if request.inputs is not _END]
         _drain(self._ready, self.unanswered)
         self._reader.join(4 * POLL_SECONDS)  # it may hold one more; a source that sleeps is not waited for
 
@@ -177,7 +174,7 @@ class Stream(Iterator[Answer | Exception]):
             elif item[1] is None:
                 self._ended = True
                 self._held += 1
-                self._order.append(_Request(_Broken(), time.perf_counter(), result=item[0]))
+                self._order.append(_Request(_END, time.perf_counter(), result=item[0]))
             else:
                 self._admit(_Request(*item))
             return left > 0 or oldest is None
