@@ -43,10 +43,10 @@ def tune_verb(
     out: Path,
     *,
     max_accuracy_drop: float,
-    backend: BackendName = "auto",
-    threads: int | None = None,
-    batch_size: int = 1,
-    device: str = "cpu",
+    backend: BackendName,
+    threads: int | None,
+    batch_size: int,
+    device: str,
 ) -> Result:
     """Exits and thresholds for the least time on this machine: writes ``policy.json`` and, where training fewer exits
     anew would pay, their plan as ``plan.json``.
@@ -92,9 +92,9 @@ def bench_verb(
     batch_sizes: Sequence[int],
     threads: Sequence[int],
     blocks: int,
-    rival: str | None = None,
-    rival_weights: Path | None = None,
-    device: str = "cpu",
+    rival: str | None,
+    rival_weights: Path | None,
+    device: str,
 ) -> Result:
     """Seconds of early exits against the fastest whole network, on real rows: writes ``bench.json``."""
     sdn, preprocessing = load_sdn(sdn_dir, device)
@@ -135,7 +135,7 @@ def export_verb(
     out: Path,
     *,
     kind: Literal["folder", "file", "programs"],
-    alarm_dir: Path | None = None,
+    alarm_dir: Path | None,
 ) -> Result:
     """Artefacts that run without this library, compared with the engine on real rows before they are left behind."""
     from shallowdeep import export  # its libraries are an extra
@@ -159,11 +159,11 @@ def predict_verb(
     data: DataChoice,
     out: Path,
     *,
-    alarm_dir: Path | None = None,
-    batch_size: int = 64,
-    backend: BackendName = "auto",
-    threads: int | None = None,
-    device: str = "cpu",
+    alarm_dir: Path | None,
+    batch_size: int,
+    backend: BackendName,
+    threads: int | None,
+    device: str,
 ) -> Result:
     """Answers that stop early: writes ``predictions.csv``; measures seconds against the whole backbone on the same
     rows. With an alarm there is a column of how probably each answer is wrong and, where the alarm has a threshold, one

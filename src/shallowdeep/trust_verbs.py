@@ -47,7 +47,7 @@ def attack_verb(
     second_look: str | None,
     training: DataChoice | None,
     seed: int,
-    device: str = "cpu",
+    device: str,
 ) -> dict[str, Any]:
     """What a slowdown attack does and what defences make of it: writes ``attack.json`` and ``table.txt``.
 
@@ -148,11 +148,11 @@ def watch_verb(
     live_dir: Path,
     out: Path,
     *,
-    after: Path | None = None,
-    alpha: float = 0.05,
-    max_accuracy_drop: float = 0.01,
-    max_disagreement: float | None = None,
-    slack: float = 0.0,
+    after: Path | None,
+    alpha: float,
+    max_accuracy_drop: float,
+    max_disagreement: float | None,
+    slack: float,
 ) -> Result:
     """Whether the answers in ``live_dir`` still look like the reference's: writes ``monitor.json``, for the next call.
 
@@ -218,9 +218,9 @@ def alarms_verb(
     policy_dir: Path | None,
     out: Path,
     *,
-    against: Path | None = None,
-    max_error: float | None = None,
-    confidence: float = 0.95,
+    against: Path | None,
+    max_error: float | None,
+    confidence: float,
 ) -> dict[str, Any]:
     """How well scores find wrong answers, or the rows of another trace: writes ``alarms.json``; and the alarm itself,
     with a threshold where ``max_error`` is given: ``alarm.json``.

@@ -71,12 +71,12 @@ def plan_verb(
     data: DataChoice,
     out: Path,
     *,
-    weights: Path | None = None,
-    num_classes: int | None = None,
-    at: Sequence[float | str] = FRACTIONS,
-    classifier: Literal["strong", "paper"] = "strong",
-    mean: tuple[float, ...] = (),
-    std: tuple[float, ...] = (),
+    weights: Path | None,
+    num_classes: int | None,
+    at: Sequence[float | str],
+    classifier: Literal["strong", "paper"],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
 ) -> Result:
     """Where ``model`` can be cut: writes ``plan.json``."""
     rows = data.read()
@@ -111,13 +111,13 @@ def train_verb(
     data: DataChoice,
     out: Path,
     *,
-    epochs: int | None = None,
-    jointly: bool = False,
-    augment: Literal["none", "flip-crop", "crop"] = "none",
-    views: int | None = None,
-    lr: float | None = None,
-    seed: int = 0,
-    device: str = "cpu",
+    epochs: int | None,
+    jointly: bool,
+    augment: Literal["none", "flip-crop", "crop"],
+    views: int | None,
+    lr: float | None,
+    seed: int,
+    device: str,
 ) -> Result:
     """ICs (or everything, ``jointly``) trained: writes ``sdn.json`` and ``sdn.safetensors``; resumes by itself."""
     if lr is not None and not jointly:
@@ -171,10 +171,10 @@ def collect_verb(
     data: DataChoice,
     out: Path,
     *,
-    second_look: str | None = None,
-    batch_size: int = 256,
-    reference: bool = False,
-    device: str = "cpu",
+    second_look: str | None,
+    batch_size: int,
+    reference: bool,
+    device: str,
 ) -> Result:
     """What every exit says about every row: writes ``trace.safetensors``. ``reference`` stores the confusion's
     moments.
@@ -210,12 +210,12 @@ def calibrate_verb(
     trace_dir: Path,
     out: Path,
     *,
-    max_accuracy_drop: float | None = None,
-    max_mean_cost: float | None = None,
-    confidence: float | None = None,
-    method: Method = "auto",
-    risk: Risk = "drop",
-    exits_of: Path | None = None,
+    max_accuracy_drop: float | None,
+    max_mean_cost: float | None,
+    confidence: float | None,
+    method: Method,
+    risk: Risk,
+    exits_of: Path | None,
 ) -> Result:
     """Thresholds from held-out rows, for all exits or those that the policy in ``exits_of`` asks: writes
     ``policy.json``.
