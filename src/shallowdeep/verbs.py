@@ -23,7 +23,7 @@ from shallowdeep.calibration import calibrate, evaluate, tradeoff
 from shallowdeep.certificates import Method, Risk
 from shallowdeep.collection import collect
 from shallowdeep.costs import costs_of, table_of
-from shallowdeep.cuts import FRACTIONS, plan
+from shallowdeep.cuts import plan
 from shallowdeep.data import Dataset, Preprocessing, halves, read_data
 from shallowdeep.disagreement import error_finding, fit_confusion
 from shallowdeep.effects import overthinking
