@@ -73,7 +73,8 @@ def test_an_alarm_is_the_slow_sum(policy: Policy, full: int, seed: int, broken: 
     alarm = some_alarm(policy.asks(5, full), seed)
     outcome = simulate(policy, trace, alarm)
     assert outcome.alarm_N is not None
-    assert outcome.alarm_N.tolist() == pytest.approx(slow_alarm(alarm, policy, trace), abs=1e-9)
+    # One rounding of a probability near 1 - 1e-9 moves its log-odds by 1e-7.
+    assert outcome.alarm_N.tolist() == pytest.approx(slow_alarm(alarm, policy, trace), abs=1e-6)
     assert simulate(policy, trace).alarm_N is None
 
 
