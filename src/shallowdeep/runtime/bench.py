@@ -83,13 +83,14 @@ def bench(
     twice, without ICs, is a rival. Raises ``ValueError`` for too few rows.
     """
     inputs, labels_N = rows
+    look, device = second_look_of(second_look), next(sdn.parameters()).device
+    exits = exits_of(sdn, look)
     needed = max(map(_block, batch_sizes))
     if num_rows(inputs) < needed or blocks < 2:
         raise ValueError(
             f"Blocks of batches of {max(batch_sizes)} need {needed} rows, and quartiles two blocks; "
             f"found {num_rows(inputs)} rows and {blocks} blocks."
         )
-    look, device = second_look_of(second_look), next(sdn.parameters()).device
     inputs = each(inputs, lambda tensor: tensor.to(device))
     usual: tuple[BackendName, ...] = ("torch", "onnxruntime", "openvino")
     backends = backends or (usual if device.type == "cpu" else ("torch", "torch-compile"))
@@ -105,10 +106,9 @@ def bench(
                 order = random.Random(f"{seed} {count} {size}")
                 used_N, times = _in_turn(ways, inputs, size, blocks, order)
                 for name, said in answers.items():
-                    figures = _facts(name, count, size, times, said["exit"][used_N], sdn.num_exits - 1)
-                    found.append(figures | _summed_up(said, labels_N) | {"accuracy_full": accuracy["full"]})
-    exits, said = exits_of(sdn, look), answers[backends[0]]
-    exit_N = said["exit"]
+                    summed = _summed_up(said, labels_N, exits.full_exit)
+                    figures = _facts(name, count, size, times, said["exit"][used_N], exits.full_exit)
+                    found.append({"accuracy_full": accuracy["full"], **summed, **figures})
     return {
         "device": describe_device(),
         "rows": num_rows(inputs),
@@ -116,11 +116,8 @@ def bench(
         "exits_asked": [name for name, on in zip(exits.exit_names, exits.rule(policy).asked, strict=True) if on],
         "policy": rule_to_json(policy),
         "accuracy_full": accuracy["full"],
-        "accuracy_early_exit": _summed_up(said, labels_N)["accuracy_early_exit"],
         "accuracy_others": {what: share for what, share in accuracy.items() if what not in PARTS},
-        "mean_cost": float(said["cost"].mean()),
-        "share_early": float((exit_N < exits.full_exit).double().mean()),
-        "share_twice": float((exit_N > exits.full_exit).double().mean()),
+        **_summed_up(answers[backends[0]], labels_N, exits.full_exit),
         "measured": found,
     }
 
@@ -277,10 +274,16 @@ def _answers(engine: Engine, inputs: Inputs) -> dict[str, Tensor]:
     return dict(zip(("exit", "label", "cost"), map(torch.cat, zip(*parts, strict=True)), strict=True))
 
 
-def _summed_up(said: Mapping[str, Tensor], labels_N: Tensor) -> Facts:
+def _summed_up(said: Mapping[str, Tensor], labels_N: Tensor, full: int) -> Facts:
     """What a backend's answers to all rows say."""
     right, cost = (said["label"] == labels_N).double().mean(), said["cost"].mean()
-    return {"accuracy_early_exit": float(right), "ideal_speedup_macs": float(1 / cost)}
+    return {
+        "accuracy_early_exit": float(right),
+        "mean_cost": float(cost),
+        "ideal_speedup_macs": float(1 / cost),
+        "share_early": float((said["exit"] < full).double().mean()),
+        "share_twice": float((said["exit"] > full).double().mean()),
+    }
 
 
 def _accuracy(piece: Joined, inputs: Inputs, labels_N: Tensor) -> float:
