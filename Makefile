@@ -36,7 +36,7 @@ gpu-paper:
 
 # Seconds of early exits on a public ResNet-56: it is converted once, and what is there is not made again. RIVAL: the weights of ResNet-20.
 # AT: the two exits that `sdn tune` proposed when four were asked (0.25 0.4 0.55 0.75).
-BENCH ?= runs/bench
+BENCH ?= runs/bench$(filter-out -cpu,-$(DEVICE))
 AT ?= layer2.1:out layer3.1:out
 BATCHES ?= 1 64
 # Equal accuracy by a second look: make bench LOOK=mirror DROP=0 BENCH=runs/bench-look ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from nets import CLASSES, ZOO, Residual, images, planned
 from shallowdeep.files import FormatError, read_tensors, write_tensors
 from shallowdeep.inputs import call, each, logits_of, tensors
 from shallowdeep.network import ShallowDeepNetwork, fingerprint, weights_hash
+from shallowdeep.policies import Confidence
 from shallowdeep.types import BackboneMismatch, ConfusionReference, CutError, DataError
 
 
@@ -231,6 +233,20 @@ def test_a_plan_of_another_network_is_refused(model: nn.Module, message: str) ->
         sd.attach(model.train(), planned("residual"))
     assert all(module.training for module in model.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda net, rows: sd.train_exits(net, rows),
+        lambda net, rows: sd.train_jointly(net, rows),
+        lambda net, rows: sd.collect(net, rows),
+        lambda net, rows: sd.Engine(net, Confidence(threshold=0.5)),
+    ],
+)
+def test_a_network_without_exits_is_refused(use: Callable[[nn.Module, object], object]) -> None:
+    with pytest.raises(TypeError, match=r"^Linear has no internal classifiers: give what attach\("):
+        use(nn.Linear(4, 3), (torch.zeros(8, 4), torch.zeros(8, dtype=torch.long)))
 
 
 def test_another_number_of_classes_is_refused() -> None:

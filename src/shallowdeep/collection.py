@@ -27,7 +27,7 @@ from shallowdeep.inputs import (
     row_hashes,
     take,
 )
-from shallowdeep.network import ShallowDeepNetwork, weights_hash
+from shallowdeep.network import ShallowDeepNetwork, check_attached, weights_hash
 from shallowdeep.progress import steps
 from shallowdeep.types import DataError, Trace
 from shallowdeep.views import CHECKED_ROWS, Look, SecondLook, second_look_of
@@ -53,6 +53,7 @@ def collect(
     one pass more. Raises ``DataError`` for empty data, labels outside the classes, logits that are not finite, or a
     view that is not deterministic and row by row.
     """
+    check_attached(sdn)
     if batch_size < 1:
         raise ValueError(f"batch_size is at least 1, found {batch_size}.")
     device, look = next(sdn.parameters()).device, second_look_of(second_look)

@@ -204,8 +204,7 @@ def compare(
     rows = read_rows(trace, asked)
     _check(trace, rows, max_accuracy_drops, splits)
     prices = _Prices(trace, clock)
-    exits = [exit for exit, on in enumerate(asked) if on]
-    families, paid_XL = families_for(rows), prices.of(asked)[:, exits]
+    families, paid_XL = families_for(rows), prices.of(asked)[:, np.array(asked)]
     contenders = {family.name: _fitted(family, rows, paid_XL) for family in (*families, *rivals_for(rows))}
     contenders[f"{families[0].name}, ensemble"] = _fitted(families[0], rows, paid_XL, ensembles=True)
     contenders["ensembles at every exit (ZTW)"] = _fitted(families[-1], rows, paid_XL, ensembles=True, first=1)

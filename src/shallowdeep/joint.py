@@ -35,7 +35,7 @@ from shallowdeep.inputs import (
     take,
 )
 from shallowdeep.muon import Muon, filters_of
-from shallowdeep.network import ShallowDeepNetwork, fingerprint
+from shallowdeep.network import ShallowDeepNetwork, check_attached, fingerprint
 from shallowdeep.progress import steps
 from shallowdeep.rates import one_cycle, stepped
 from shallowdeep.training import one_process
@@ -87,6 +87,7 @@ def train_jointly(
     is a launched ``lightning_fabric.Fabric`` (devices, processes, precision). Raises ``DataError`` for labels outside
     the classes, empty data or an iterator that can be read only once.
     """
+    check_attached(sdn)
     data = _checked(data, epochs)
     recipe, fabric = recipe or JointRecipe(), fabric or one_process(sdn)
     trained = sdn if in_place else copy.deepcopy(sdn)

@@ -220,6 +220,14 @@ def detach(sdn: ShallowDeepNetwork) -> nn.Module:
     return sdn.backbone
 
 
+def check_attached(sdn: object) -> None:
+    """Raises ``TypeError`` for anything but a ``ShallowDeepNetwork``, a network without its ICs above all."""
+    if not isinstance(sdn, ShallowDeepNetwork):
+        raise TypeError(
+            f"{type(sdn).__name__} has no internal classifiers: give what attach(model, plan(model, inputs)) returns."
+        )
+
+
 def _check_fits(model: nn.Module, plan: Plan) -> None:
     if not plan.cuts:
         raise CutError("The plan has no exits; choose some with `plan(..., at=...)`.")

@@ -44,7 +44,7 @@ from shallowdeep.features import (
     with_first,
 )
 from shallowdeep.inputs import as_pair, check_labels, num_rows, row_hashes, take
-from shallowdeep.network import ShallowDeepNetwork, fingerprint
+from shallowdeep.network import ShallowDeepNetwork, check_attached, fingerprint
 from shallowdeep.progress import steps
 from shallowdeep.rates import one_cycle, stepped
 from shallowdeep.types import Plan
@@ -138,6 +138,7 @@ def train_exits(
     ``DataError`` for labels outside the classes, empty data, or an iterator that can be read only once where more
     passes are needed.
     """
+    check_attached(sdn)
     recipe = recipe or default_recipe(sdn.plan)
     epochs = recipe.epochs if epochs is None else epochs
     views = recipe.views if views is None else views

@@ -30,7 +30,7 @@ from shallowdeep.inputs import (
     signature_of,
     take,
 )
-from shallowdeep.network import ShallowDeepNetwork, weights_hash
+from shallowdeep.network import ShallowDeepNetwork, check_attached, weights_hash
 from shallowdeep.policies import CalibrationRecord, Confidence, Policy
 from shallowdeep.progress import steps
 from shallowdeep.runtime.backends import Array, Backend, BackendName
@@ -125,6 +125,7 @@ class Engine:
         backend: BackendName = "auto",
         threads: int | None = None,
     ) -> None:
+        check_attached(sdn)
         if threads is not None and threads < 1:
             raise ValueError(f"threads is at least 1, found {threads}.")
         self.sdn, self.policy, self.second_look, self.alarm = sdn, policy, second_look_of(second_look), alarm
