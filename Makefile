@@ -42,17 +42,19 @@ BATCHES ?= 1 64
 # Equal accuracy by a second look: make bench LOOK=mirror DROP=0 BENCH=runs/bench-look ...
 LOOK ?=
 DROP ?= 0.005
+# Which half of the test set chooses, and which reports; the other way about: make bench HALVES='b a' BENCH=runs/bench-swapped ...
+HALVES ?= a b
 # Where it runs: make bench DEVICE=cuda ...
 DEVICE ?= cpu
 bench: .venv/dev
 	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "Say where things are: make bench DATA=cifar-10-batches-py WEIGHTS=resnet56-4bfd9763.th"; exit 2; }
 	test -f $(BENCH)/plan/plan.json || $(SDN) plan shallowdeep.paper.networks:resnet56 $(DATA) --split train --weights $(WEIGHTS) --at $(AT) --out $(BENCH)/plan
 	test -f $(BENCH)/train/sdn.json || $(SDN) train $(DATA) --split train --plan $(BENCH)/plan --augment flip-crop --views 6 --device $(DEVICE) --out $(BENCH)/train
-	test -f $(BENCH)/trace/run.json || $(SDN) collect $(DATA) --split test --half a --sdn $(BENCH)/train $(if $(LOOK),--second-look $(LOOK)) --device $(DEVICE) --out $(BENCH)/trace
+	test -f $(BENCH)/trace/run.json || $(SDN) collect $(DATA) --split test --half $(word 1,$(HALVES)) --sdn $(BENCH)/train $(if $(LOOK),--second-look $(LOOK)) --device $(DEVICE) --out $(BENCH)/trace
 	set -e; for size in $(BATCHES); do \
 	  $(SDN) tune --sdn $(BENCH)/train --trace $(BENCH)/trace --max-accuracy-drop $(DROP) --batch-size $$size --threads 1 --device $(DEVICE) \
 	    --out $(BENCH)/tune-$$size; \
-	  $(SDN) bench $(DATA) --split test --half b --sdn $(BENCH)/train --policy $(BENCH)/tune-$$size --batch-sizes $$size --device $(DEVICE) \
+	  $(SDN) bench $(DATA) --split test --half $(word 2,$(HALVES)) --sdn $(BENCH)/train --policy $(BENCH)/tune-$$size --batch-sizes $$size --device $(DEVICE) \
 	    $(if $(RIVAL),--rival shallowdeep.paper.networks:resnet20 --rival-weights $(RIVAL)) --out $(BENCH)/batch-$$size; done
 
 # The page of the committed CIFAR-10 run, from files alone; with DATA=cifar-10-batches-py also its images.
