@@ -1,10 +1,9 @@
 """Early exits of one of the study's networks against the fastest whole network, in seconds.
 
-Exits and thresholds are tuned for batches of BATCH_SIZE on the 5,000 images that were held out before the network was
-trained, the figures are of test images. The default aim was set after VGG16 had lost .66 points on those at an aim of
-.5.
+The policy comes from the 5,000 images that were held out before the network was trained, the figures from test images.
+The default aim was set after VGG16 had lost .66 points on those at an aim of .5.
 
-python benchmarks/study.py RUN_DIR CIFAR_DIR BATCH_SIZE OUT.json [AIMED_DROP]
+python benchmarks/study.py RUN_DIR CIFAR_DIR OUT.json [AIMED_DROP]
 
 RUN_DIR is the work folder of an "ic-only" run, such as runs/paper/cifar10-vgg16-ic-only-fast of
 ``sdn paper run DATA --datasets cifar10 --networks vgg16 --regimes cnn ic-only``.
@@ -16,6 +15,7 @@ import json
 import sys
 from pathlib import Path
 
+from shallowdeep.calibration import calibrate
 from shallowdeep.data import read_data
 from shallowdeep.network import ShallowDeepNetwork, load
 from shallowdeep.paper.datasets import study_set
@@ -23,7 +23,6 @@ from shallowdeep.paper.recipes import fresh_network
 from shallowdeep.paper.study import load_network
 from shallowdeep.runs import plain
 from shallowdeep.runtime.bench import bench, verdict
-from shallowdeep.tuning import machine_costs, tune
 from shallowdeep.types import Trace
 from shallowdeep.walking import simulate
 
@@ -31,12 +30,11 @@ ROWS = 2000
 
 
 def main() -> None:
-    run, data_dir, size, out = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
-    aimed = float(sys.argv[5]) if len(sys.argv) > 5 else 0.003
+    run, data_dir, out = map(Path, sys.argv[1:4])
+    aimed = float(sys.argv[4]) if len(sys.argv) > 4 else 0.003
     sdn = study_sdn(run)
     held_out, test = (Trace.load(run / f"{name}.safetensors") for name in ("held_out", "test"))
-    costs = machine_costs(sdn, batch_size=size, threads=1)
-    policy = tune(sdn, held_out, costs, max_accuracy_drop=aimed).policy
+    policy = calibrate(held_out, max_accuracy_drop=aimed)
     outcome, full = simulate(policy, test), test.logits_ENC[test.full_exit].argmax(1)
     right, right_full = (outcome.labels_N == test.labels_N).double(), (full == test.labels_N).double()
     facts = {
@@ -49,8 +47,8 @@ def main() -> None:
             "mean_cost": float(outcome.cost_N.mean()),
         },
     }
-    data = read_data(data_dir, split="test", limit=ROWS)
-    found = bench(sdn, policy, (data.inputs, data.labels_N), batch_sizes=(size,), threads=(1, 2))
+    data = read_data(str(data_dir), split="test", limit=ROWS)
+    found = bench(sdn, policy, (data.inputs, data.labels_N), batch_sizes=(1, 64), threads=(1, 2))
     print(verdict(found))
     out.write_text(json.dumps(plain({**facts, **found, "verdict": verdict(found)}), indent=1) + "\n")
 
