@@ -20,12 +20,11 @@ from torch import Tensor
 
 from shallowdeep.attack_study import StudyChoices, attack_study
 from shallowdeep.attacks import Attack, Pixels
-from shallowdeep.data import Dataset, Preprocessing, halves, read_data
+from shallowdeep.data import Dataset, Preprocessing, halves, read_data, spread
 from shallowdeep.demo import public_resnet
 from shallowdeep.files import write_text
 from shallowdeep.network import load
 from shallowdeep.runs import describe_device, plain
-from shallowdeep.trust_verbs import spread
 
 
 def main() -> None:
@@ -52,7 +51,7 @@ def main() -> None:
         given.work,
         choices,
         calibration=pair(test.rows(half)),
-        reported=pair(test.rows(spread(other, given.rows))),
+        reported=pair(test.rows(other[spread(len(other), given.rows)])),
         training=pair(read_data(given.data, split="train", limit=given.training)),
     ):
         print(found.pop("text"), flush=True)

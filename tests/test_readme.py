@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -82,3 +83,24 @@ def test_no_import_goes_down_the_river() -> None:
                 assert order.index(target) < order.index(name), f"{name} imports {target}, which is below it"
             if name not in ("host", "nested"):  # which export asks for, behind one error
                 assert not re.match(r"(import|from) (torchvision|timm|transformers|pyarrow|captum|altair|onnx)", line)
+
+
+def test_benchmarks_import_names_from_where_they_are_made() -> None:
+    """A name that another module merely imports may turn into another one's overnight, and no benchmark runs here."""
+    made: dict[str, set[str]] = {}
+    for file in (ROOT / "src").rglob("*.py"):
+        parts = file.relative_to(ROOT / "src").with_suffix("").parts
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+        named = [getattr(node, "name", None) for node in body]
+        assigned = [getattr(node, "targets", None) or [getattr(node, "target", None)] for node in body]
+        leaves = [leaf for targets in assigned for target in targets if target for leaf in ast.walk(target)]
+        made[".".join(parts)] = {*filter(None, named), *(leaf.id for leaf in leaves if isinstance(leaf, ast.Name))}
+    found = [
+        (node.module, alias.name)
+        for file in (ROOT / "benchmarks").glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shallowdeep.")
+        for alias in node.names
+    ]
+    assert len(found) > 100
+    assert [f"{module}.{name}" for module, name in found if module and name not in made[module]] == []
