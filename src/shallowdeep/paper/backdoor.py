@@ -85,9 +85,10 @@ class Victim:
 
     @property
     def how(self) -> Recipe:
-        """How it is trained."""
+        """How it is trained: by the recipe, but all by SGD. Five epochs of ``Muon`` do not learn a rare trigger."""
         recipe = make_recipe(self.recipe, self.network)
-        return recipe if self.epochs is None else dataclasses.replace(recipe, epochs=self.epochs)
+        whole = dataclasses.replace(recipe.whole, muon_lr=0.0)
+        return dataclasses.replace(recipe, whole=whole, epochs=recipe.epochs if self.epochs is None else self.epochs)
 
 
 def work_off(
