@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,18 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cifar")
     subprocess.run([sys.executable, str(SHARED / "make_official.py"), str(out), "10"], check=True, capture_output=True)
     return out / "cifar-10-batches-py"
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Inside, every write fails as on a full disk, in the system itself: no file may grow beyond 64 KiB."""
+    resource = pytest.importorskip("resource", reason="no limits for the size of files here")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

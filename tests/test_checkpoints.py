@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import full_disk
 from shallowdeep.checkpoints import Checkpoint, OutOfTime, seconds_of, time_limit
 from shallowdeep.files import FormatError
 
@@ -23,6 +24,17 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert (found["epoch"], found["losses"]) == (2, [[0.5, 0.25]])
     assert torch.equal(found["weights"]["a"], torch.ones(3))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_full_disk_is_said_and_the_earlier_state_stays(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, {})
+    checkpoint.save(STATE)
+    with full_disk(), pytest.raises(OSError, match=r"checkpoint\.pt could not be written: File too large\.$"):
+        checkpoint.save(STATE | {"weights": {"a": torch.zeros(10**5)}})
+    found = checkpoint.load()
+    assert found is not None
+    assert torch.equal(found["weights"]["a"], torch.ones(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_without_a_folder_nothing_is_kept() -> None:

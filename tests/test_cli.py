@@ -242,6 +242,17 @@ def test_what_the_system_refuses_is_said_without_numbers(
     assert refused(capsys, "doctor") == "sdn: runs/doctor: no space left on device."
 
 
+def test_an_interrupted_verb_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(*words: object, **choices: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shallowdeep.doctor.doctor_verb", stopped)
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "sdn: interrupted; files that were there are whole.\n"
+
+
 def test_a_policy_of_another_network_is_named(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from conftest import full_disk
 from shallowdeep import files
 from shallowdeep.files import FormatError, read_json, read_tensors, replacing, write_tensors, write_text
 
@@ -80,6 +82,21 @@ def test_a_full_disk_is_an_oserror_and_leaves_the_old_file(tmp_path: Path, monke
         write_tensors(path, {"a": torch.zeros(1)}, {})
     assert float(read_tensors(path)[0]["a"]) == 1.0
     assert [found.name for found in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_disk_that_is_full_names_the_file_and_why(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(OSError, match=r"File too large: .*note\.txt"):
+        write_text(tmp_path / "note.txt", "x" * 10**6)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(OSError, match=f"{name} is a folder or a device"):
+            write_text(tmp_path / name, "text")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_threads_write_into_files_of_their_own(tmp_path: Path) -> None:

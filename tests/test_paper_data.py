@@ -23,7 +23,7 @@ from PIL import Image
 from shallowdeep.cli import main
 from shallowdeep.files import FormatError
 from shallowdeep.paper import downloads
-from shallowdeep.paper.datasets import DATASETS, class_names, read_rows, read_tiny, split_rows, study_set
+from shallowdeep.paper.datasets import DATASETS, TINY_COUNTS, class_names, read_rows, read_tiny, split_rows, study_set
 from shallowdeep.types import DataError
 
 # ---------------------------------------------------------------- splits
@@ -81,8 +81,15 @@ def miniature(root: Path, images: int = 3) -> Path:
     return folder
 
 
-def test_tiny_imagenet_in_its_official_layout(tmp_path: Path) -> None:
+def small_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counts of the miniature in place of the official ones."""
+    for name, count in (("ids", 3), ("train", 9), ("val", 2)):
+        monkeypatch.setitem(TINY_COUNTS, name, count)
+
+
+def test_tiny_imagenet_in_its_official_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     miniature(tmp_path)
+    small_counts(monkeypatch)
     images, labels = read_rows("tinyimagenet", tmp_path, "train")
     assert images.shape == (9, 3, 64, 64)
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2], "ids are numbered in order"
@@ -92,29 +99,54 @@ def test_tiny_imagenet_in_its_official_layout(tmp_path: Path) -> None:
     assert float(images[1].double().mean()) == pytest.approx(100, abs=2)
 
 
-def test_classes_have_names(tmp_path: Path, cifar10: Path) -> None:
+def test_classes_have_names(tmp_path: Path, cifar10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     miniature(tmp_path)
+    small_counts(monkeypatch)
     assert class_names("tinyimagenet", tmp_path) == ("goldfish", "dog", "n03"), "in the order of the labels"
     assert class_names("cifar10", cifar10.parent)[5] == "dog"
 
 
-def test_a_damaged_tiny_imagenet_is_named(tmp_path: Path) -> None:
+def test_a_damaged_tiny_imagenet_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = miniature(tmp_path)
+    small_counts(monkeypatch)
     lost = folder / "train" / "n02" / "images" / "n02_1.JPEG"
     kept = lost.read_bytes()
     lost.unlink()
-    with pytest.raises(DataError, match=r"n02 has 2 images, others 3"):
+    with pytest.raises(DataError, match=r"n02 has 2 images, expected 3"):
         read_tiny(folder, "train")
     lost.write_bytes(kept[:200])
     with pytest.raises(FormatError, match=r"n02_1\.JPEG"):
         read_tiny(folder, "train")
-    annotations = folder / "val" / "val_annotations.txt"
-    annotations.write_text("val_0.JPEG\tn77\t0\t0\t62\t62\n")
-    with pytest.raises(DataError, match="n77"):
-        read_tiny(folder, "test")
-    annotations.unlink()
-    with pytest.raises(FormatError, match=r"val_annotations\.txt"):
-        read_tiny(folder, "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("wnids.txt", None, r"No file .*wnids\.txt"),
+        ("wnids.txt", b"n01\nn02\n", r"wnids\.txt lists 2 of 3"),
+        ("wnids.txt", b"n01\nn02\nn02\n", r"wnids\.txt lists 2 of 3"),
+        ("words.txt", b"", r"words\.txt lists no words"),
+        ("words.txt", b"n02\tdog\nn01 goldfish\n", r"words\.txt is damaged: line 2 has no 2 columns"),
+        ("words.txt", b"n02\t\xff\xfe\n", r"words\.txt is damaged: it is not text"),
+        ("val/val_annotations.txt", b"", r"val_annotations\.txt lists 0 of 2"),
+        ("val/val_annotations.txt", b"val_0.JPEG\tn02\t0\n", r"val_annotations\.txt lists 1 of 2"),
+        ("val/val_annotations.txt", b"val_0.JPEG\tn02\nval_1.JPEG n01\n", r"annotations\.txt is damaged: line 2"),
+        ("val/val_annotations.txt", b"val_0.JPEG\tn02\nval_1.JPEG\tn77\n", r"annotations\.txt names 'n77', which"),
+    ],
+)
+def test_a_damaged_list_of_tiny_imagenet_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes | None, said: str
+) -> None:
+    """By the look at the folder, and by whoever reads rows or names from it."""
+    small_counts(monkeypatch)
+    folder = miniature(tmp_path)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    assert re.search(said, downloads.look(tmp_path, ["tinyimagenet"])[0].state)
+    for read in (partial(read_tiny, folder, "train"), partial(class_names, "tinyimagenet", tmp_path)):
+        with pytest.raises(FormatError, match=said):
+            read()
 
 
 # ---------------------------------------------------------------- downloads
@@ -304,17 +336,15 @@ def test_what_is_there_and_what_is_missing(tmp_path: Path, monkeypatch: pytest.M
     assert set(found) == set(DATASETS)
     miniature(tmp_path)
     (tiny,) = downloads.look(tmp_path, ["tinyimagenet"])
-    assert tiny.state == "train has 9 of 100,000 images; val has 2 of 10,000 images"
-    monkeypatch.setattr(downloads, "TINY_IMAGES", {"train": 9, "val": 2})
+    lists = f"{tmp_path / 'tiny-imagenet-200' / 'wnids.txt'} lists 3 of 200"
+    assert tiny.state == f"{lists}; train has 9 of 100,000 images; val has 2 of 10,000 images"
+    small_counts(monkeypatch)
     assert downloads.look(tmp_path, ["tinyimagenet"])[0].state == "whole"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("wnids.txt", None, "wnids.txt is missing or empty"),
-        ("words.txt", b"", "words.txt is missing or empty"),
-        ("val/val_annotations.txt", b"", "val/val_annotations.txt is missing or empty"),
         ("train/n02/images/n02_1.JPEG", b"", "train/n02/images/n02_1.JPEG is not a JPEG"),
         ("val/images/val_1.JPEG", b"junk", "val/images/val_1.JPEG is not a JPEG"),
     ],
@@ -322,7 +352,7 @@ def test_what_is_there_and_what_is_missing(tmp_path: Path, monkeypatch: pytest.M
 def test_tiny_imagenet_is_more_than_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes | None, said: str
 ) -> None:
-    monkeypatch.setattr(downloads, "TINY_IMAGES", {"train": 9, "val": 2})
+    small_counts(monkeypatch)
     path = miniature(tmp_path) / name
     path.unlink()
     if content is not None:
@@ -340,7 +370,7 @@ def test_official_files_are_whole(cifar10: Path) -> None:
 def test_the_door_says_what_to_do_in_each_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(downloads, "TINY_IMAGES", {"train": 9, "val": 2})
+    small_counts(monkeypatch)
     miniature(tmp_path)
     (tmp_path / "cifar-100-python").mkdir()
     main(["paper", "data", str(tmp_path)])
@@ -364,7 +394,7 @@ def test_the_door_refuses_a_name_before_it_fetches(
     monkeypatch.setattr(downloads, "fetch", lambda name, _: fetched.append(name))
     with pytest.raises(SystemExit, match="2"):
         main(["paper", "data", str(tmp_path), "--download", "--datasets", "cifar10", "nosuch"])
-    assert "No data set 'nosuch' in the study. Data sets: cifar10" in capsys.readouterr().err
+    assert 'Invalid value "nosuch" for --datasets. Choose from: "cifar10"' in capsys.readouterr().err
     assert fetched == []
     main(["paper", "data", str(tmp_path), "--download", "--datasets", "cifar10", "tinyimagenet"])
     assert fetched == ["cifar10", "tinyimagenet"]

@@ -14,7 +14,8 @@ from shallowdeep import cli
 from shallowdeep.paper import costs
 from shallowdeep.paper.costs import cost_rows, cost_table
 from shallowdeep.paper.datasets import DATASETS
-from shallowdeep.paper.networks import EXITS, NETWORKS, ResNet, make_network
+from shallowdeep.paper.networks import NETWORKS, ResNet, make_network
+from shallowdeep.paper.recipes import EXITS
 
 # data set, network, CNN parameters, SDN parameters, CNN macs, cost of each exit in % of the CNN
 TABLE_A = """

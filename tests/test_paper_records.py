@@ -176,12 +176,18 @@ def test_experiments_against_slow_loops(traces: tuple[Trace, Trace]) -> None:
     reduced = reduce_traces(held, test)
     right = (test.logits_ENC.argmax(2) == test.labels_N).tolist()
     rows = range(test.num_samples)
+    sure_EN = test.logits_ENC.double().softmax(2).amax(2)
     found = overthinking_by_exit(reduced)
     for exit in range(4):
         spoiled = sum(right[exit][n] and not right[3][n] for n in rows) / len(rows)
         assert found["destructive"][exit] == pytest.approx(spoiled)
         so_far = sum(any(right[e][n] for e in range(exit + 1)) for n in rows) / len(rows)
         assert found["cumulative_accuracy"][exit] == pytest.approx(so_far)
+        lost = [float(sure_EN[exit, n]) for n in rows if right[exit][n] and not right[3][n]]
+        mean = found["confidence_spoiled"][exit]
+        assert mean is None if exit == 3 else mean == pytest.approx(sum(lost) / len(lost), rel=1e-3)
+        kept = [float(sure_EN[exit, n]) for n in rows if right[exit][n]]
+        assert found["confidence_right"][exit] == pytest.approx(sum(kept) / len(kept), rel=1e-3)
     shown = galleries(reduced, limit=10_000)
     assert sorted(shown["simple"]) == [n for n in rows if all(right[e][n] for e in range(4))]
     assert sorted(shown["complex"]) == [n for n in rows if [right[e][n] for e in range(4)] == [False] * 3 + [True]]
@@ -222,6 +228,8 @@ def write(folder: Path, run: str, reduced: ReducedTrace, cnn: ReducedTrace | Non
         "held_out_rows": reduced.held_out,
         "seed": 0,
         "seconds": 120.0,
+        "training": {},
+        "data_fingerprint": "",
         "device": "a test",
         "precision": "fp32",
         "versions": {},
@@ -353,9 +361,9 @@ def test_foreign_and_half_records_are_named(traces: tuple[Trace, Trace], tmp_pat
     assert read_record(path) == whole
     less = {name: value for name, value in whole["paper"].items() if name != "best"}
     for half, missing in (
-        ({}, r"no dataset, network, regime, recipe, epochs and 25 more\."),
+        ({}, r"no dataset, network, regime, recipe, epochs and 27 more\."),
         ([], "no dataset"),
-        ({"regime": "backdoor"}, "no dataset, network, recipe, poisoning_rate, epochs and 13 more"),
+        ({"regime": "backdoor"}, "no dataset, network, recipe, poisoning_rate, epochs and 15 more"),
         ({name: whole[name] for name in whole if name != "cost_at_budget"}, r"no cost_at_budget\."),
         (whole | {"paper": less}, r"no paper\.best\."),
         (whole | {"paper": None}, r"no paper\.accuracy_cnn"),

@@ -22,7 +22,7 @@ from shallowdeep.joint import Taus
 from shallowdeep.paper import backdoor, figures, pictures, recipes, study
 from shallowdeep.paper.backdoor import Victim
 from shallowdeep.paper.experiments import galleries
-from shallowdeep.paper.networks import EXITS, ResNet
+from shallowdeep.paper.networks import NETWORKS, ResNet, make_network
 from shallowdeep.paper.recipes import make_recipe
 from shallowdeep.paper.records import FIGURES, VICTIM, ReducedTrace, reduce_traces
 from shallowdeep.paper.records import RUN as RUN_FIELDS
@@ -55,7 +55,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "split_rows", lambda labels: (torch.arange(200), torch.arange(200, 300)))
     monkeypatch.setattr(study, "make_recipe", short)
     monkeypatch.setattr(recipes, "make_network", lambda *_: ResNet(8, 10, projected=True))
-    monkeypatch.setitem(EXITS, "resnet56", ("layer1.0:out", "layer2.0:out"))
+    monkeypatch.setitem(recipes.EXITS, "resnet56", ("layer1.0:out", "layer2.0:out"))
 
 
 def test_the_paper_recipe_is_what_the_authors_code_runs() -> None:
@@ -66,7 +66,7 @@ def test_the_paper_recipe_is_what_the_authors_code_runs() -> None:
     assert (recipe.whole.momentum, recipe.whole.nesterov, recipe.whole.batch_size) == (0.9, False, 128)
     exits = [round(recipe.exits.lr * stepped(e, recipe.exits.milestones), 6) for e in range(recipe.exits.epochs)]
     assert [exits.count(rate) for rate in (0.001, 0.0001)] == [14, 11]
-    decays = {name: make_recipe("paper", name).whole.weight_decay for name in EXITS}
+    decays = {name: make_recipe("paper", name).whole.weight_decay for name in NETWORKS}
     assert decays == {"vgg16": 5e-4, "wrn32-4": 5e-4, "resnet56": 1e-4, "mobilenet": 1e-4}
     assert (recipe.holds_out, make_recipe("fast", "vgg16").holds_out) == (False, True)
     # The authors' taus rise to nominal shares, ours in the same way to the real costs.
@@ -187,7 +187,10 @@ def test_what_stands_on_a_plain_network_follows_when_it_is_made_again(
         (work / run.name / "network.safetensors").touch()
         traces = {"held_out": answered(run, 100), "test": answered(run, 60)}
         recipe = study.make_recipe(run.recipe, run.network)
-        study._write_record(run, recipe, traces, 200, "32-true", work / run.name, results)
+        about = study._asked(run, recipe) | study.provenance(
+            (torch.zeros(200, 1), torch.arange(200)), None, "32-true", 1.0
+        )
+        study._write_record(run, about, traces, study.plain_network(run, results), work / run.name, results)
 
     def record(run: StudyRun) -> Any:
         return json.loads((results / f"{run.name}.json").read_text())
@@ -257,7 +260,10 @@ def test_the_door_of_runs(small: None, tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as stopped:
         main(["paper", "run", str(tmp_path), "--networks", "resnet50", *where])
     assert stopped.value.code == 2
-    assert "Networks: vgg16, resnet56, wrn32-4, mobilenet." in capsys.readouterr().err
+    assert 'Choose from: "vgg16", "resnet56", "wrn32-4", "mobilenet".' in capsys.readouterr().err
+    for some in ("--datasets", "--networks", "--regimes"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["paper", "run", str(tmp_path), *where, some])
 
 
 def test_a_record_over_a_network_of_fewer_epochs_is_no_record(small: None, tmp_path: Path) -> None:
@@ -270,6 +276,45 @@ def test_a_record_over_a_network_of_fewer_epochs_is_no_record(small: None, tmp_p
     report = work_off([ics], tmp_path, **where)
     assert (report["before"], report["done"]) == ([RUN.name], [ics.name])
     assert json.loads(path.read_text())["epochs_before"] == 2
+
+
+def test_a_record_of_another_recipe_or_without_its_trace_is_made_again(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = {"results": tmp_path / "r", "work": tmp_path / "w"}
+    assert work_off([RUN], tmp_path, **where)["done"] == [RUN.name]
+    path, short = tmp_path / "r" / f"{RUN.name}.json", study.make_recipe
+    assert json.loads(path.read_text())["training"]["lr"] == 0.1
+    path.with_suffix(".safetensors").unlink()
+    assert work_off([RUN], tmp_path, **where)["done"] == [RUN.name], "from its last checkpoint"
+    assert path.with_suffix(".safetensors").is_file()
+
+    def changed(name: str, network: str) -> recipes.Recipe:
+        found = short(name, network)
+        return dataclasses.replace(found, whole=dataclasses.replace(found.whole, lr=0.05))
+
+    monkeypatch.setattr(study, "make_recipe", changed)
+    assert work_off([RUN], tmp_path, **where)["done"] == [RUN.name]
+    assert json.loads(path.read_text())["training"]["lr"] == 0.05
+    assert (tmp_path / "w" / f"{RUN.name}.old1").is_dir(), "what the other recipe taught is kept"
+
+
+def test_a_plain_network_that_is_missing_is_missed_before_training(small: None, tmp_path: Path) -> None:
+    joint = dataclasses.replace(RUN, regime="sdn-training")
+    with pytest.raises(FormatError, match=r"No file .*cifar10-resnet56-cnn-fast\.safetensors"):
+        make(joint, tmp_path, results=tmp_path / "r", work=tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_training_that_diverged_is_one_sentence(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverged(*_: object, start: recipes.Normalised, **__: object) -> tuple[torch.nn.Module, str]:
+        start.get_parameter("network.linear.bias").data.fill_(torch.nan)
+        return start, "32-true"
+
+    monkeypatch.setattr(study, "train", diverged)
+    with pytest.raises(DataError, match="not finite: its training diverged"):
+        make(RUN, tmp_path, results=tmp_path / "r", work=tmp_path / "w")
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_network_whose_weights_are_lost_is_trained_again(small: None, tmp_path: Path) -> None:
@@ -332,13 +377,26 @@ def test_unknown_names_say_which_there_are() -> None:
         assert run.cnn is None or order.index(run.cnn.name) < order.index(run.name)
 
 
-def test_the_authors_starting_weights() -> None:
-    chosen = study.study_set("cifar10")
-    a, b = (recipes.fresh_network("vgg16", chosen, 0).state_dict() for _ in range(2))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    convolution = a["network.blocks.5.0.weight"]
-    assert float(convolution.std()) == pytest.approx((2 / (9 * convolution.shape[0])) ** 0.5, rel=0.02)
-    assert float(a["network.last.weight"].std()) == pytest.approx(0.01, rel=0.05)
+@pytest.mark.parametrize(
+    ("name", "convolution", "deviation", "linear"),
+    [  # of the convolution: sqrt(2 / fan out), the same, sqrt 2 times Xavier's sqrt(2 / (fan in + fan out))
+        ("vgg16", "blocks.5.0", (2 / (9 * 256)) ** 0.5, "last"),
+        ("resnet56", "layer3.5.conv1", (2 / (9 * 64)) ** 0.5, "linear"),
+        ("wrn32-4", "stages.1.0.conv2", 2**0.5 * (2 / (9 * 256)) ** 0.5, "linear"),
+    ],
+)
+def test_the_authors_starting_weights(name: str, convolution: str, deviation: float, linear: str) -> None:
+    a, b = (recipes.fresh_network(name, study.study_set("cifar10"), 0).network.state_dict() for _ in range(2))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert float(a[f"{convolution}.weight"].std()) == pytest.approx(deviation, rel=0.02)
+    assert float(a[f"{linear}.weight"].std()) == pytest.approx(0.01, rel=0.06)
+    assert all(not bool(a[key].any()) for key in a if key.endswith(".bias")), "no bias, of no kind of layer"
+
+
+def test_mobilenet_starts_as_pytorch_does() -> None:
+    linear = make_network("mobilenet", 10, 32).get_submodule("linear")
+    assert isinstance(linear, torch.nn.Linear)
+    assert float(linear.weight.detach().std()) == pytest.approx(1 / (3 * 1024) ** 0.5, rel=0.05)
 
 
 # ---------------------------------------------------------------- pictures and the backdoor
@@ -377,6 +435,19 @@ def test_pictures_of_a_run(two_runs: list[str], tmp_path: Path, monkeypatch: pyt
     assert red[1][1] > 60 > 5 > red[1][0], "and the last one's in its own"
     assert sheet.size == (3 * (96 + 6) + 6, 4 * (96 + 12 + 6) + 6)
     assert np.asarray(sheet)[8, 8].tolist() == images[0, :, 0, 0].tolist(), "the image itself comes first"
+
+
+def test_grad_cam_takes_the_weights_of_which_the_record_speaks(two_runs: list[str], tmp_path: Path) -> None:
+    name, work = two_runs[1], tmp_path / "runs" / "paper"
+    where: Any = {"results": tmp_path / "results" / "paper", "work": work, "out": tmp_path / "looks.png"}
+    trace = Trace.load(work / name / "test.safetensors")
+    dataclasses.replace(trace, logits_ENC=-trace.logits_ENC).save(work / name / "test.safetensors")
+    with pytest.raises(DataError, match=f"does not hold the weights of which the record {name} speaks"):
+        pictures.draw_looks(name, tmp_path, **where)
+    assert not (tmp_path / "looks.png").exists()
+    other = recipes.Normalised(make_network("mobilenet", 10, 32), (0.0,) * 3, (1.0,) * 3)
+    with pytest.raises(DataError, match=f"holds the weights of another network than {name}'s"):
+        study.load_network(other, work / name, name)
 
 
 def test_the_trigger_is_a_white_square_and_changes_nothing_else() -> None:
@@ -429,8 +500,7 @@ def test_victims_are_named_and_refused() -> None:
 
 @pytest.fixture
 def victims(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("read_rows", "split_rows", "make_recipe"):
-        monkeypatch.setattr(backdoor, name, getattr(study, name))
+    monkeypatch.setattr(backdoor, "make_recipe", study.make_recipe)
 
 
 def test_a_victim_is_trained_and_written(victims: None, tmp_path: Path) -> None:
@@ -466,8 +536,10 @@ def test_a_victim_of_other_epochs_is_made_again(tmp_path: Path, monkeypatch: pyt
     victim = Victim(rate=0.2, network="resnet56")
     path = tmp_path / f"{victim.name}.json"
     where: Any = {"results": tmp_path, "work": tmp_path}
-    for epochs, seed, calls in ((victim.how.epochs, 77, 0), (victim.how.epochs - 1, 1, 1)):
-        path.write_text(json.dumps(dict.fromkeys(VICTIM) | {"regime": "backdoor", "epochs": epochs, "seed": 77}))
+    training = dataclasses.asdict(victim.how.whole) | {"milestones": []}
+    for other, seed, calls in (({}, 77, 0), ({"epochs": 1}, 1, 1), ({"training": training | {"muon_lr": 0.1}}, 1, 2)):
+        about = {"regime": "backdoor", "epochs": victim.how.epochs, "training": training, "seed": 77}
+        path.write_text(json.dumps(dict.fromkeys(VICTIM) | about | other))
         report = backdoor.work_off([victim], tmp_path, **where)
         assert (report["victims"][0]["seed"], report["open"], len(made)) == (seed, [], calls)
 

@@ -29,7 +29,7 @@ RIVER = (
     "report.sections report.page",
     "limits resistance attacks hardening attack_study",
     "paper paper.networks paper.datasets paper.downloads paper.recipes paper.costs paper.records paper.experiments",
-    "paper.figures paper.tables paper.backdoor paper.study paper.pictures",
+    "paper.figures paper.tables paper.study paper.backdoor paper.pictures",
     "verbs engine_verbs trust_verbs report_verbs demo doctor choices paper.cli engine_cli report_cli trust_cli cli",
 )
 

@@ -37,6 +37,16 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
+def before(end: float) -> Iterator[None]:
+    """``time_limit`` until ``end``, a reading of ``time.monotonic``; ``OutOfTime`` at once where that is past."""
+    left = end - time.monotonic()
+    if left <= 0:
+        raise OutOfTime
+    with time_limit(left):
+        yield
+
+
+@contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Inside, this process alone works in ``folder``; a killed one lets go. Raises ``DataError`` where another does.
 
@@ -89,8 +99,9 @@ class Checkpoint:
         try:
             with replacing(self.path) as (partial,), partial.open("wb") as file:
                 torch.save({"choices": self.choices, "state": state, "seconds": self.seconds}, file)
-        except RuntimeError as error:  # the zip writer's way to say that the disk is full
-            raise OSError(f"{self.path} could not be written: {error}.") from None
+        except RuntimeError as error:  # the zip writer's own complaint hides that the disk is full
+            why = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise OSError(f"{self.path} could not be written: {getattr(why, 'strerror', None) or why}.") from None
         if deadline is not None and self.saved + (self.saved - before) > deadline:
             raise OutOfTime(f"Stopped after a whole epoch; run it again to go on from {self.path}.")
 

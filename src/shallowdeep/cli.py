@@ -355,6 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
                 _load()
             result = command(*bound.args, **bound.kwargs)
     except KeyboardInterrupt:
+        print("sdn: interrupted; files that were there are whole.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if os.environ.get("SDN_DEBUG"):

@@ -45,10 +45,13 @@ def grad_cam(sdn: ShallowDeepNetwork, inputs: Inputs, exit: int, classes_B: Tens
 
 
 def enlarged(heat_BHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """The heat [B, *size] by bilinear interpolation, each picture scaled to 0..1 (all zeros stay)."""
+    """The heat [B, *size] by bilinear interpolation, each picture scaled from its least to its greatest value to 0..1
+    (an even heat gives zeros).
+    """
     big = F.interpolate(heat_BHW.unsqueeze(1).float(), size, mode="bilinear", align_corners=False).squeeze(1)
-    most = big.amax((1, 2), keepdim=True)
-    return big / most.where(most > 0, 1.0)
+    above = big - big.amin((1, 2), keepdim=True)
+    most = above.amax((1, 2), keepdim=True)
+    return above / most.where(most > 0, 1.0)
 
 
 class _Looking(nn.Module):

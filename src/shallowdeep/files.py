@@ -38,6 +38,8 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
     """Where to write what shall replace ``paths``: renamed together at the end, or, after an error, not at all."""
     partials = tuple(path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial") for path in paths)
     for path in paths:
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path} is a folder or a device, not a file that could be replaced.")
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partials
@@ -46,6 +48,10 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
                 os.fsync(file.fileno())
         for partial, path in zip(partials, paths, strict=True):
             os.replace(partial, path)
+    except OSError as error:
+        if error.strerror and error.filename is None:  # a write to an open file: the disk is full, and no file is named
+            error.filename = str(paths[0])
+        raise
     finally:
         for partial in partials:
             partial.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,20 @@ import torch
 from torch import Tensor
 
 from shallowdeep.calibration import tradeoff
-from shallowdeep.checkpoints import OutOfTime, alone, seconds_of, time_limit
+from shallowdeep.checkpoints import OutOfTime, alone, before, seconds_of
 from shallowdeep.collection import collect
 from shallowdeep.disagreement import confusion, fit_confusion
 from shallowdeep.effects import answers, share
 from shallowdeep.files import write_text
 from shallowdeep.finding import error_scores
 from shallowdeep.network import ShallowDeepNetwork
-from shallowdeep.paper.datasets import read_rows, split_rows, study_set
+from shallowdeep.paper.datasets import study_set
 from shallowdeep.paper.networks import NETWORKS
 from shallowdeep.paper.recipes import Recipe, fresh_network, make_recipe, train
 from shallowdeep.paper.records import GRID, best_point, read_record
+from shallowdeep.paper.study import provenance, study_rows
 from shallowdeep.policies import Confidence
-from shallowdeep.runs import describe_device, plain, versions
+from shallowdeep.runs import plain
 from shallowdeep.types import Trace
 from shallowdeep.walking import simulate
 
@@ -101,13 +102,11 @@ def work_off(
     report: dict[str, Any] = {"victims": [], "open": []}
     end = time.monotonic() + 60 * minutes
     for victim in victims:
-        path = results / f"{victim.name}.json"
+        path, how = results / f"{victim.name}.json", victim.how
         record = read_record(path) if path.is_file() else None
         try:
-            if record is None or record["epochs"] != victim.how.epochs:
-                if time.monotonic() >= end:
-                    raise OutOfTime
-                with time_limit(end - time.monotonic()):
+            if record is None or (record["epochs"], record["training"]) != (how.epochs, plain(asdict(how.whole))):
+                with before(end):
                     record = backdoor(victim, data_dir, results=results, work=work)
             report["victims"].append(record)
         except OutOfTime:
@@ -123,12 +122,9 @@ def backdoor(victim: Victim, data_dir: Path, *, results: Path, work: Path) -> di
     there with ``OutOfTime``.
     """
     chosen, how, seed = study_set("cifar10"), victim.how, victim.seed
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images, labels_N = (part.to(device) for part in read_rows("cifar10", data_dir, "train"))
-    test = read_rows("cifar10", data_dir, "test")  # now: damaged files are found before hours of training
-    kept, held = split_rows(labels_N.cpu())
-    clean = images[kept.to(device)], labels_N[kept.to(device)]
-    network = fresh_network(victim.network, chosen, seed).to(device)
+    clean, held_out, test = study_rows("cifar10", data_dir, how)
+    assert held_out is not None
+    network = fresh_network(victim.network, chosen, seed).to(clean[0].device)
     spoiled = poisoned(clean, victim.rate, seed)
     folders = [work / victim.name / part for part in ("victim", "ics")]
     with alone(work / victim.name):
@@ -136,7 +132,7 @@ def backdoor(victim: Victim, data_dir: Path, *, results: Path, work: Path) -> di
         sdn, _ = train("ic-only", how, victim.network, chosen, clean, start=network, folder=folders[1], seed=seed)
     assert isinstance(sdn, ShallowDeepNetwork)
     found = judge(
-        collect(sdn, (images[held.to(device)], labels_N[held.to(device)])),
+        collect(sdn, held_out),
         collect(sdn, test),
         collect(sdn, (stamped(test[0]), test[1])),
     )
@@ -147,13 +143,9 @@ def backdoor(victim: Victim, data_dir: Path, *, results: Path, work: Path) -> di
         "recipe": victim.recipe,
         "poisoning_rate": victim.rate,
         "epochs": how.epochs,
-        "training_rows": len(kept),
-        "held_out_rows": len(held),
         "seed": seed,
-        "device": describe_device(),
-        "precision": precision,
-        "versions": versions(),
-        "seconds": sum(map(seconds_of, folders)),
+        "training": asdict(how.whole),
+        **provenance(clean, held_out, precision, sum(map(seconds_of, folders))),
     }
     record: dict[str, Any] = plain(about | found)
     write_text(results / f"{victim.name}.json", json.dumps(record, indent=1) + "\n")
@@ -195,5 +187,5 @@ def judge(held_out: Trace, clean: Trace, triggered: Trace) -> dict[str, Any]:
         "attack_success_exits": (said_EN[:, other_N] == TARGET).double().mean(1).tolist(),
         "early_exits": with_exits(best),
         "paper": {"threshold": most, **tried[most]},
-        "detection": dataclasses.asdict(error_scores(scores, from_trigger)),
+        "detection": asdict(error_scores(scores, from_trigger)),
     }

@@ -21,16 +21,19 @@ app = App(
     sort_key=99,
 )
 RESULTS = Path("results/paper")
-Names = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())]
+SOME = Parameter(consume_multiple=(1, None), negative=())
+DataSet = Literal["cifar10", "cifar100", "tinyimagenet"]
+Network = Literal["vgg16", "resnet56", "wrn32-4", "mobilenet"]
+Regime = Literal["cnn", "ic-only", "sdn-training", "mixed"]
 
 
 @app.command
 def run(
     data_dir: Path,
     *,
-    datasets: Names = ("cifar10", "cifar100"),
-    networks: Names = ("vgg16", "resnet56", "wrn32-4", "mobilenet"),
-    regimes: Names = ("cnn", "ic-only", "sdn-training", "mixed"),
+    datasets: Annotated[tuple[DataSet, ...], SOME] = ("cifar10", "cifar100"),
+    networks: Annotated[tuple[Network, ...], SOME] = ("vgg16", "resnet56", "wrn32-4", "mobilenet"),
+    regimes: Annotated[tuple[Regime, ...], SOME] = ("cnn", "ic-only", "sdn-training", "mixed"),
     recipe: Literal["fast", "paper"] = "fast",
     minutes: Minutes = math.inf,
     seed: int = 0,
@@ -62,7 +65,7 @@ def run(
     """
     from shallowdeep.paper import study
 
-    runs = study.all_runs(datasets, networks, regimes, recipe, seed)  # type: ignore[arg-type]
+    runs = study.all_runs(datasets, networks, regimes, recipe, seed)
     report = study.work_off(runs, data_dir, results=results, work=work, minutes=minutes)
     for state, names in report.items():
         print(f"{state}: {', '.join(names) or 'none'}")
@@ -70,7 +73,9 @@ def run(
 
 
 @app.command
-def data(data_dir: Path, *, download: bool = False, datasets: Names = ()) -> dict[str, Any]:
+def data(
+    data_dir: Path, *, download: bool = False, datasets: Annotated[tuple[DataSet, ...], SOME] = ()
+) -> dict[str, Any]:
     """Say which data sets are there and where the missing ones come from; fetch them if asked.
 
     Parameters
@@ -125,7 +130,7 @@ def tables(*, results: Path = RESULTS, out: Path = Path("runs/paper-tables"), fi
     from shallowdeep.paper import tables as made
 
     print(made.make_tables(results, out, figures=figures))
-    return {"tables": str(out / "tables.md"), "runs": len(made.read_records(results))}
+    return {"tables": str(out / "tables.md")}
 
 
 Experiment = Literal["overthinking", "early-exits", "confusion"]
@@ -148,18 +153,19 @@ def experiment(what: Experiment, run: str, *, results: Path = RESULTS, out: Path
     """
     from shallowdeep.paper import experiments, figures, study
     from shallowdeep.paper.records import run_with_exits
+    from shallowdeep.runs import plain
 
     about, reduced = run_with_exits(results, run)
     if what == "early-exits":
-        plain = study.plain_network(study.run_of(about), results)
-        found, draw = experiments.early_exits(reduced, plain), figures.early_exits_figure
+        cnn = study.plain_network(study.run_of(about), results)
+        found, draw = experiments.early_exits(reduced, cnn), figures.early_exits_figure
     elif what == "overthinking":
         found, draw = experiments.overthinking_by_exit(reduced), figures.overthinking_figure
     else:
         found, draw = experiments.error_alarms(reduced), figures.confusion_figure
     if out is not None:
         figures.save_figure(draw(found, run), out)
-    return found
+    return dict(plain(found))
 
 
 @app.command
@@ -210,8 +216,8 @@ def grad_cam(
 def backdoor(
     data_dir: Path,
     *,
-    rates: Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())] = (0.005, 0.02, 0.1),
-    network: Literal["vgg16", "resnet56", "wrn32-4", "mobilenet"] = "vgg16",
+    rates: Annotated[tuple[float, ...], SOME] = (0.005, 0.02, 0.1),
+    network: Network = "vgg16",
     epochs: Count | None = None,
     minutes: Minutes = math.inf,
     results: Path = RESULTS,

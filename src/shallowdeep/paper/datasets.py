@@ -5,8 +5,10 @@ It refuses to know networks. Images stay uint8 [N, 3, side, side] in memory; a n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +73,8 @@ DATASETS = {
     )
 }
 HELD_OUT = 5000
+TINY_COUNTS = {"ids": 200, "train": 100_000, "val": 10_000}
+"""Classes and images of the official tiny-imagenet-200."""
 
 
 def study_set(name: str) -> StudySet:
@@ -101,29 +105,27 @@ def class_names(name: str, data_dir: Path) -> tuple[str, ...]:
     folder = data_dir / study_set(name).folder
     if name != "tinyimagenet":
         return read_data(folder, split="test").class_names
-    words = dict(line.split("\t", 1) for line in _lines(folder / "words.txt"))
-    return tuple(words.get(wnid, wnid).split(",")[0] for wnid in sorted(_lines(folder / "wnids.txt")))
+    lists = tiny_lists(folder)
+    return tuple(lists.words.get(wnid, wnid).split(",")[0] for wnid in lists.wnids)
 
 
 def read_tiny(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Images uint8 [N, 3, 64, 64] and labels [N] of the official tiny-imagenet-200 folder; "test" is its val part.
 
-    Labels number the wnids in order. Raises ``DataError`` when ids, folders and annotations do not agree.
+    Labels number the wnids in order. Raises ``FormatError`` for lists that are not the official ones, and ``DataError``
+    when ids, folders and annotations do not agree.
     """
-    wnids = sorted(_lines(folder / "wnids.txt"))
-    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    lists = tiny_lists(folder)
     if split == "train":
-        parts = [sorted((folder / "train" / wnid / "images").glob("*.JPEG")) for wnid in wnids]
-        counts = {len(part) for part in parts}
-        if len(counts) != 1 or 0 in counts:
-            least = min(range(len(parts)), key=lambda i: len(parts[i]))
-            raise DataError(f"{folder / 'train' / wnids[least]} has {len(parts[least])} images, others {max(counts)}.")
+        parts = [sorted((folder / "train" / wnid / "images").glob("*.JPEG")) for wnid in lists.wnids]
+        each = TINY_COUNTS["train"] // len(parts)
+        for wnid, part in zip(lists.wnids, parts, strict=True):
+            if len(part) != each:
+                raise DataError(f"{folder / 'train' / wnid} has {len(part)} images, expected {each}.")
         files = [(path, label) for label, part in enumerate(parts) for path in part]
     else:
-        rows = [line.split("\t")[:2] for line in _lines(folder / "val" / "val_annotations.txt")]
-        if unknown := [wnid for _, wnid in rows if wnid not in label_of]:
-            raise DataError(f"val_annotations.txt names {unknown[0]!r}, which wnids.txt does not.")
-        files = [(folder / "val" / "images" / Path(name).name, label_of[wnid]) for name, wnid in rows]
+        label_of = {wnid: label for label, wnid in enumerate(lists.wnids)}
+        files = [(folder / "val" / "images" / name, label_of[wnid]) for name, wnid in lists.val.items()]
     images = torch.empty(len(files), 3, 64, 64, dtype=torch.uint8)
     for row, (path, _) in enumerate(steps(files, f"read {split} images", len(files))):
         image = read_image(path)
@@ -133,10 +135,44 @@ def read_tiny(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     return images, torch.tensor([label for _, label in files])
 
 
-def _lines(path: Path) -> list[str]:
+class TinyLists(NamedTuple):
+    """What the lists of Tiny ImageNet say: its ids in the order of the labels, the id of each val image, words."""
+
+    wnids: list[str]
+    val: dict[str, str]
+    words: dict[str, str]
+
+
+def tiny_lists(folder: Path) -> TinyLists:
+    """The lists in the official tiny-imagenet-200 folder. Raises ``FormatError`` naming the file that is not whole."""
+    ids, annotations = folder / "wnids.txt", folder / "val" / "val_annotations.txt"
+    wnids = sorted({wnid for (wnid,) in _fields(ids, 1)})
+    val = {Path(name).name: wnid for name, wnid in _fields(annotations, 2)}
+    for path, found, count in ((ids, len(wnids), TINY_COUNTS["ids"]), (annotations, len(val), TINY_COUNTS["val"])):
+        if found != count:
+            raise FormatError(f"{path} lists {found:,} of {count:,}.")
+    if unknown := set(val.values()) - set(wnids):
+        raise FormatError(f"{annotations} names {min(unknown)!r}, which wnids.txt does not.")
+    words = dict(_fields(folder / "words.txt", 2))
+    if not words:
+        raise FormatError(f"{folder / 'words.txt'} lists no words.")
+    return TinyLists(wnids, val, words)
+
+
+def _fields(path: Path, count: int) -> Iterator[list[str]]:
+    """The first ``count`` columns of every line that is not empty."""
     if not path.is_file():
         raise FormatError(f"No file {path}: the folder is not the official tiny-imagenet-200, or not complete.")
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise FormatError(f"{path} is damaged: it is not text.") from None
+    for number, line in enumerate(lines, 1):
+        fields = line.split("\t")[:count]
+        if line.strip() and len(fields) < count:
+            raise FormatError(f"{path} is damaged: line {number} has no {count} columns.")
+        if line.strip():
+            yield fields
 
 
 def split_rows(labels_N: Tensor, held_out: int = HELD_OUT, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -22,12 +22,10 @@ from typing import BinaryIO
 
 from shallowdeep.cifar import read_files
 from shallowdeep.files import FormatError
-from shallowdeep.paper.datasets import DATASETS, StudySet, study_set
+from shallowdeep.paper.datasets import DATASETS, TINY_COUNTS, StudySet, study_set, tiny_lists
 from shallowdeep.progress import steps
 from shallowdeep.types import DataError
 
-TINY_IMAGES = {"train": 100_000, "val": 10_000}
-TINY_LISTS = ("wnids.txt", "words.txt", "val/val_annotations.txt")
 JPEG = b"\xff\xd8\xff"
 """The first bytes of every JPEG."""
 PIECE_BYTES = 1 << 20
@@ -46,7 +44,12 @@ class Found:
 
 
 def look(data_dir: Path, names: Sequence[str] = tuple(DATASETS)) -> list[Found]:
-    """What is there of the data sets ``names``: CIFAR by its sums, Tiny ImageNet by its lists and how images begin."""
+    """What is there of the data sets ``names``: CIFAR by its sums, Tiny ImageNet by its lists and how images begin.
+
+    Raises ``DataError`` where ``data_dir`` is a file.
+    """
+    if data_dir.is_file():
+        raise DataError(f"{data_dir} is a file, not a folder for data sets.")
     chosen = [study_set(name) for name in names]
     return [
         Found(name=one.name, folder=one.folder, state=_state(one, data_dir), address=one.address, md5=one.md5)
@@ -70,11 +73,12 @@ def _state(chosen: StudySet, data_dir: Path) -> str:
 
 def _tiny_faults(folder: Path) -> Iterator[str]:
     """What is wrong with a tiny-imagenet-200 folder, as far as can be told without decoding its images."""
-    for name in TINY_LISTS:
-        if not (folder / name).is_file() or not (folder / name).stat().st_size:
-            yield f"{name} is missing or empty"
-    for part, count in TINY_IMAGES.items():
-        images = sorted((folder / part).rglob("*.JPEG"))
+    try:
+        tiny_lists(folder)
+    except FormatError as error:
+        yield str(error).rstrip(".")
+    for part in ("train", "val"):
+        images, count = sorted((folder / part).rglob("*.JPEG")), TINY_COUNTS[part]
         if len(images) != count:
             yield f"{part} has {len(images):,} of {count:,} images"
         odd = [path for path in steps(images, f"look at {part} images", len(images)) if not _is_jpeg(path)]
@@ -98,6 +102,8 @@ def fetch(name: str, data_dir: Path, *, address: str | None = None, md5: str | N
     """
     chosen = study_set(name)
     target = data_dir / chosen.folder
+    if data_dir.is_file():
+        raise DataError(f"{data_dir} is a file, not a folder for data sets.")
     if target.is_dir():
         state = _state(chosen, data_dir)
         if state != "whole":
@@ -164,7 +170,7 @@ def _talking(address: str) -> Iterator[None]:
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or repr(error)
         raise DataError(
-            f"{address} cannot be fetched ({reason}); run it again to go on, or fetch it yourself."
+            f"{address} cannot be fetched ({reason}); run it again to go on, or put the file into the folder yourself."
         ) from None
 
 

@@ -26,12 +26,14 @@ def overthinking_by_exit(reduced: ReducedTrace) -> dict[str, Any]:
     """Section 4 on the test rows, per exit and in all.
 
     Per exit: accuracy, cumulative accuracy, ``wasteful`` (right somewhere up to it and before the end: what every
-    later step wastes) and ``destructive`` (right at this exit, wrong at the end), as shares of all rows.
+    later step wastes) and ``destructive`` (right at this exit, wrong at the end), as shares of all rows; and the mean
+    confidence there of rows that it gets right, and of those of them that the end gets wrong (None where none are).
     """
     test = reduced.part("test")
     found = overthinking(test.trace())
     right_EN = test.said_EN == test.labels_N
     spoiled_EN = right_EN & ~right_EN[-1]
+    sure_EN = torch.sigmoid(test.log_odds_EN.double())
     return {
         "exit_names": list(reduced.exit_names),
         "cost": found.cost_E.tolist(),
@@ -39,6 +41,8 @@ def overthinking_by_exit(reduced: ReducedTrace) -> dict[str, Any]:
         "cumulative_accuracy": found.cumulative_accuracy_E.tolist(),
         "wasteful": [*found.cumulative_accuracy_E.tolist()[:-1], found.wasteful],
         "destructive": spoiled_EN.double().mean(1).tolist(),
+        "confidence_right": _means(sure_EN, right_EN),
+        "confidence_spoiled": _means(sure_EN, spoiled_EN),
         "wasteful_in_all": found.wasteful,
         "destructive_in_all": found.destructive,
         "destructive_of_errors": found.destructive_of_errors,
@@ -47,7 +51,13 @@ def overthinking_by_exit(reduced: ReducedTrace) -> dict[str, Any]:
     }
 
 
-def galleries(reduced: ReducedTrace, limit: int = 25) -> dict[str, list[int]]:
+def _means(value_EN: Tensor, chosen_EN: Tensor) -> list[float | None]:
+    """The mean of the chosen values of every exit; None where none is chosen."""
+    pairs = zip(value_EN, chosen_EN, strict=True)
+    return [float(value_N[chosen_N].mean()) if chosen_N.any() else None for value_N, chosen_N in pairs]
+
+
+def galleries(reduced: ReducedTrace, limit: int | None = 25) -> dict[str, list[int]]:
     """Positions among the test rows: ``simple`` (right at every exit), ``complex`` (right at the end alone) and
     ``only_first`` (right at the first exit alone), the surest first.
     """

@@ -1,4 +1,4 @@
-"""The study's networks as plain classifiers, without a word about exits, equal to the authors' to the last parameter.
+"""The study's networks as plain classifiers, without a word about exits, equal to the authors' to the last weight.
 
 It refuses to know data and training. All take images [B, 3, side, side] and answer logits [B, C]; the side is 32
 (CIFAR) or 64 (Tiny ImageNet). Source: arXiv 1810.07052, section 5, and the authors' code, which differs from the
@@ -8,10 +8,23 @@ textbook in places; those are named where they stand.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def _start(network: nn.Module, draw: Callable[[nn.Conv2d], Tensor]) -> None:
+    """The authors' starting weights: convolutions by ``draw``, linear layers nearly zero, no bias anywhere."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            draw(module)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.01)
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
 
 # ---------------------------------------------------------------- VGG-16
 
@@ -41,13 +54,7 @@ class VGG16(nn.Module):
         self.first = nn.Sequential(nn.Linear(flat, wide), nn.ReLU(), nn.Dropout(0.5))
         self.second = nn.Sequential(nn.Linear(wide, narrow), nn.Dropout(0.5))
         self.last = nn.Linear(narrow, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0, math.sqrt(2 / (9 * module.out_channels)))
-            elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, 0, 0.01)
-            if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        _start(self, lambda conv: nn.init.normal_(conv.weight, 0, math.sqrt(2 / (9 * conv.out_channels))))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.second(self.first(self.blocks(x).flatten(1))))  # type: ignore[no-any-return]
@@ -105,9 +112,7 @@ class ResNet(nn.Module):
         self.layer2 = _stage(16, 32, blocks, 2, projected)
         self.layer3 = _stage(32, 64, blocks, 2, projected)
         self.linear = nn.Linear(64, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        _start(self, lambda conv: nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu"))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -160,6 +165,7 @@ class WideResNet(nn.Module):
         )
         self.bn1 = nn.BatchNorm2d(256, momentum=0.9)
         self.linear = nn.Linear(256, num_classes)
+        _start(self, lambda conv: nn.init.xavier_uniform_(conv.weight, math.sqrt(2)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.stages(self.conv1(x))))
@@ -184,7 +190,7 @@ class SeparableBlock(nn.Sequential):
 
 
 class MobileNet(nn.Module):
-    """MobileNet (arXiv 1704.04861) whose first convolution keeps the size."""
+    """MobileNet (arXiv 1704.04861) whose first convolution keeps the size; it starts as PyTorch's layers do."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -233,13 +239,6 @@ class Normalised(nn.Module):
 
 
 NETWORKS = ("vgg16", "resnet56", "wrn32-4", "mobilenet")
-EXITS = {
-    "vgg16": tuple(f"blocks.{i}:out" for i in (1, 3, 5, 6, 8, 9)),
-    "resnet56": tuple(f"layer{stage}.{i}:out" for stage, i in ((1, 3), (1, 7), (2, 2), (2, 6), (3, 1), (3, 5))),
-    "wrn32-4": tuple(f"stages.{stage}.{i}:out" for stage, i in ((0, 2), (0, 4), (1, 1), (1, 3), (2, 0), (2, 2))),
-    "mobilenet": tuple(f"blocks.{i}:out" for i in (2, 4, 6, 8, 11)),
-}
-"""Cut points of the study's internal classifiers: after these blocks of each network."""
 
 
 def make_network(name: str, num_classes: int, side: int) -> nn.Module:

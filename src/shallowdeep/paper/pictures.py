@@ -20,7 +20,7 @@ from shallowdeep.paper.datasets import class_names, read_rows, study_set
 from shallowdeep.paper.experiments import galleries
 from shallowdeep.paper.recipes import fresh_network
 from shallowdeep.paper.records import run_with_exits
-from shallowdeep.paper.study import load_network
+from shallowdeep.paper.study import has_weights, load_network, run_of
 from shallowdeep.types import DataError
 
 SCALE, GAP, TEXT = 3, 6, 12
@@ -86,6 +86,8 @@ def draw_looks(name: str, data_dir: Path, *, results: Path, work: Path, out: Pat
     rows = galleries(reduced, limit=6)["only_first"]
     if not rows:
         raise DataError(f"No image of {name} is right at the first exit alone.")
+    if not has_weights(run_of(about), results, work):
+        raise DataError(f"{work / name} does not hold the weights of which the record {name} speaks: sdn paper run.")
     network = fresh_network(about["network"], study_set(about["dataset"]), 0)
     load_network(network, work / name, name)
     sdn = load(work / name / "sdn", network)

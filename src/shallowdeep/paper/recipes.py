@@ -20,7 +20,7 @@ from shallowdeep.cuts import plan
 from shallowdeep.joint import JointRecipe, train_backbone, train_jointly
 from shallowdeep.network import ShallowDeepNetwork, attach
 from shallowdeep.paper.datasets import StudySet
-from shallowdeep.paper.networks import EXITS, Normalised, make_network
+from shallowdeep.paper.networks import Normalised, make_network
 from shallowdeep.training import PAPER_EXITS, ExitRecipe, train_exits
 
 Regime: TypeAlias = Literal["cnn", "ic-only", "sdn-training", "mixed"]
@@ -33,6 +33,13 @@ FAST_WHOLE = {
 }
 """Networks without shortcuts, where ``Muon`` teaches more in as many epochs; the others are trained by ``FAST``."""
 WEIGHT_DECAY = {"vgg16": 5e-4, "wrn32-4": 5e-4, "resnet56": 1e-4, "mobilenet": 1e-4}
+EXITS = {
+    "vgg16": tuple(f"blocks.{i}:out" for i in (1, 3, 5, 6, 8, 9)),
+    "resnet56": tuple(f"layer{stage}.{i}:out" for stage, i in ((1, 3), (1, 7), (2, 2), (2, 6), (3, 1), (3, 5))),
+    "wrn32-4": tuple(f"stages.{stage}.{i}:out" for stage, i in ((0, 2), (0, 4), (1, 1), (1, 3), (2, 0), (2, 2))),
+    "mobilenet": tuple(f"blocks.{i}:out" for i in (2, 4, 6, 8, 11)),
+}
+"""Cut points of the study's internal classifiers: after these blocks of each network."""
 Rows: TypeAlias = tuple[Tensor, Tensor]
 
 
@@ -52,6 +59,12 @@ class Recipe:
     holds_out: bool
     bf16: bool
     cached: bool
+
+    def of(self, regime: Regime) -> tuple[JointRecipe | ExitRecipe, int]:
+        """By what ``regime`` trains, and for how many epochs, those of the network it starts from not counted."""
+        if regime == "ic-only":
+            return self.exits, self.exits.epochs
+        return (self.after, self.after_epochs) if regime == "mixed" else (self.whole, self.epochs)
 
 
 def make_recipe(name: str, network: str) -> Recipe:
@@ -127,18 +140,20 @@ def train(
     """
     device = next(start.parameters()).device
     shift = FlipCrop(padding=chosen.padding)
-    augment: Augment = Chain((ColorJitter(), shift)) if chosen.name == "tinyimagenet" else shift
+    augment: Augment = Chain((shift, ColorJitter())) if chosen.name == "tinyimagenet" else shift
     if regime == "ic-only":
         return _train_exits(with_exits(start, network, chosen, seed), recipe, rows, augment, folder, seed)
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed" if recipe.bf16 else "32-true"
     fabric = Fabric(accelerator=device.type, devices=1, precision=precision)
+    whole, epochs = recipe.of(regime)
+    assert isinstance(whole, JointRecipe)
     if regime == "cnn":
         train_backbone(
             start,
             rows,
             num_classes=chosen.num_classes,
-            epochs=recipe.epochs,
-            recipe=recipe.whole,
+            epochs=epochs,
+            recipe=whole,
             augment=augment,
             checkpoint_dir=folder,
             seed=seed,
@@ -146,7 +161,6 @@ def train(
             fabric=fabric,
         )
         return start, precision
-    whole, epochs = (recipe.whole, recipe.epochs) if regime == "sdn-training" else (recipe.after, recipe.after_epochs)
     trained = train_jointly(
         with_exits(start, network, chosen, seed),
         rows,

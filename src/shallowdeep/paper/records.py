@@ -31,7 +31,7 @@ FORMAT = 1
 ABOUT = ("cost_E", "exit_names", "num_classes", "held_out", "confusion_moments")
 RUN = (
     *("dataset", "network", "regime", "recipe", "epochs", "epochs_before", "training_rows", "held_out_rows", "seed"),
-    *("device", "precision", "versions", "seconds"),
+    *("training", "data_fingerprint", "device", "precision", "versions", "seconds"),
 )
 FIGURES = (
     *("accuracy_cnn", "accuracy_exits", "cumulative_accuracy_exits", "cost_exits", "wasteful", "destructive"),
@@ -40,7 +40,7 @@ FIGURES = (
 )
 VICTIM = (
     *("dataset", "network", "regime", "recipe", "poisoning_rate", "epochs", "seed", "training_rows", "held_out_rows"),
-    *("device", "precision", "versions", "seconds"),
+    *("training", "data_fingerprint", "device", "precision", "versions", "seconds"),
     *("accuracy_clean", "attack_success", "accuracy_triggered", "early_exits", "paper", "detection"),
 )
 BUDGETS = (0.25, 0.5, 0.75)

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from shallowdeep.checkpoints import OtherRun, OutOfTime, alone, seconds_of, time_limit
+from shallowdeep.checkpoints import OtherRun, OutOfTime, alone, before, seconds_of
 from shallowdeep.collection import collect
 from shallowdeep.effects import answers
+from shallowdeep.features import data_digest
 from shallowdeep.files import FormatError, read_tensors, replacing, write_tensors, write_text
 from shallowdeep.graph import evaluating
 from shallowdeep.inputs import placed
@@ -105,13 +106,11 @@ def work_off(
 
     starting = {run.cnn for run in wanted if run.starts_trained and not _recorded(run, results)}
     for run in wanted:
-        if _recorded(run, results) and (run not in starting or _has_weights(run, results, work)):
+        if _recorded(run, results) and (run not in starting or has_weights(run, results, work)):
             report["before"].append(run.name)
             continue
         try:
-            if time.monotonic() >= end:
-                raise OutOfTime
-            with time_limit(end - time.monotonic()):
+            with before(end):
                 make(run, data_dir, results=results, work=work)
             report["done"].append(run.name)
         except OutOfTime:
@@ -124,12 +123,12 @@ def work_off(
 
 
 def _recorded(run: StudyRun, results: Path) -> bool:
-    """Whether ``run`` left a record of as many epochs as its recipe asks, ICs over the plain network recorded now."""
+    """Whether ``run`` left record and trace, made as its recipe asks, ICs over the plain network recorded now."""
     path, recipe = results / f"{run.name}.json", make_recipe(run.recipe, run.network)
-    if not path.is_file():
+    if not (path.is_file() and path.with_suffix(".safetensors").is_file()):
         return False
-    record, before = read_record(path, with_figures=False), recipe.epochs if run.starts_trained else 0
-    if (record["epochs"], record["epochs_before"]) != (epochs_of(run, recipe), before):
+    record, wanted = read_record(path, with_figures=False), _asked(run, recipe)
+    if any(record[name] != wanted[name] for name in wanted):
         return False
     return run.regime != "ic-only" or same_network(run, results)
 
@@ -147,7 +146,14 @@ def same_network(run: StudyRun, results: Path) -> bool:
     return own.shape == plain.shape and float((own != plain).double().mean()) <= 0.001
 
 
-def _has_weights(run: StudyRun, results: Path, work: Path) -> bool:
+def _asked(run: StudyRun, recipe: Recipe) -> dict[str, Any]:
+    """What a record says of how ``run`` is trained."""
+    training, epochs = recipe.of(run.regime)
+    earlier = recipe.epochs if run.starts_trained else 0
+    return {"epochs": epochs, "epochs_before": earlier, "training": plain(dataclasses.asdict(training))}
+
+
+def has_weights(run: StudyRun, results: Path, work: Path) -> bool:
     """Whether the work folder holds the weights of which the record speaks: their trace gives the same answers."""
     weights, test = (work / run.name / f"{name}.safetensors" for name in ("network", "test"))
     if not (weights.is_file() and test.is_file()):
@@ -179,11 +185,8 @@ def make(run: StudyRun, data_dir: Path, *, results: Path, work: Path) -> dict[st
     What another recipe or another plain network left in the work folder is set aside there, and the run starts afresh.
     """
     recipe, folder = make_recipe(run.recipe, run.network), work / run.name
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images, labels_N = (rows.to(device) for rows in read_rows(run.dataset, data_dir, "train"))
-    test = read_rows(run.dataset, data_dir, "test")  # now: damaged files are found before hours of training
-    kept, held = split_rows(labels_N.cpu()) if recipe.holds_out else (torch.arange(len(labels_N)), None)
-    rows = images[kept.to(device)], labels_N[kept.to(device)]
+    rows, held_out, test = study_rows(run.dataset, data_dir, recipe)  # damaged files are found before hours of training
+    cnn = plain_network(run, results)  # and so is a record that is needed in the end
     with alone(folder):
         try:
             trained, precision = _trained(run, recipe, rows, work)
@@ -192,11 +195,52 @@ def make(run: StudyRun, data_dir: Path, *, results: Path, work: Path) -> dict[st
             folder.rename(aside)
             print(f"{error} It is now in {aside}; {run.name} starts afresh.", file=sys.stderr)
             trained, precision = _trained(run, recipe, rows, work)
-        traces = {"test": _collect(trained, test)}
-        if held is not None:
-            traces["held_out"] = _collect(trained, (images[held.to(device)], labels_N[held.to(device)]))
+        traces = {name: _collect(trained, part) for name, part in (("test", test), ("held_out", held_out)) if part}
         _save_trained(trained, folder)
-        return _write_record(run, recipe, traces, len(kept), precision, folder, results)
+        about = _asked(run, recipe) | provenance(rows, held_out, precision, seconds_of(folder))
+        return _write_record(run, about, traces, cnn, folder, results)
+
+
+def _write_record(
+    run: StudyRun,
+    about: Mapping[str, Any],
+    traces: Mapping[str, Trace],
+    cnn: ReducedTrace | None,
+    folder: Path,
+    results: Path,
+) -> dict[str, Any]:
+    reduced = reduce_traces(traces.get("held_out"), traces["test"])
+    record = {**dataclasses.asdict(run), **about, **figures(reduced, cnn)}
+    for name, trace in traces.items():
+        trace.save(folder / f"{name}.safetensors")
+    with replacing(results / f"{run.name}.safetensors", results / f"{run.name}.json") as (kept, written):
+        reduced.save(kept)
+        write_text(written, json.dumps(plain(record), indent=1) + "\n")
+    return record
+
+
+def study_rows(dataset: str, data_dir: Path, recipe: Recipe) -> tuple[Rows, Rows | None, Rows]:
+    """Rows to train on, rows held out (None where ``recipe`` holds none out) and test rows; the former on the GPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images, labels_N = (part.to(device) for part in read_rows(dataset, data_dir, "train"))
+    test = read_rows(dataset, data_dir, "test")
+    if not recipe.holds_out:
+        return (images, labels_N), None, test
+    kept, held = ((images[part], labels_N[part]) for part in (p.to(device) for p in split_rows(labels_N.cpu())))
+    return kept, held, test
+
+
+def provenance(rows: Rows, held_out: Rows | None, precision: str, seconds: float) -> dict[str, Any]:
+    """What a record says of the rows that taught and of the machine."""
+    return {
+        "training_rows": len(rows[1]),
+        "held_out_rows": len(held_out[1]) if held_out else 0,
+        "data_fingerprint": data_digest(rows),
+        "device": describe_device(),
+        "precision": precision,
+        "versions": versions(),
+        "seconds": seconds,
+    }
 
 
 def _trained(run: StudyRun, recipe: Recipe, rows: Rows, work: Path) -> tuple[nn.Module, str]:
@@ -205,39 +249,6 @@ def _trained(run: StudyRun, recipe: Recipe, rows: Rows, work: Path) -> tuple[nn.
     if run.cnn is not None and run.starts_trained:
         load_network(start, work / run.cnn.name, run.cnn.name)
     return train(run.regime, recipe, run.network, chosen, rows, start=start, folder=work / run.name, seed=run.seed)
-
-
-def _write_record(
-    run: StudyRun, recipe: Recipe, traces: dict[str, Trace], rows: int, precision: str, folder: Path, results: Path
-) -> dict[str, Any]:
-    reduced = reduce_traces(traces.get("held_out"), traces["test"])
-    record = {
-        "dataset": run.dataset,
-        "network": run.network,
-        "regime": run.regime,
-        "recipe": run.recipe,
-        "epochs": epochs_of(run, recipe),
-        "epochs_before": recipe.epochs if run.starts_trained else 0,
-        "training_rows": rows,
-        "held_out_rows": reduced.held_out,
-        "seed": run.seed,
-        "device": describe_device(),
-        "precision": precision,
-        "versions": versions(),
-        "seconds": seconds_of(folder),
-        **figures(reduced, plain_network(run, results)),
-    }
-    for name, trace in traces.items():
-        trace.save(folder / f"{name}.safetensors")
-    with replacing(results / f"{run.name}.safetensors", results / f"{run.name}.json") as (kept, about):
-        reduced.save(kept)
-        write_text(about, json.dumps(plain(record), indent=1) + "\n")
-    return record
-
-
-def epochs_of(run: StudyRun, recipe: Recipe) -> int:
-    """How many epochs ``run`` trains, those of the plain network it starts from not counted."""
-    return {"ic-only": recipe.exits.epochs, "mixed": recipe.after_epochs}.get(run.regime, recipe.epochs)
 
 
 def plain_network(run: StudyRun, results: Path) -> ReducedTrace | None:
@@ -253,8 +264,11 @@ def _collect(trained: nn.Module, rows: Rows) -> Trace:
     device = next(trained.parameters()).device
     with evaluating(trained):
         logits = [trained(placed(part, device)).cpu() for part in torch.split(rows[0], 256)]
+    logits_NC = torch.cat(logits).float()
+    if not bool(logits_NC.isfinite().all()):
+        raise DataError("The plain network's logits are not finite: its training diverged.")
     return Trace(
-        logits_ENC=torch.cat(logits).float().unsqueeze(0),
+        logits_ENC=logits_NC.unsqueeze(0),
         labels_N=rows[1].cpu(),
         cost_E=torch.ones(1),
         exit_names=("full",),
@@ -275,4 +289,7 @@ def load_network(network: Normalised, folder: Path, name: str) -> None:
     if not path.is_file():
         raise DataError(f"{name} must be trained first: its weights are not in {folder}.")
     weights, _ = read_tensors(path)
-    network.network.load_state_dict(weights)
+    try:
+        network.network.load_state_dict(weights)
+    except RuntimeError:
+        raise DataError(f"{path} holds the weights of another network than {name}'s.") from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from shallowdeep.files import write_text
-from shallowdeep.paper.experiments import accuracy_cost_curve, error_alarms, overthinking_by_exit
+from shallowdeep.paper.experiments import accuracy_cost_curve, error_alarms, galleries, overthinking_by_exit
 from shallowdeep.paper.figures import (
     backdoor_figure,
     confusion_figure,
@@ -71,9 +71,7 @@ class Record:
     @property
     def how(self) -> str:
         """Recipe, epochs, training rows and device in a few words."""
-        a = self.about
-        before = f" after {a['epochs_before']}" if a["epochs_before"] else ""
-        return f"{a['recipe']}, {a['epochs']}{before} epochs, {a['training_rows']:,} rows, {a['device']}"
+        return _how(self.about)
 
     @property
     def found(self) -> Mapping[str, Any]:
@@ -122,6 +120,8 @@ def make_tables(results: Path, out: Path, *, figures: bool = True) -> str:
     tables = {
         "Accuracy of every exit": accuracy_rows(records),
         "Overthinking (section 4)": overthinking_rows(records),
+        "Confidence of answers that the end spoils (section 4)": spoiled_rows(records),
+        "Simple, complex and only-first images (section 4)": gallery_rows(records),
         "Early exits (section 5.1)": early_exit_rows(records),
         "Finding errors (section 5.2)": alarm_rows(records),
         "Confusion of right and wrong answers (section 5.2)": share_rows(records),
@@ -159,6 +159,27 @@ def overthinking_rows(records: Sequence[Record]) -> Lines:
         found = record.overthinking
         cells = [_percent(found[name]) for name in shares]
         rows.append((record.name, *cells, f"{found['oracle_cost']:.3f}", record.how))
+    return rows
+
+
+def spoiled_rows(records: Sequence[Record]) -> Lines:
+    """Mean confidence at every exit of the rows that it gets right, and of those of them that the end gets wrong."""
+    rows: Lines = [("run", "of right answers, %", "of those spoiled later, %", "how")]
+    for record in _with_exits(records):
+        found = record.overthinking
+        means = [" ".join(map(_percent, found[name][:-1])) for name in ("confidence_right", "confidence_spoiled")]
+        rows.append((record.name, *means, record.how))
+    return rows
+
+
+def gallery_rows(records: Sequence[Record]) -> Lines:
+    """How many test images every run gets right everywhere, at the end alone and at the first exit alone."""
+    rows: Lines = [
+        ("run", "simple: right at every exit", "complex: at the end alone", "at the first exit alone", "how")
+    ]
+    for record in _with_exits(records):
+        chosen = galleries(record.reduced, limit=None)
+        rows.append((record.name, *(f"{len(found):,}" for found in chosen.values()), record.how))
     return rows
 
 
@@ -225,7 +246,7 @@ def backdoor_rows(victims: Sequence[Mapping[str, Any]]) -> Lines:
         shares = [_percent(one[name]) for name in ("accuracy_clean", "attack_success", "accuracy_triggered")]
         early = [_percent(one[name]["accuracy_triggered"]) for name in ("early_exits", "paper")]
         auroc = f"{one['detection']['auroc']:.3f}"
-        rows.append((one["network"], f"{one['poisoning_rate']:g}", *shares, *early, auroc, _victims_way(one)))
+        rows.append((one["network"], f"{one['poisoning_rate']:g}", *shares, *early, auroc, _how(one)))
     return rows
 
 
@@ -260,12 +281,16 @@ def paper_rows(records: Sequence[Record], victims: Sequence[Mapping[str, Any]] =
             rows.append(_beside(record.name, what, KNOWN_COST[dataset], cost, record.how, less=True))
     for one in victims:
         name, won = f"{one['network']}, {one['poisoning_rate']:g} poisoned", one["paper"]["accuracy_triggered"]
-        rows.append(_beside(name, "triggered, early exits", KNOWN_RECOVERY, won, _victims_way(one)))
+        rows.append(_beside(name, "triggered, early exits", KNOWN_RECOVERY, won, _how(one)))
     return rows
 
 
-def _victims_way(one: Mapping[str, Any]) -> str:
-    return f"{one['recipe']}, {one['epochs']} epochs, {one['training_rows']:,} rows, {one['device']}"
+def _how(about: Mapping[str, Any]) -> str:
+    """Recipe, epochs, training rows and device of a run or a victim in a few words."""
+    by = ", all by SGD" if about["regime"] == "backdoor" else ""
+    earlier = f" after {about['epochs_before']}" if about.get("epochs_before") else ""
+    rows = f"{about['training_rows']:,} rows"
+    return f"{about['recipe']}{by}, {about['epochs']}{earlier} epochs, {rows}, {about['device']}"
 
 
 def _beside(
