@@ -148,6 +148,19 @@ def test_rows_that_were_seen_are_refused() -> None:
         fit_alarm(trace).keeps(torch.tensor([math.nan]))
 
 
+def test_a_threshold_remembers_the_rows_that_fitted_its_alarm() -> None:
+    """Fitted on one half, with a threshold from the other: nothing is proved on either."""
+    trace = oracle.bed(1200, seed=1)
+    trace = dataclasses.replace(trace, hash_N=torch.arange(1200))
+    first, second = trace.rows(torch.arange(600)), trace.rows(torch.arange(600, 1200))
+    alarm = calibrate_alarm(second, POLICY, max_error=0.5, alarm=fit_alarm(first, POLICY))
+    assert alarm.fitted_on is not None
+    assert alarm.fitted_on.hash_N == tuple(range(1200))
+    for half in (first, second):
+        with pytest.raises(ValueError, match=r"The alarm has seen 100.0% of these rows"):
+            calibrate_alarm(half, POLICY, max_error=0.5, alarm=alarm)
+
+
 def test_rows_that_anybody_has_seen_prove_nothing() -> None:
     """Half of the rows trained the ICs, three were seen by the policy: the others alone fit, choose and test."""
     trace = oracle.bed(800)

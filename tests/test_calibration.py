@@ -16,7 +16,7 @@ from shallowdeep import calibration
 from shallowdeep.calibration import calibrate, evaluate, tradeoff
 from shallowdeep.families import FAMILIES
 from shallowdeep.paths import brings_of, read_rows
-from shallowdeep.policies import Confidence, Fixed
+from shallowdeep.policies import CalibrationRecord, Confidence, Fixed
 from shallowdeep.reliability import fit_temperatures, scaled
 from shallowdeep.spelling import from_json, to_json
 from shallowdeep.thresholds import within_drop
@@ -164,6 +164,22 @@ def test_rows_that_are_not_finite_stay() -> None:
         assert left[1] > 0
     with pytest.raises(ValueError, match=r"No policy costs 0\.25: the least possible here is 0\.43"):
         calibrate(trace, max_mean_cost=0.25)
+
+
+def test_a_policy_that_looks_twice_takes_no_trace_without_that_view() -> None:
+    trace = oracle.bed(800, exits=5)
+    with_view = {
+        name: dataclasses.replace(trace, full_exit=3, info={"second_look": name}) for name in ("mirror", "other")
+    }
+    policy = calibrate(with_view["mirror"], max_mean_cost=2.0, enabled_E=(True,) * 5)
+    record = CalibrationRecord.of(with_view["mirror"], (True,) * 5, {})
+    policy = dataclasses.replace(policy, calibrated_on=record)  # type: ignore[type-var]
+    assert record.info == {"second_look": "mirror"}
+    simulate(policy, with_view["mirror"])
+    for other, said in ((with_view["other"], "with 'other'"), (dataclasses.replace(trace, full_exit=3), "without one")):
+        with pytest.raises(ValueError, match=f"second look 'mirror', and this trace was collected {said}"):
+            simulate(policy, other)
+    simulate(dataclasses.replace(policy, calibrated_on=None), with_view["other"])  # type: ignore[type-var]
 
 
 def test_a_second_look_is_an_exit_like_others() -> None:

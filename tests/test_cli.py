@@ -19,6 +19,8 @@ from torch import nn
 
 from shallowdeep.cli import app, main
 from shallowdeep.files import write_text
+from shallowdeep.policies import CalibrationRecord, Confidence
+from shallowdeep.spelling import from_json, to_json
 from shallowdeep.trajectory import Alarm
 
 SIDE = 12
@@ -112,6 +114,14 @@ def test_all_verbs_one_after_another(
         capsys, "calibrate", "--max-accuracy-drop", "0.05", "--exits-of", "runs/calibrate", "--out", "runs/again"
     )
     assert asked["kind"] in ("Confidence", "Margin", "Fixed")
+    elsewhere = Confidence(threshold=0.9, calibrated_on=CalibrationRecord(hash_N=(1, 2, 3)))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "policy.json").write_text(json.dumps(to_json(elsewhere)))
+    run(capsys, "calibrate", "--max-accuracy-drop", "0.05", "--exits-of", "elsewhere", "--out", "runs/again")
+    built = from_json(json.loads((tmp_path / "runs" / "again" / "policy.json").read_text()))
+    assert built.calibrated_on is not None
+    assert len({1, 2, 3} & set(built.calibrated_on.hash_N)) == 3, "rows that chose the exits have taught the policy"
+    assert len(built.calibrated_on.hash_N) > 3
     with pytest.raises(SystemExit):
         main(["calibrate", "--max-accuracy-drop", "0.05", "--confidence", "0.9", "--exits-of", "runs/calibrate"])
     assert "The policy of these exits has seen 100.0% of these rows, so no bound would hold" in capsys.readouterr().err

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import warnings
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import torch
 
 import oracle
 from shallowdeep import guarantees
+from shallowdeep.bounds import betting_pvalues
 from shallowdeep.calibration import calibrate, evaluate
 from shallowdeep.families import FAMILIES, Family, fit_ensemble
 from shallowdeep.guarantees import Aim, losses, parts_of, worst_so_far
@@ -224,11 +228,49 @@ def test_no_loss_and_a_gain_are_proved_where_there_is_one(population: Trace) -> 
         assert found.mean_cost < (1.0 if bound == 0 else 1.5)
 
 
+LOOKS = Path(__file__).parents[1] / "results" / "trust" / "second-look" / "trace.safetensors"
+
+
+def test_what_gains_is_proved_although_the_choosing_rows_prefer_another_family() -> None:
+    """On the committed trace they prefer to look once, of which nothing is proved; the rule looks twice."""
+    trace = Trace.load(LOOKS)
+    asked = (True,) * trace.num_exits
+    paths = guarantees._paths(parts_of(trace, asked), Aim("drop", 0.0, 0.05, "auto"))
+    assert ["no second look" in choice.family for choice, _ in paths] == [True, False]
+    assert sum(aim.delta or 0 for _, aim in paths) == pytest.approx(0.05)
+    for bound in (0.0, -0.001, -0.002):
+        policy = quietly(trace, max_accuracy_drop=bound, confidence=0.95)
+        assert policy.asks(trace.num_exits, trace.full_exit)[-1]
+        proved = policy.calibrated_on.certificate
+        assert (proved.bound, proved.delta) == (bound, 0.05)
+        assert proved.observed < -0.004
+
+
+@pytest.mark.parametrize("risk", ["harm", "disagreement"])
+def test_a_second_look_is_left_out_where_it_could_only_lose(population: Trace, risk: Any) -> None:
+    once = draw(population, 2500, 1)
+    looked = quietly(second_look(once), max_accuracy_drop=0.03, confidence=0.95, risk=risk)
+    plain = quietly(once, max_accuracy_drop=0.03, confidence=0.95, risk=risk)
+    found, wanted = (policy.calibrated_on.certificate for policy in (looked, plain))
+    assert found is not None
+    assert (found.observed, looked.asks(6, 4)[5]) == (wanted.observed, False)
+    assert evaluate(looked, second_look(once)).mean_cost == evaluate(plain, once).mean_cost
+
+
+def test_betting_says_how_many_rows_it_takes(population: Trace) -> None:
+    with pytest.warns(UserWarning, match=r"at least (\d+) rows in the part that tests") as said:
+        calibrate(draw(population, 700, 0), max_accuracy_drop=0.005, confidence=0.95, method="betting")
+    least = int(re.search(r"at least (\d+)", str(said[0].message))[1])
+    assert 598 < least < 700
+    for rows, proved in ((least, True), (least - 10, False)):
+        assert bool(betting_pvalues(np.zeros((1, rows)), 0.005, 0.05, low=-1.0)[0] <= 0.05) is proved
+
+
 def test_impossible_wishes_get_a_sentence_and_no_certificate(population: Trace) -> None:
     few, many = draw(population, 20, 0), draw(population, 900, 0)
     wishes = [
-        (few, {"max_accuracy_drop": 0.01}, r"at least 299 rows without any loss in the part that tests, 374 in all"),
-        (draw(population, 700, 0), {"max_accuracy_drop": 0.005}, r"at least 598 .* 748 in all; there are 560"),
+        (few, {"max_accuracy_drop": 0.01}, r"at least 299 rows in the part that tests, 374 in all, where none of them"),
+        (draw(population, 700, 0), {"max_accuracy_drop": 0.005}, r"598 .* 748 in all, .* none gains; there are 560"),
         (many, {"max_accuracy_drop": -0.2}, r"0\.2 of all rows more often right .* more rows would not help"),
         (many, {"max_accuracy_drop": 0.001, "risk": "error"}, r"at most 0\.10% of the rows get a wrong label"),
     ]

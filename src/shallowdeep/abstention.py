@@ -91,7 +91,7 @@ def calibrate_alarm(
         facts["note"] = _too_few(max_error, confidence, len(testing), found)
         warnings.warn(facts["note"], stacklevel=2)
     info = {**(alarm.fitted_on.info if alarm.fitted_on else {}), **facts}
-    record = CalibrationRecord.of(trace, alarm.asked_E, info, certificate)
+    record = CalibrationRecord.of(trace, alarm.asked_E, info, certificate).also(alarm.fitted_on)
     return dataclasses.replace(alarm, threshold=found.threshold if found.passed else NOTHING, fitted_on=record)
 
 

@@ -74,14 +74,14 @@ def fit_alarm(trace: Trace, policy: Policy | None = None) -> Alarm:
     outcome = simulate(policy, thin)
     wrong_N = wrong_answers(outcome, thin)
     errors = int(wrong_N.sum())
-    if errors in (0, len(wrong_N)):
+    asked_E = policy.asks(trace.num_exits, trace.full_exit)
+    exits = [e for e, on in enumerate(asked_E) if on]
+    columns, wrong, weight = _examples(thin, outcome, exits)
+    if errors in (0, len(wrong_N)) or len(np.unique(wrong)) < 2:  # answers that are not finite teach nothing
         raise ValueError(
             f"An alarm is learned from wrong and right answers; of {len(wrong_N)} answers {errors} are wrong. "
             "Give more rows, or rows that are harder."
         )
-    asked_E = policy.asks(trace.num_exits, trace.full_exit)
-    exits = [e for e, on in enumerate(asked_E) if on]
-    columns, wrong, weight = _examples(thin, outcome, exits)
     scale_D = columns.std(0)
     scale_D[scale_D < 1e-9] = 1.0
     fitted = LogisticRegression(C=RIDGE, solver="newton-cholesky").fit(columns / scale_D, wrong, weight)

@@ -158,6 +158,8 @@ def _aim(trace: Trace, asked: Sequence[bool], rows: Rows, max_accuracy_drop: flo
     full, full_cost = _full(trace)
     if choice is None or (max_accuracy_drop >= 0 and choice.brings.cost_P[choice.step] >= full_cost):
         note = f"No early exit saves cost within a drop of {max_accuracy_drop:.2%}: this is the full network."
+        if max_accuracy_drop < 0:
+            note = f"No policy gains {-max_accuracy_drop:.2%}: this is the full network, which misses the aim."
         if 0 < max_accuracy_drop * (trace.num_samples + 1) < 1:
             note += f" To aim so low takes {math.ceil(1 / max_accuracy_drop) - 1} rows, here are {trace.num_samples}."
         return full, {"family": "full network", "expected_drop": 0.0, "expected_mean_cost": full_cost, "note": note}

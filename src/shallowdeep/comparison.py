@@ -239,7 +239,7 @@ def _check(trace: Trace, rows: Rows, drops: Sequence[float], splits: int) -> Non
             f"Each half must choose from {FEW_ROWS} rows: {2 * FEW_ROWS} in all, {trace.num_samples} found."
         )
     if not drops or not all(AIMS[0] < drop <= AIMS[-1] for drop in drops):
-        raise ValueError(f"max_accuracy_drops are shares of accuracy up to {AIMS[-1]}, found {list(drops)}.")
+        raise ValueError(f"max_accuracy_drops are shares of accuracy above 0, {AIMS[-1]} at most; found {list(drops)}.")
     if splits < 1:
         raise ValueError(f"splits counts random halvings, from 1; found {splits}.")
 

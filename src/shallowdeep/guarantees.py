@@ -42,6 +42,8 @@ CHOOSING = 0.2
 """The part of the rows that chooses; others were measured (docs/decisions.md)."""
 PAIRED, BINOMIAL = "exact paired test, fixed sequence", "exact binomial test, fixed sequence"
 BETTING, CONFORMAL = "betting, fixed sequence", "conformal risk control, losses made monotone"
+KEPT_BACK = 0.1
+"""The part of delta that is kept for the rule with a second look, where another family is preferred."""
 BLOCK = 16
 """Steps whose losses are held at once when every row counts and not their number alone."""
 
@@ -103,13 +105,13 @@ _PARTS: WeakKeyDictionary[Trace, dict[tuple[tuple[bool, ...], bool], Parts]] = W
 
 
 def parts_of(trace: Trace, asked: Sequence[bool], risk: Claim = "drop", method: Method = "auto") -> Parts:
-    """The ``Parts`` of a trace, made once for all that is asked of it. An ensemble gives other answers than the full
-    network, so it is left out where those count as a loss; and, with second looks, from a path that must begin with
-    the full network, because losses are made monotone from there.
+    """The ``Parts`` of a trace, made once for all that is asked of it. Ensembles and second looks give other answers
+    than the full network: they are left out where those count as a loss, and from a path that must begin with the full
+    network, because losses are made monotone from there.
     """
-    if method == "crc":
-        asked = [on and exit <= trace.full_exit for exit, on in enumerate(asked)]
     own = risk in ("harm", "disagreement") or method == "crc"
+    if own:
+        asked = [on and exit <= trace.full_exit for exit, on in enumerate(asked)]
     kept, key = _PARTS.setdefault(trace, {}), (tuple(asked), not own)
     if key not in kept:
         kept[key] = Parts(trace, asked, ensembles=key[1])
@@ -159,23 +161,23 @@ def unseen(trace: Trace, record: CalibrationRecord | None, name: str) -> Bools:
 def certify(trace: Trace, asked: Sequence[bool], aim: Aim) -> Proof:
     """The cheapest policy that the rows prove, if there is one that saves cost or gains what ``aim`` demands.
 
-    The path comes from the family that ``choose`` prefers on the choosing part. Its steps are tested in their order,
+    The path is the first of ``_paths`` that proves something. Its steps are tested in their order,
     each at the full level, until one fails (arXiv 2110.01052). Testing starts at the first step, if it gives the full
     network's answers to all rows that choose and the rows suffice for the bound; else where these are surest.
     """
     if aim.method != "split":
         check_provable(trace, asked)
     parts = parts_of(trace, asked, aim.risk, aim.method)
-    tested, full_cost, accuracy = len(parts.testing), full_cost_of(trace), _accuracy(parts)
-    choice = choose(parts.choose_on, lambda brings: _hoped(brings, accuracy, aim, tested), parts.fits)
-    if choice is None or not tested:
-        return _refusal(parts, aim, full_cost)
-    leaving_KN, right_LN, loss_LN = parts.tested(choice, aim.risk)
-    steps = choice.path.steps
-    step = _proved(leaving_KN, loss_LN, aim, _start(choice, parts, aim), steps)
-    cost_LN = np.broadcast_to(parts.test_on.cost_L[:, None], loss_LN.shape)
-    cost_P = along(leaving_KN, cost_LN, steps) / tested
-    if step is None or (cost_P[step] >= full_cost and not _gains(aim)):
+    tested, full_cost = len(parts.testing), full_cost_of(trace)
+    for choice, own in _paths(parts, aim):
+        leaving_KN, right_LN, loss_LN = parts.tested(choice, aim.risk)
+        steps = choice.path.steps
+        step = _proved(leaving_KN, loss_LN, own, _start(choice, parts, own), steps)
+        cost_LN = np.broadcast_to(parts.test_on.cost_L[:, None], loss_LN.shape)
+        cost_P = along(leaving_KN, cost_LN, steps) / tested
+        if step is not None and (cost_P[step] < full_cost or _gains(aim)):
+            break
+    else:
         return _refusal(parts, aim, full_cost)
     observed = float(along(leaving_KN, loss_LN, steps)[step]) / tested
     facts: dict[str, float | int | str] = {
@@ -192,6 +194,22 @@ def certify(trace: Trace, asked: Sequence[bool], aim: Aim) -> Proof:
         return Proof(policy, None, note, facts)
     certificate = certificate_of(trace, policy.asks(trace.num_exits, trace.full_exit), aim, observed, tested)
     return Proof(policy, certificate, certificate.sentence, facts)
+
+
+def _paths(parts: Parts, aim: Aim) -> list[tuple[Choice, Aim]]:
+    """What is tested, one after another, each with its share of delta: the family that ``choose`` prefers; and, where
+    it leaves a second look out, the rule that has it. What gains least by the rows that choose may gain most.
+    """
+    tested, accuracy = len(parts.testing), _accuracy(parts)
+    preferred = choose(parts.choose_on, lambda brings: _hoped(brings, accuracy, aim, tested), parts.fits)
+    if preferred is None or not tested:
+        return []
+    rule = parts.fits[0]
+    if aim.delta is None or rule.family == preferred.family or parts.choose_on.full == len(parts.choose_on.exits) - 1:
+        return [(preferred, aim)]
+    second = Choice(rule.family, rule.path, _hoped(rule.brings, accuracy, aim, tested), rule.brings)
+    parted = ((preferred, 1 - KEPT_BACK), (second, KEPT_BACK))
+    return [(choice, aim._replace(delta=aim.delta * part)) for choice, part in parted]
 
 
 def full_cost_of(trace: Trace) -> float:
@@ -341,20 +359,31 @@ def _refusal(parts: Parts, aim: Aim, full_cost: float) -> Proof:
     kind = "policy" if _gains(aim) else "cheaper policy"
     note = f"It is not proved for any {kind} that {claim_of(aim.risk, aim.bound)}: "
     note += "this is the full network, without a certificate."
-    least = 1
-    if aim.method != "split" and aim.bound > 0:
-        least = rows_needed(aim.bound, aim.delta) if aim.delta is not None else math.ceil(1 / aim.bound) - 1
+    least = _least(aim)
     hoped = _rows_hoped(parts, aim, full_cost)
     if tested < least:
-        note += f" It takes at least {least} rows without any loss in the part that tests, {_in_all(least)} in all; "
-        note += f"there are {tested}."
+        note += f" It takes at least {least} rows in the part that tests, {_in_all(least)} in all, where none of them "
+        note += f"loses{' and none gains' if aim.risk in ('drop', 'brier') else ''}; there are {tested}."
     elif hoped is None:
         note += " No policy comes so far on the rows that choose: more rows would not help."
     elif (rows := len(parts.choosing) + tested) >= (in_all := _in_all(max(hoped, least))):
-        note += f" It takes more than these {rows} rows, by bad luck or by a little."
+        note += f" Of six draws of {in_all} rows five would prove it, by those that choose; these {rows} do not."
     else:
         note += f" It takes about {in_all} rows in all, judging by those that choose."
     return Proof(None, None, note, {"tested_rows": tested})
+
+
+def _least(aim: Aim) -> int:
+    """The fewest tested rows with which the test passes where none loses and none gains."""
+    if aim.method == "split" or aim.bound <= 0:
+        return 1
+    if aim.delta is None:
+        return math.ceil(1 / aim.bound) - 1
+    least, low = rows_needed(aim.bound, aim.delta), -1.0 if aim.risk in ("drop", "brier") else 0.0
+    if _test_of(aim) == BETTING:  # a few rows in a hundred more than the exact tests
+        while betting_pvalues(np.zeros((1, least)), aim.bound, aim.delta, low=low)[0] > aim.delta:
+            least += max(1, least // 200)
+    return least
 
 
 def _gains(aim: Aim) -> bool:

@@ -185,6 +185,8 @@ def batches(data: object, batch_size: int = 256) -> Iterator[tuple[Inputs, Tenso
             "Data must be a DataLoader, an iterable of (inputs, labels) batches or one (inputs, labels) pair, "
             f"found {type(data).__name__}."
         )
+    if isinstance(data, tuple) and len(data) == 2 and data[1] is None:
+        raise DataError("Labels are missing: found (inputs, None).")
     for batch in data:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DataError(f"Each batch must be a pair (inputs, labels), found {type(batch).__name__}.")

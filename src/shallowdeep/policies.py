@@ -48,6 +48,11 @@ class CalibrationRecord:
         hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
         return cls(hash_N=hash_N, exit_names=trace.exit_names, info={**info, **view}, certificate=certificate)
 
+    def also(self, earlier: CalibrationRecord | None) -> CalibrationRecord:
+        """The record of what was built upon something that ``earlier`` rows had taught: it has seen those, too."""
+        known = () if earlier is None else earlier.hash_N
+        return dataclasses.replace(self, hash_N=tuple(sorted({*self.hash_N, *known})))
+
     def of_others(self, exit_names: Sequence[str]) -> bool:
         """Whether the exits known here are called otherwise than those of ``exit_names`` in the same places."""
         return any(own != other for own, other in zip(self.exit_names, exit_names, strict=False))

@@ -233,6 +233,9 @@ def calibrate_verb(
         risk=risk,
         enabled_E=tuned.asks(trace.num_exits, trace.full_exit) if tuned is not None else None,
     )
+    if tuned is not None and policy.calibrated_on is not None:
+        frozen: Any = policy  # every policy is a dataclass, which a protocol cannot say
+        policy = dataclasses.replace(frozen, calibrated_on=policy.calibrated_on.also(tuned.calibrated_on))
     facts = to_json(policy)
     write_text(out / "policy.json", json.dumps(facts, indent=1))
     record = facts.pop("calibrated_on", {"info": {}})

@@ -279,7 +279,8 @@ def simulate(policy: Policy, trace: Trace, alarm: Alarm | None = None) -> Outcom
     how probably the answer is wrong where an ``alarm`` is given.
 
     The same walk as the engine's, in chunks of bounded memory: a few seconds per million samples with 7 exits of 10
-    classes. Raises ``ValueError`` when the policy does not fit the trace's exits, or the alarm the policy.
+    classes. Raises ``ValueError`` when the policy does not fit the trace's exits or its second look, or the alarm the
+    policy.
     >>> from shallowdeep.policies import Confidence
     >>> trace = Trace(logits_ENC=torch.tensor([[[4.0, 0.0], [0.1, 0.0]], [[4.0, 0.0], [0.0, 4.0]]]),
     ...               labels_N=torch.tensor([0, 1]), cost_E=torch.tensor([0.5, 1.0]))
@@ -288,6 +289,7 @@ def simulate(policy: Policy, trace: Trace, alarm: Alarm | None = None) -> Outcom
     ([0, 1], [0, 1], [0.5, 1.0])
     """
     exits, full = trace.num_exits, trace.full_exit
+    _check_look(policy, trace)
     rule = rule_of(policy, exits, full, trace.confusion_reference, alarm)
     cost_E = policy_costs(trace, rule.asked)
     rows = max(1, CHUNK_ELEMENTS // (exits * trace.num_classes))
@@ -302,6 +304,16 @@ def simulate(policy: Policy, trace: Trace, alarm: Alarm | None = None) -> Outcom
         parts.append(walk.finish(cost_E))
     names = [name for name in _OUTCOME if name != "alarm_N" or alarm is not None]
     return Outcome(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+def _check_look(policy: Policy, trace: Trace) -> None:
+    """Refuse a policy that looks twice where the trace has no such view; what was made by hand runs on any."""
+    needs = None if policy.calibrated_on is None else policy.calibrated_on.info.get("second_look")
+    if needs is not None and needs != (has := trace.info.get("second_look")):
+        raise ValueError(
+            f"The policy was calibrated with the second look {needs!r}, and this trace was collected "
+            f"{'without one' if has is None else f'with {has!r}'}: collect it with second_look={needs!r}."
+        )
 
 
 _OUTCOME = tuple(field.name for field in dataclasses.fields(Outcome))
