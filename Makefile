@@ -79,6 +79,9 @@ trust: .venv/dev
 	$(SDN) compare --trace $(TRACE) --out $(FRESH)/compare
 	$(SDN) reliability --trace $(TRUST)/second-look --out $(FRESH)/reliability
 	cp $(FRESH)/compare/compare.json $(FRESH)/reliability/reliability.json $(TRUST)
+	for drop in 0 -0.002; do \
+	  $(SDN) calibrate --trace $(TRUST)/second-look --max-accuracy-drop $$drop --confidence 0.95 --out $(FRESH)/look$$drop || exit 1; \
+	  cp $(FRESH)/look$$drop/run.json $(TRUST)/second-look/certificate$$drop.json; done
 	$(PY) benchmarks/policies.py $(TRACE)/trace.safetensors $(TRUST)/policies.json
 	$(PY) benchmarks/policies.py $(TRUST)/second-look/trace.safetensors $(TRUST)/policies-second-look.json
 	$(if $(DATA),test -f $(FRESH)/sdn/sdn.json || $(SDN) demo --data cifar10 --data-dir $(DATA)/cifar-10-batches-py --weights $(WEIGHTS56) \

@@ -8,6 +8,7 @@ traces of the same exits: attack=runs/attack/trace.safetensors. Streams are draw
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -20,15 +21,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from shallowdeep.attacks import DEEPSLOTH, Pixels, universal
 from shallowdeep.audits import Audit
 from shallowdeep.calibration import calibrate
 from shallowdeep.data import Preprocessing, read_data
 from shallowdeep.demo import public_resnet
 from shallowdeep.files import write_text
 from shallowdeep.monitor import Monitor
-from shallowdeep.network import ShallowDeepNetwork, load
+from shallowdeep.network import load
 from shallowdeep.policies import Fixed, Policy
 from shallowdeep.reference import Reference, SeenRows, refer, seen_in
 from shallowdeep.runs import describe_device, plain
@@ -43,7 +44,8 @@ ALPHA, DROP, AUDITED = 0.05, 0.005, 0.05
 FALSE_STREAMS, REUSED_STREAMS, FALSE_ROWS = 500, 60, 10_000
 LIVE = 2_500
 ORDERS, CLEAN, LONGEST, BATCH = 11, 5_000, 20_000, 500
-PATTERNS, BOUND = 12, 8 / 255
+STEPS = 100
+"""Of the universal attack, as in results/trust/attack.json."""
 
 
 @dataclass(frozen=True)
@@ -138,22 +140,6 @@ def delays(
     }
 
 
-def costliest(
-    sdn: ShallowDeepNetwork, policy: Policy, images: Tensor, ready: Callable[[Tensor], Tensor], draw: torch.Generator
-) -> Tensor:
-    """The one of some random smooth patterns of +-8/255 under which these images cost most: a slowdown without
-    gradients.
-    """
-    engine = Engine(sdn, policy, backend="torch")
-    best, cost = torch.zeros(images.shape[1:]), 0.0
-    for _ in range(PATTERNS):
-        coarse = torch.randn(1, images.shape[1], 8, 8, generator=draw)
-        pattern = BOUND * F.interpolate(coarse, images.shape[2:], mode="nearest")[0].sign()
-        mean = float(engine(ready(overlaid(images, pattern))).cost_B.mean())
-        best, cost = (pattern, mean) if mean > cost else (best, cost)
-    return best
-
-
 def main(sdn_dir: Path, weights: Path, data: Path, out: Path, *more: str) -> None:
     torch.set_num_threads(1)
     start, draw = time.process_time(), torch.Generator().manual_seed(0)
@@ -167,7 +153,8 @@ def main(sdn_dir: Path, weights: Path, data: Path, out: Path, *more: str) -> Non
     runner = Engine(sdn, Fixed(exit=sdn.num_exits - 1), backend="torch")
     trace = runner.collect((ready(images), labels_N))
     policy = calibrate(trace.rows(choose), max_accuracy_drop=DROP)
-    pattern = costliest(sdn, policy, images[choose[:200]], ready, draw)
+    attack = dataclasses.replace(DEEPSLOTH, steps=STEPS)
+    pattern = universal(sdn, ready(images[choose[:500]]), attack, pixels=Pixels.of(preprocessing))
     mine, truth = images[live], labels_N[live]
     shifts: dict[str, Callable[[Tensor], Tensor]] = {
         "blur, 0.5 pixels": lambda x: blurred(x, 0.5),

@@ -73,7 +73,7 @@ def prove(
     """The rates of violation of ``draws`` calibration sets a cell, from the trace and from simulated populations.
 
     Blocks of draws are kept under ``out/draws`` and not made again; after ``minutes`` no further block begins. What is
-    finished is summed up in ``out/proof.json`` and returned.
+    finished is summed up in ``out/proof.json`` and returned; ``seconds`` is None where an earlier call made a part.
     """
     start = time.perf_counter()
     names = ("trace", *SIMULATED)
@@ -87,7 +87,8 @@ def prove(
         waiting = [pool.submit(_block, str(trace_file), str(out), name, first, start_by) for name, first in todo]
         for done in steps(as_completed(waiting), "draws", len(todo)):
             done.result()
-    found = {"trace": str(trace_file), "draws": draws, "seconds": time.perf_counter() - start, "block": BLOCK}
+    seconds = time.perf_counter() - start if len(todo) == len(names) * len(range(0, draws, BLOCK)) else None
+    found = {"trace": str(trace_file), "draws": draws, "seconds": seconds, "block": BLOCK}
     found |= {"populations": {name: summary(_population(str(trace_file), name), _drawn(out, name)) for name in names}}
     found["verdict"] = verdict(found)
     write_text(out / "proof.json", json.dumps(found, indent=1) + "\n")
