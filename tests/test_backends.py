@@ -20,6 +20,7 @@ from shallowdeep.inputs import Inputs, each
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import (
     Accumulated,
+    CalibrationRecord,
     Confidence,
     Ensemble,
     Entropy,
@@ -294,7 +295,7 @@ def test_rows_that_are_computed_on_or_twice_change_nothing(name: str, way: str, 
 
     monkeypatch.setattr(StepTimes, "size", size)
     monkeypatch.setattr(StepTimes, "chunk", lambda self, batch: batch)
-    engine.times = StepTimes(sizes=(1,), ms_PS=((1.0,),), move_ms_P=(0.0,))
+    engine._times[engine.sdn.plan.inputs] = StepTimes(sizes=(1,), ms_PS=((1.0,),), move_ms_P=(0.0,))
     same(engine(inputs), expected)
     assert any(alive < present for _, alive, present in sizes)
     assert way == "keep" or any(alive % 8 for _, alive, _ in sizes)
@@ -336,22 +337,63 @@ def test_no_row_spends_more_than_it_may(name: str) -> None:
 def test_no_step_is_begun_that_would_end_too_late() -> None:
     sdn, _, inputs = made()
     engine = Engine(sdn, Confidence(threshold=math.inf), backend="torch")
-    engine.times = StepTimes(sizes=(1,), ms_PS=((1.0,), (1.0,), (1e6,), (1.0,), (1.0,)), move_ms_P=(0.0,) * 5)
+    engine._times[engine.sdn.plan.inputs] = StepTimes(
+        sizes=(1,), ms_PS=((1.0,), (1.0,), (1e6,), (1.0,), (1.0,)), move_ms_P=(0.0,) * 5
+    )
     answer = engine(each(inputs, lambda tensor: tensor[:1]), max_ms=1e4)
     assert (answer.exit_B.tolist(), answer.capped_B.tolist()) == ([1], [True])
     with pytest.raises(ValueError, match=r"max_ms=0\.5 is below 1\.000, the time to the first exit"):
         engine(each(inputs, lambda tensor: tensor[:1]), max_ms=0.5)
-    engine.times = None
+    engine._times.clear()
     assert engine(inputs, max_ms=1e6).capped_B.tolist() == [False] * 33
-    assert engine.times is not None, "measured when a limit in time is first asked for"
+    assert engine._times, "measured when a limit in time is first asked for"
 
 
-def test_a_network_without_steps_looks_at_the_clock() -> None:
+def test_a_network_without_steps_has_no_times_and_comes_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     sdn, _, inputs = made("control_flow")
-    engine = Engine(sdn, Confidence(threshold=math.inf), backend="torch")
-    assert engine(inputs, max_ms=1e-6).exit_B.tolist() == [0] * 33
-    with pytest.raises(CutError, match="has no steps to measure"):
-        engine.measure()
+    engine = Engine(sdn, Confidence(threshold=0.5), backend="torch")
+    for refused in (lambda: engine.measure(), lambda: engine(inputs, max_ms=1e3)):
+        with pytest.raises(CutError, match="has no steps to measure"):
+            refused()
+    whole, seen = engine(inputs), list[int]()
+    monkeypatch.setattr(engine_module, "ROWS_AT_ONCE", 10)
+    sdn.backbone.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    parts = engine(inputs)
+    assert seen == [10, 10, 10, 3]
+    assert torch.equal(parts.exit_B, whole.exit_B)
+    assert torch.equal(parts.labels_B, whole.labels_B)
+    torch.testing.assert_close(parts.logits_BC, whole.logits_BC)
+
+
+def test_a_policy_of_another_precision_is_warned_of() -> None:
+    record = CalibrationRecord(info={"backend": "openvino-bf16"})
+    with pytest.warns(UserWarning, match="The policy was made for answers of another precision than torch's"):
+        Engine(tiny(), Confidence(threshold=0.5, calibrated_on=record), backend="torch")
+    for backend in ("torch", "onnxruntime"):
+        same_precision = CalibrationRecord(info={"backend": backend})
+        Engine(tiny(), Confidence(threshold=0.5, calibrated_on=same_precision), backend="torch")
+
+
+def test_auto_times_the_way_that_calls_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend whose graph answers at once is not judged by its separate steps."""
+    walked = list[int]()
+    real = loop.walk
+    monkeypatch.setattr(engine_module, "walk", lambda *given: walked.append(given[2]) or real(*given))
+    monkeypatch.setattr(engine_module, "measure", lambda *_: pytest.fail("steps are timed"))
+    sdn, policy, _ = made()
+    Engine(sdn, policy)
+    assert set(walked) == {1, 32}
+
+
+def test_times_are_of_one_shape_of_inputs() -> None:
+    """What holds for small images does not for large ones: they are measured when a limit is first asked for."""
+    sdn, _, inputs = made("residual")
+    engine = Engine(sdn, Confidence(threshold=0.5), backend="torch")
+    assert isinstance(inputs, Tensor)
+    small, large = inputs[:3], torch.nn.functional.interpolate(inputs[:3], scale_factor=2)
+    for batch, known in ((small, 1), (small, 1), (large, 2)):
+        engine(batch, max_ms=1e4)
+        assert len(engine._times) == known
 
 
 # ---------------------------------------------------------------- choosing a backend
@@ -479,7 +521,7 @@ def test_a_network_made_in_inference_mode() -> None:
 
 def test_limits_that_are_no_number() -> None:
     engine = Engine(tiny(), Confidence(threshold=0.5), backend="torch")
-    engine.times = StepTimes((1, 8), ((1.0, 2.0),) * 3, (0.0,) * 3)
+    engine._times[engine.sdn.plan.inputs] = StepTimes((1, 8), ((1.0, 2.0),) * 3, (0.0,) * 3)
     for limit in (math.nan, -1.0, 0.5):
         with pytest.raises(ValueError, match=r"is below 1\.000, the time to the first exit"):
             engine(rows(1), max_ms=limit)

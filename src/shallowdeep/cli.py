@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from cyclopts import App, CycloptsError, Parameter
 
 from shallowdeep import engine_cli, report_cli, trust_cli
-from shallowdeep.choices import CONVERT, FASTER, LOOK, OPTIONS, RUNS, TRUST, Count, Device, Folder, Rows
+from shallowdeep.choices import CONVERT, FASTER, LOOK, OPTIONS, RUNS, TRUST, Backend, Count, Device, Folder, Rows
 from shallowdeep.paper.cli import app as paper_app
 
 
@@ -146,6 +146,7 @@ def collect(
     batch_size: Count = 256,
     reference: bool = False,
     device: Device = "cpu",
+    backend: Backend | None = None,
 ) -> dict[str, Any]:
     """Record what every exit says about every row: a trace.
 
@@ -161,6 +162,8 @@ def collect(
         Rows run at once.
     reference
         Also keep these rows' confusion as the reference that standardises later confusions.
+    backend
+        Of the engine that answers, where thresholds shall suit it: a must for openvino-bf16. Default: PyTorch.
     """
     from shallowdeep import verbs
 
@@ -172,6 +175,7 @@ def collect(
         batch_size=batch_size,
         reference=reference,
         device=device,
+        backend=backend,
     )
 
 

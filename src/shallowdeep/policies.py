@@ -42,11 +42,13 @@ class CalibrationRecord:
     def of(
         cls, trace: Trace, asked: Sequence[bool], info: Mapping[str, Any], certificate: Certificate | None = None
     ) -> CalibrationRecord:
-        """The record of what all rows of ``trace`` taught; it names the second look, if that is among those asked."""
-        twice = any(asked[trace.full_exit + 1 :]) and "second_look" in trace.info
-        view = {"second_look": trace.info["second_look"]} if twice else {}
+        """The record of what all rows of ``trace`` taught; it names the backend that answered them, where the trace
+        does, and the second look, if that is among those asked.
+        """
+        names = ["backend", *(["second_look"] if any(asked[trace.full_exit + 1 :]) else [])]
+        made = {name: trace.info[name] for name in names if name in trace.info}
         hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
-        return cls(hash_N=hash_N, exit_names=trace.exit_names, info={**info, **view}, certificate=certificate)
+        return cls(hash_N=hash_N, exit_names=trace.exit_names, info={**info, **made}, certificate=certificate)
 
     def also(self, earlier: CalibrationRecord | None) -> CalibrationRecord:
         """The record of what was built upon something that ``earlier`` rows had taught: it has seen those, too."""

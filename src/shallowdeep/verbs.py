@@ -34,9 +34,11 @@ from shallowdeep.inputs import Inputs, each
 from shallowdeep.joint import JointRecipe, train_jointly
 from shallowdeep.models import load_model
 from shallowdeep.network import ShallowDeepNetwork, attach, load, plan_from_json, plan_to_json, save
-from shallowdeep.policies import Policy
+from shallowdeep.policies import Fixed, Policy
 from shallowdeep.progress import waiting
 from shallowdeep.runs import inside, plain, read_run, write_run
+from shallowdeep.runtime.backends import BackendName
+from shallowdeep.runtime.engine import Engine
 from shallowdeep.spelling import from_json, in_words, to_json
 from shallowdeep.training import train_exits
 from shallowdeep.trajectory import Alarm
@@ -175,13 +177,19 @@ def collect_verb(
     batch_size: int,
     reference: bool,
     device: str,
+    backend: BackendName | None,
 ) -> Result:
-    """What every exit says about every row: writes ``trace.safetensors``. ``reference`` stores the confusion's
-    moments.
+    """What every exit says about every row, on the engine's ``backend`` or, without one, in PyTorch: writes
+    ``trace.safetensors``. ``reference`` stores the confusion's moments.
     """
     sdn, preprocessing = load_sdn(sdn_dir, device)
     rows = data.read()
-    trace = collect(sdn, (ready(rows, preprocessing), rows.labels_N), second_look=second_look, batch_size=batch_size)
+    pair = ready(rows, preprocessing), rows.labels_N
+    if backend is None:
+        trace = collect(sdn, pair, second_look=second_look, batch_size=batch_size)
+    else:
+        engine = Engine(sdn, Fixed(exit=sdn.num_exits - 1), second_look=second_look, backend=backend)
+        trace = engine.collect(pair, batch_size=batch_size)
     if reference:
         trace = dataclasses.replace(trace, confusion_reference=fit_confusion(sdn, trace))
         save(sdn, sdn_dir)
@@ -191,7 +199,7 @@ def collect_verb(
     lines += [(n, f"{c:.3f}", f"{a:.2%}") for n, c, a in zip(trace.exit_names, trace.cost_E, accuracy_E, strict=True)]
     print(table(lines))
     about = {"sdn": sdn_dir, "data": data.__dict__, "data_fingerprint": rows.fingerprint, "reference": reference}
-    about |= {"second_look": second_look, "device": device}
+    about |= {"second_look": second_look, "device": device, "backend": backend}
     return write_run(out, "collect", about, {"rows": len(rows), "exits": trace.exit_names, "accuracy": accuracy_E})
 
 

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import cast
@@ -130,7 +130,7 @@ class Engine:
             raise ValueError(f"threads is at least 1, found {threads}.")
         self.sdn, self.policy, self.second_look, self.alarm = sdn, policy, second_look_of(second_look), alarm
         check_view(policy, self.second_look)
-        self.times: StepTimes | None = None
+        self._times: dict[InputSignature, StepTimes] = {}
         self._device, self._exported = next(sdn.parameters()).device, sdn.plan.via == "export"
         exits = exits_of(sdn, self.second_look)
         self._rule = exits.rule(policy, alarm)
@@ -153,6 +153,13 @@ class Engine:
         self.threads = threads or torch.get_num_threads()
         self._backend = self._chosen(backend, self.threads)
         self.backend: BackendName = self._backend.name
+        for name, one in records.items():
+            if one is not None and reduced(one.info.get("backend", "")) != reduced(self.backend):
+                warnings.warn(
+                    f"The {name} was made for answers of another precision than {self.backend}'s: make it from a trace "
+                    "that this backend collected (engine.collect, sdn collect --backend).",
+                    stacklevel=2,
+                )
         self._void_capped = dict[str, str | None]()
         weights = weights_hash(sdn) if proved else ""
         void = partial(why_void, sdn=sdn, policy=policy, look=self.second_look, backend=self.backend, weights=weights)
@@ -173,7 +180,9 @@ class Engine:
 
         No row spends more than ``max_cost`` (a share of the backbone); no batch starts a step that would end after
         ``max_ms`` milliseconds, by the measured ``times``. Rows which that stops are answered where they are, with
-        ``capped_B`` True. Raises ``ValueError`` for a limit that the first exit asked exceeds.
+        ``capped_B`` True. Raises ``ValueError`` for a limit that the first exit asked exceeds, and ``CutError`` for
+        ``max_ms`` where a network runs through its own modules, which have no times. The first ``max_ms`` for inputs of
+        a shape measures those; ``measure`` does so beforehand.
         """
         batch, signature = self._checked(inputs)
         rows = num_rows(batch)
@@ -183,29 +192,29 @@ class Engine:
         if rows == 0:
             return self._nothing()
         program = self._program(signature) if self._exported else None
-        if max_ms is not None and self._exported and self.times is None:
-            self.measure()
-        limit = self._limit(max_cost, max_ms, rows)
-        if program is None:
-            batch = each(batch, lambda tensor: tensor.to(self._device))
-            with torch.inference_mode():
-                return self._answer(walk_modules(self.sdn, self._rule, self._runs, batch, limit, self.second_look))
-        chunk = ROWS_AT_ONCE if self.times is None else self.times.chunk(rows)
+        if max_ms is not None and signature not in self._times:
+            self.measure(example_of(signature, max(SIZES), self._device))
+        times = self._times.get(signature)
+        limit = self._limit(max_cost, max_ms, rows, times)
+        chunk = ROWS_AT_ONCE if times is None else times.chunk(rows)
         if rows <= chunk:
-            return self._answer(walk(program, self._named(batch), rows, self.times, limit))
+            return self._answer(self._walked(program, batch, times, limit))
         left: list[Left] = []
         for first in range(0, rows, chunk):
             part = take(batch, slice(first, first + chunk))
-            own = self._before_others(limit, rows - first - num_rows(part))
-            found = walk(program, self._named(part), num_rows(part), self.times, own)
-            left += [some._replace(row_S=some.row_S + first) for some in found]
+            own = _before_others(limit, times, rows - first - num_rows(part))
+            left += [some._replace(row_S=some.row_S + first) for some in self._walked(program, part, times, own)]
         return self._answer(left)
 
-    def _before_others(self, limit: Limit | None, rows: int) -> Limit | None:
-        """``limit`` less the time that ``rows`` rows to come need for their first step."""
-        if limit is None or self.times is None or limit.until == math.inf:
-            return limit
-        return Limit(limit.place, limit.until - self.times.ms(0, rows) / 1e3 if rows else limit.until)
+    def _walked(
+        self, program: Program | None, batch: Inputs, times: StepTimes | None, limit: Limit | None
+    ) -> list[Left]:
+        """Rows that are computed together, by the program or, where there is none, by the network's own modules."""
+        if program is not None:
+            return walk(program, self._named(batch), num_rows(batch), times, limit)
+        batch = each(batch, lambda tensor: tensor.to(self._device))
+        with torch.inference_mode():
+            return walk_modules(self.sdn, self._rule, self._runs, batch, limit, self.second_look)
 
     def map(
         self,
@@ -248,8 +257,8 @@ class Engine:
         )
 
     def measure(self, inputs: object = None, *, sizes: Sequence[int] = SIZES, rounds: int = 5) -> StepTimes:
-        """Milliseconds of every step at the batch ``sizes``, kept as ``times``: from now on they decide which rows are
-        computed together, and what ``max_ms`` allows.
+        """Milliseconds of every step at the batch ``sizes``, kept: from now on they decide which rows of inputs of this
+        shape are computed together, and what ``max_ms`` allows them.
 
         ``inputs`` are rows to measure with (None: noise), as many as the largest size. Raises ``CutError`` for a
         network that runs through its own modules.
@@ -262,8 +271,8 @@ class Engine:
         rows, signature = self._checked(given)
         if num_rows(rows) < max(sizes):
             raise DataError(f"To measure batches of {max(sizes)} give as many rows, found {num_rows(rows)}.")
-        self.times = measure(self._program(signature), self._named(rows), sorted(sizes), rounds)
-        return self.times
+        self._times[signature] = measure(self._program(signature), self._named(rows), sorted(sizes), rounds)
+        return self._times[signature]
 
     def _chosen(self, name: BackendName, threads: int) -> Backend:
         """The backend called ``name``, or the quickest."""
@@ -279,11 +288,11 @@ class Engine:
         return make_backend(name, self._device, threads)
 
     def _quickest(self, backends: Sequence[Backend]) -> Backend:
-        """The backend that takes the least time for one row and for 32, by the geometric mean."""
+        """The backend that answers one row and 32 in the least time, by the geometric mean."""
         if len(backends) == 1:
             return backends[0]
         rows = example_of(self.sdn.plan.inputs, 32, self._device)
-        found: list[tuple[float, Backend, Program]] = []
+        found = list[tuple[float, Backend, Program]]()
         signature = self.sdn.plan.inputs
         parts = steps_for(self.sdn, self.policy, signature, self.second_look, self.alarm)
         for backend in steps(backends, "try backends", len(backends)):
@@ -292,9 +301,7 @@ class Engine:
             except (MissingExtra, BackendError):
                 continue
             entered = {name: backend.enter(x) for name, x in named(signature.names, rows).items()}
-            times = measure(program, entered, (1, 32), 5)
-            last = len(program.steps) - 1
-            found.append((times.up_to(last, 1) * times.up_to(last, 32), backend, program))
+            found.append((math.prod(_walk_seconds(program, entered, size) for size in (1, 32)), backend, program))
         _, best, program = min(found, key=lambda one: one[0])
         self._programs[signature, all(self._rule.asked)] = program
         return best
@@ -349,7 +356,7 @@ class Engine:
             pass
         return torch.stack([self._backend.leave(rows[f"logits.{place}"]) for place in range(len(program.steps))])
 
-    def _limit(self, max_cost: float | None, max_ms: float | None, rows: int) -> Limit | None:
+    def _limit(self, max_cost: float | None, max_ms: float | None, rows: int, times: StepTimes | None) -> Limit | None:
         if max_cost is None and max_ms is None:
             return None
         asked = [exit for exit, on in enumerate(self._rule.asked) if on]
@@ -361,7 +368,7 @@ class Engine:
                 raise ValueError(f"max_cost={max_cost:g} is below {first:.3f}, the cost of the first exit asked.")
         if max_ms is None:
             return Limit(place)
-        first_ms = 0.0 if self.times is None else self.times.up_to(0, rows)
+        first_ms = 0.0 if times is None else times.up_to(0, rows)
         if not max_ms >= first_ms:
             raise ValueError(f"max_ms={max_ms:g} is below {first_ms:.3f}, the time to the first exit.")
         return Limit(place, time.perf_counter() + max_ms / 1e3)
@@ -399,3 +406,27 @@ class Engine:
             capped_B=none.bool(),
             alarm_B=None if self.alarm is None else none.double(),
         )
+
+
+def reduced(backend: str) -> bool:
+    """Whether the backend of that name answers in less than the network's own precision."""
+    return backend.endswith("-bf16")
+
+
+def _before_others(limit: Limit | None, times: StepTimes | None, rows: int) -> Limit | None:
+    """``limit`` less the time that ``rows`` rows to come need for their first step."""
+    if limit is None or times is None or limit.until == math.inf or not rows:
+        return limit
+    return Limit(limit.place, limit.until - times.ms(0, rows) / 1e3)
+
+
+def _walk_seconds(program: Program, inputs: Mapping[str, Array], rows: int, turns: int = 5) -> float:
+    """The least time of a few walks of the first ``rows`` of ``inputs``, the way that calls without a limit go."""
+    part = {name: x if name in program.rowless else x[:rows] for name, x in inputs.items()}
+    seconds = list[float]()
+    for _ in range(turns + 1):  # the first one warms up
+        start = time.perf_counter()
+        walk(program, part, rows)
+        program.backend.wait()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])

@@ -6,7 +6,6 @@ It refuses to know backends: it is plain PyTorch, and no faster than the modules
 from __future__ import annotations
 
 import operator
-import time
 from contextlib import suppress
 
 from torch import Tensor
@@ -87,8 +86,7 @@ class _Pass:
     def _ask(self, exit: int, logits_SC: Tensor) -> Tensor | None:
         """Positions of the rows that go on, or None when all do."""
         self.place += 1
-        ends = self.place >= self.limit.place or time.perf_counter() > self.limit.until
-        stay_S = self.walk.ask(exit, logits_SC, ends=ends)
+        stay_S = self.walk.ask(exit, logits_SC, ends=self.place >= self.limit.place)
         if not self.walk.alive:
             raise _AllLeft
         return None if self.walk.alive == len(logits_SC) else stay_S.nonzero().flatten()
