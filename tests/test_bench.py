@@ -135,6 +135,7 @@ def test_what_cannot_be_measured_is_refused_in_words() -> None:
             refused(f"{what} are one number or more, each at least 1, found {numbers}", **{what: numbers})
     refused("No backend 'auto' to measure. Possible: 'torch', 'torch-compile', 'onnx", backends=("auto",))
     refused("'small' answers 3 classes, the SDN 4.", rivals={"small": nn.Linear(6, 3)})
+    refused("'small' must be an nn.Module, found str.", rivals={"small": "resnet20"})
     refused("'small' does not take float32 [rows, 6]: ", rivals={"small": nn.Linear(5, 4)})
     for name in ("early", "full", "every", "twice", "cut 0", "cut short"):
         refused(f"{name!r} is what bench calls one of its own ways", rivals={name: nn.Linear(6, 4)})

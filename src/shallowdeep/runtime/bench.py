@@ -181,6 +181,8 @@ def _pieces(
 
 def _whole(name: str, model: nn.Module, example: Inputs, num_classes: int) -> Joined:
     """The rival ``model`` in one piece: a network without exits needs no cut points."""
+    if not isinstance(model, nn.Module):
+        raise DataError(f"The rival {name!r} must be an nn.Module, found {type(model).__name__}.")
     check_audible(model)
     try:
         found = find_cuts(model, distinct_rows(example))
