@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shallowdeep.policies import Confidence, Fixed
 from shallowdeep.runtime import bench as bench_module
@@ -21,6 +22,8 @@ def test_on_real_networks() -> None:
     labels_N = torch.arange(64) % 4
     before = torch.get_num_threads()
     rival = nn.Sequential(nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 4))
+    rival[1].eval()
+    modes = [module.training for module in rival.modules()]
     policy = Confidence(threshold=middle(sdn, inputs))
     found = bench(
         sdn, policy, (inputs, labels_N), backends=("torch",), batch_sizes=(1, 16), threads=(1,), blocks=3,
@@ -45,6 +48,7 @@ def test_on_real_networks() -> None:
         )  # fmt: skip
         assert one["full_ms_percentiles"]["p50"] <= one["full_ms_percentiles"]["p99"]
     assert len(verdict(found).splitlines()) == 2
+    assert [module.training for module in rival.modules()] == modes, "a rival is left as it was"
     with pytest.raises(
         ValueError, match="Blocks of batches of 256 need 256 rows, and quartiles two blocks; found 64 rows and"
     ):
@@ -72,6 +76,12 @@ def test_the_figures_follow_from_the_times() -> None:
     assert one["ideal_speedup"] == pytest.approx(8 / 5.5)
     assert one["efficiency"] == pytest.approx(5.5 / 5)
     assert one["rows_per_second"] == pytest.approx(800)
+    drifting = times | {
+        Way("onnxruntime", "full"): Times(50.0, [8.0, 16.0], [4.0, 8.0, 16.0]),
+        Way("torch", "early"): Times(70.0, [4.0, 8.0], [2.0, 4.0, 8.0]),
+    }
+    slower = bench_module._facts("torch", 1, 4, drifting, torch.tensor([0, 2]), 2)
+    assert [slower["speedup"], *slower["speedup_quartiles"]] == [2, 2, 2], "the machine slows down for both"
     few = bench_module._facts("torch", 1, 4, times, torch.tensor([0] + [2] * 9), 2)
     assert few["efficiency"] is None, "a tenth of early answers says nothing"
 
@@ -87,6 +97,9 @@ def test_everybody_has_the_same_rows_in_shuffled_turns(monkeypatch: pytest.Monke
     used_N, times = bench_module._in_turn(ways, inputs, 16, 3, random.Random(0))
     assert used_N.reshape(3, 32)[:, 0].tolist() == [0, 5, 1]
     assert [first for who, first, _ in heard if who == "full"] == [first for who, first, _ in heard if who == "early"]
+    turns = [who for who, _, _ in heard[len(ways) :: 3]]
+    firsts = {turns[i] for i in range(0, len(turns), len(ways))}
+    assert firsts == {"full", "early"}, "nobody is always the first"
     assert all(len(found.blocks) == 3 and len(found.calls) == 6 for found in times.values())
 
 
@@ -104,6 +117,40 @@ def test_no_call_ends_before_the_device_does(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(bench_module, "_ms", ms)
     data = rows(32), torch.zeros(32, dtype=torch.int64)
     bench(tiny(), Confidence(threshold=0.5), data, backends=("torch",), batch_sizes=(8,), threads=(1,), blocks=2)
+
+
+def test_what_cannot_be_measured_is_refused_in_words() -> None:
+    zeros_N = torch.zeros(32, dtype=torch.int64)
+
+    def refused(said: str, inputs: Tensor | None = None, labels_N: Tensor = zeros_N, **choices: Any) -> None:
+        data = rows(32) if inputs is None else inputs, labels_N
+        with pytest.raises(ValueError, match=re.escape(said)):
+            bench(tiny(), Fixed(exit=2), data, **{"backends": ("torch",), "batch_sizes": (8,), **choices})
+
+    refused("takes float32 [rows, 6], found float64 [rows, 6].", rows(32).double())
+    refused("must lie in 0..3 for 4 classes, found 0..31", labels_N=torch.arange(32))
+    refused("Labels must be 32 class indices, found torch.int64 (31,)", labels_N=zeros_N[:31])
+    for numbers in ((), (0,), (8, 0)):
+        for what in ("batch_sizes", "threads"):
+            refused(f"{what} are one number or more, each at least 1, found {numbers}", **{what: numbers})
+    refused("No backend 'auto' to measure. Possible: 'torch', 'torch-compile', 'onnx", backends=("auto",))
+    refused("'small' answers 3 classes, the SDN 4.", rivals={"small": nn.Linear(6, 3)})
+    refused("'small' must be an nn.Module, found str.", rivals={"small": "resnet20"})
+    refused("'small' does not take float32 [rows, 6]: ", rivals={"small": nn.Linear(5, 4)})
+    for name in ("early", "full", "every", "twice", "cut 0", "cut short"):
+        refused(f"{name!r} is what bench calls one of its own ways", rivals={name: nn.Linear(6, 4)})
+
+
+def test_a_rival_needs_no_cut_points() -> None:
+    rival = nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.Dropout())
+    labels_N = rival.eval()(rows(32)).argmax(1)
+    rival.train()
+    found = bench(
+        tiny(), Fixed(exit=2), (rows(32), labels_N), backends=("torch",), batch_sizes=(8,), threads=(1,), blocks=2,
+        rivals={"linear": rival},
+    )  # fmt: skip
+    assert found["accuracy_others"]["linear"] == 1.0
+    assert all(module.training for module in rival.modules())
 
 
 def test_what_the_verdict_says() -> None:

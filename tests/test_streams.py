@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import itertools
+import queue
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import shallowdeep as sd
 from nets import ZOO, images, planned
 from shallowdeep.inputs import each
 from shallowdeep.policies import Confidence
+from shallowdeep.runtime import streams
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.runtime.loop import advance
 from shallowdeep.types import Answer, CutError, DataError
@@ -141,8 +144,6 @@ def test_a_large_request_is_computed_in_batches(work: list[int]) -> None:
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every step that is run."""
-    from shallowdeep.runtime import streams
-
     sizes: list[int] = []
 
     def counting(program: Any, place: int, rows: Any, row_S: Any) -> Any:
@@ -216,6 +217,58 @@ def test_what_is_no_stream() -> None:
         engine_of().map(5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch_size and max_rows are at least 1, found 0 and 1024"):
         engine_of().map([], batch_size=0)
+    for wait in (float("nan"), -1.0):
+        with pytest.raises(ValueError, match=f"max_wait_ms is a number of milliseconds, at least 0, found {wait}"):
+            engine_of().map([rows(1)], max_wait_ms=wait)
+
+
+def test_threads_that_share_a_stream_take_turns() -> None:
+    requests = [rows(1 + i % 5) for i in range(200)]
+    found: list[Answer | Exception] = []
+    with engine_of().map(requests, batch_size=8) as stream:
+        threads = [threading.Thread(target=lambda: found.extend(stream)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    sizes = sorted(len(answered(one).labels_B) for one in found)
+    assert sizes == sorted(map(len, requests)), "every request is answered once"
+
+
+class Busy:
+    """What reads ahead for a stream, and always has a request more: one row, a second behind the one before."""
+
+    def __init__(self, row: Tensor) -> None:
+        self.row, self.now = row, 0.0
+
+    def empty(self) -> bool:
+        return False
+
+    def get(self, timeout: float = 0.0) -> tuple[Tensor, float]:
+        self.now += 1.0
+        return self.row, self.now
+
+    def get_nowait(self) -> None:
+        raise queue.Empty
+
+
+def test_a_row_that_can_wait_no_longer_goes_before_a_source_that_never_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = rows(60)[engine_of()(rows(60)).exit_B == 0][:1]
+    busy, stream = Busy(first), engine_of().map([], batch_size=64, max_wait_ms=5000)
+    stream._ready = busy  # type: ignore[assignment]
+    monkeypatch.setattr(streams, "time", SimpleNamespace(perf_counter=lambda: busy.now))
+    assert answered(next(stream)).exit_B.tolist() == [0]
+    assert busy.now == 7, "read at 1, waited for five seconds, one more was there"
+    assert stream.report.p99_ms == 6000
+
+
+def test_only_rows_in_company_of_others_count_as_regrouped() -> None:
+    engine = Engine(tiny(), Confidence(threshold=0.0), backend="torch")  # all leave at the first exit
+    with engine.map([rows(8), rows(4), rows(4)], batch_size=8, max_wait_ms=1e6) as stream:
+        next(stream)
+        assert stream.report.regrouped == 0.0
+        assert len(list(stream)) == 2
+    assert stream.report.regrouped == 0.5
 
 
 def test_a_network_without_steps_has_no_streams() -> None:

@@ -9,7 +9,9 @@ import torch
 
 import shallowdeep as sd
 from nets import ZOO, images, planned
+from shallowdeep import tuning
 from shallowdeep.policies import Confidence, Fixed
+from shallowdeep.timing import Paired
 from shallowdeep.tuning import MachineCosts, machine_costs, tune
 from shallowdeep.types import DataError, Trace
 
@@ -85,6 +87,16 @@ def test_this_machine_is_measured() -> None:
     assert float(costs.own_ms_E[-1]) == 0.0
     trace = dataclasses.replace(a_trace(feeds=False), cost_E=torch.ones(5) / 2)
     assert float(costs.timed(trace).cost_E[-1]) == pytest.approx(float(costs.reach_ms_E[-1]) / costs.full_ms)
+
+
+def test_what_asking_adds_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = SDN.num_exits - 1
+    every_and_whole = Paired(a_ms=40.0 + 8 * full, b_ms=40.0, ratio=1.2, ratio_low=1.2, ratio_high=1.2)
+    monkeypatch.setattr(tuning, "compare", lambda a, b, rounds: every_and_whole)
+    costs = machine_costs(SDN, backend="torch", batch_size=4, inputs=images(4), rounds=1)
+    assert costs.full_ms == 10
+    assert costs.own_ms_E.tolist() == pytest.approx([2.0] * full + [0.0])
+    assert float(costs.reach_ms_E[full]) == pytest.approx(10 + 2 * full)
 
 
 def test_costs_of_other_exits() -> None:

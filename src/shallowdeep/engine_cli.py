@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from cyclopts import Parameter
 
 from shallowdeep.choices import RUNS, Backend, Count, Device, Folder, Rows
+
+Measured: TypeAlias = Literal["torch", "torch-compile", "onnxruntime", "openvino", "openvino-bf16"]
 
 
 def tune(
@@ -64,7 +66,7 @@ def bench(
     sdn_dir: Annotated[Path, Parameter(name="--sdn")] = RUNS / "train",
     policy: Path = RUNS / "tune",
     out: Folder = RUNS / "bench",
-    backends: Annotated[tuple[Backend, ...], Parameter(consume_multiple=True, negative=())] = (),
+    backends: Annotated[tuple[Measured, ...], Parameter(consume_multiple=True, negative=())] = (),
     batch_sizes: Annotated[tuple[Count, ...], Parameter(consume_multiple=True, negative=())] = (1, 8, 64, 256),
     threads: Annotated[tuple[Count, ...], Parameter(consume_multiple=True, negative=())] = (1, 2),
     blocks: Count = 12,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ def compare(a: Callable[[], object], b: Callable[[], object], *, rounds: int = 1
             x, y = _seconds(a), _seconds(b)
         pairs.append((x, y))
     ratios = [x / y for x, y in pairs]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    low, middle, high = quartiles(ratios)
     return Paired(
         a_ms=1e3 * statistics.median(x for x, _ in pairs),
         b_ms=1e3 * statistics.median(y for _, y in pairs),
@@ -46,6 +46,23 @@ def compare(a: Callable[[], object], b: Callable[[], object], *, rounds: int = 1
         ratio_low=low,
         ratio_high=high,
     )
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    low, middle, high = _cuts(values, 4)
+    return low, middle, high
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """The 50th, 95th and 99th percentile by their names."""
+    cuts = _cuts(values, 100)
+    return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98]}
+
+
+def _cuts(values: Sequence[float], parts: int) -> list[float]:
+    # Python's own choice, "exclusive", goes beyond the least and the largest of few values.
+    return statistics.quantiles(values, n=parts, method="inclusive") if len(values) > 1 else [*values] * (parts - 1)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -10,15 +10,26 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from shallowdeep.costs import exits_of
-from shallowdeep.cuts import plan
-from shallowdeep.inputs import Inputs, each, num_rows, signature_of, take, tensors
-from shallowdeep.network import ShallowDeepNetwork, attach
+from shallowdeep.cuts import check_audible, distinct_rows, find_cuts
+from shallowdeep.graph import told
+from shallowdeep.inputs import (
+    Inputs,
+    as_inputs,
+    check_labels,
+    each,
+    in_order,
+    num_rows,
+    signature_of,
+    take,
+    tensors,
+)
+from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Confidence, Fixed, Policy
 from shallowdeep.progress import steps as shown
 from shallowdeep.runs import describe_device
@@ -27,7 +38,8 @@ from shallowdeep.runtime.engine import Engine
 from shallowdeep.runtime.programs import make_backend
 from shallowdeep.spelling import rule_to_json
 from shallowdeep.steps import Joined, make_steps, named
-from shallowdeep.timing import threads_of_torch
+from shallowdeep.timing import percentiles, quartiles, threads_of_torch
+from shallowdeep.types import DataError, Plan
 from shallowdeep.views import Look, SecondLook, second_look_of
 
 PARTS = ("full", "every", "twice")
@@ -80,20 +92,14 @@ def bench(
     Every block gives the same rows to all in shuffled order; ratios are of blocks: their median and quartiles. The
     whole network and the cuts, with the ICs passed on the way, are compiled in one piece and do nothing else. With a
     ``second_look`` a row that looks twice is measured against the whole way and one pass more, and looking at every row
-    twice, without ICs, is a rival. Raises ``ValueError`` for too few rows.
+    twice, without ICs, is a rival. Raises ``ValueError`` for too few rows and choices that make no sense, ``DataError``
+    for rows, labels or rivals that do not fit the SDN.
     """
-    inputs, labels_N = rows
-    look, device = second_look_of(second_look), next(sdn.parameters()).device
+    look = second_look_of(second_look)
     exits = exits_of(sdn, look)
-    needed = max(map(_block, batch_sizes))
-    if num_rows(inputs) < needed or blocks < 2:
-        raise ValueError(
-            f"Blocks of batches of {max(batch_sizes)} need {needed} rows, and quartiles two blocks; "
-            f"found {num_rows(inputs)} rows and {blocks} blocks."
-        )
-    inputs = each(inputs, lambda tensor: tensor.to(device))
-    usual: tuple[BackendName, ...] = ("torch", "onnxruntime", "openvino")
-    backends = backends or (usual if device.type == "cpu" else ("torch", "torch-compile"))
+    inputs, labels_N = _checked(sdn, *rows)
+    backends = _backends(backends, inputs)
+    _check_choices(num_rows(inputs), batch_sizes, threads, blocks)
     pieces = _pieces(sdn, policy, take(inputs, slice(0, 2)), rivals or {}, look)
     accuracy = {what: _accuracy(piece, inputs, labels_N) for what, piece in pieces.items()}
     answers: dict[BackendName, dict[str, Tensor]] = {}
@@ -122,22 +128,79 @@ def bench(
     }
 
 
+def _checked(sdn: ShallowDeepNetwork, inputs: object, labels: object) -> tuple[Inputs, Tensor]:
+    """The rows on the network's device, and their labels."""
+    planned, device = sdn.plan.inputs, next(sdn.parameters()).device
+    found = in_order(as_inputs(inputs), planned.names)
+    if not signature_of(found).like(planned):
+        raise DataError(f"{sdn.plan.model} takes {planned}, found {signature_of(found)}.")
+    labels_N = check_labels(labels, num_rows(found), sdn.plan.num_classes).cpu()
+    return each(found, lambda tensor: tensor.to(device)), labels_N
+
+
+def _backends(names: Sequence[BackendName], inputs: Inputs) -> Sequence[BackendName]:
+    possible = [name for name in get_args(BackendName) if name != "auto"]  # which is one of the others
+    for name in names:
+        if name not in possible:
+            raise ValueError(f"No backend {name!r} to measure. Possible: {', '.join(map(repr, possible))}.")
+    usual: tuple[BackendName, ...] = ("torch", "onnxruntime", "openvino")
+    return names or (usual if tensors(inputs)[0].device.type == "cpu" else ("torch", "torch-compile"))
+
+
+def _check_choices(rows: int, batch_sizes: Sequence[int], threads: Sequence[int], blocks: int) -> None:
+    for what, numbers in (("batch_sizes", batch_sizes), ("threads", threads)):
+        if not numbers or min(numbers) < 1:
+            raise ValueError(f"{what} are one number or more, each at least 1, found {tuple(numbers)}.")
+    needed = max(map(_block, batch_sizes))
+    if rows < needed or blocks < 2:
+        raise ValueError(
+            f"Blocks of batches of {max(batch_sizes)} need {needed} rows, and quartiles two blocks; "
+            f"found {rows} rows and {blocks} blocks."
+        )
+
+
 def _pieces(
     sdn: ShallowDeepNetwork, policy: Policy, example: Inputs, rivals: Mapping[str, nn.Module], look: SecondLook | None
 ) -> dict[str, Joined]:
     """What is compiled in one piece, by its name."""
     full, asked = sdn.num_exits - 1, exits_of(sdn, look).rule(policy).asked
     pieces = {"full": Joined(make_steps(sdn, Fixed(exit=full), example))}
+    twice = "" if look is None else f"{look.name} every row"
     for name, model in rivals.items():
-        other = attach(model, plan(model, example, at=(0.5,))).eval()
-        pieces[name] = Joined(make_steps(other, Fixed(exit=other.num_exits - 1), example))
+        if name in ("early", *PARTS, twice) or name.startswith("cut "):
+            raise ValueError(f"{name!r} is what bench calls one of its own ways: give the rival another name.")
+        pieces[name] = _whole(name, model, example, sdn.plan.num_classes)
     if look is not None:
-        pieces[f"{look.name} every row"] = Joined(make_steps(sdn, Fixed(exit=full + 1), example, look))
+        pieces[twice] = Joined(make_steps(sdn, Fixed(exit=full + 1), example, look))
     steps = make_steps(sdn, Confidence(threshold=math.inf, enabled_E=asked), example, look)
     for place, step in enumerate(steps):
         what = f"cut {step.exit}" if step.exit < full else PARTS[step.exit - full + 1]
         pieces[what] = Joined(steps[: place + 1])
     return pieces
+
+
+def _whole(name: str, model: nn.Module, example: Inputs, num_classes: int) -> Joined:
+    """The rival ``model`` in one piece: a network without exits needs no cut points."""
+    if not isinstance(model, nn.Module):
+        raise DataError(f"The rival {name!r} must be an nn.Module, found {type(model).__name__}.")
+    check_audible(model)
+    try:
+        found = find_cuts(model, distinct_rows(example))
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise DataError(f"The rival {name!r} does not take {signature_of(example)}: {told(error)}.") from error
+    if found.num_classes != num_classes:
+        raise DataError(f"The rival {name!r} answers {found.num_classes} classes, the SDN {num_classes}.")
+    uncut = Plan(
+        model=type(model).__name__,
+        inputs=signature_of(example),
+        num_classes=num_classes,
+        total_macs=max(found.total_macs, 1),
+        total_params=0,
+        cuts=(),
+        classifiers=(),
+        candidates=(),
+    )
+    return Joined(make_steps(ShallowDeepNetwork(model, uncut, ()), Fixed(exit=0), example))
 
 
 def _ways(
@@ -235,8 +298,7 @@ def _facts(name: BackendName, threads: int, size: int, times: Mapping[Way, Times
     exits, counts = torch.unique(exit_N, return_counts=True)
     ideal_ms = sum(cut_ms[exit] * n for exit, n in zip(exits.tolist(), counts.tolist(), strict=True)) / len(exit_N)
     share_early = float((exit_N < full).double().mean())
-    speedup, ideal = statistics.median(ratios), best_ms / ideal_ms
-    low, _, high = statistics.quantiles(ratios, n=4)
+    low, speedup, high = quartiles(ratios)
     return {
         "backend": name,
         "batch_size": size,
@@ -245,13 +307,13 @@ def _facts(name: BackendName, threads: int, size: int, times: Mapping[Way, Times
         "best_full_backend": best.backend,
         "best_full_ms": best_ms,
         "early_exit_ms": early_ms,
-        "early_exit_ms_percentiles": _percentiles(early.calls),
-        "full_ms_percentiles": _percentiles(times[Way(name, "full")].calls),
+        "early_exit_ms_percentiles": percentiles(early.calls),
+        "full_ms_percentiles": percentiles(times[Way(name, "full")].calls),
         "rows_per_second": 1e3 * size / early_ms,
         "warm_up_ms": early.first,
         "speedup": speedup,
         "speedup_quartiles": [low, high],
-        "ideal_speedup": ideal,
+        "ideal_speedup": best_ms / ideal_ms,
         "efficiency": statistics.median(ideal_ms / ms for ms in early.blocks) if share_early >= LEAST_EARLY else None,
         "share_early": share_early,
         "other_ms": others,
@@ -260,11 +322,6 @@ def _facts(name: BackendName, threads: int, size: int, times: Mapping[Way, Times
 
 def _named(other: str) -> str:
     return f"the network cut at exit {other[4:]}" if other.startswith("cut ") else other
-
-
-def _percentiles(calls: Sequence[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(calls, n=100) if len(calls) > 1 else [calls[0]] * 99
-    return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98]}
 
 
 def _answers(engine: Engine, inputs: Inputs) -> dict[str, Tensor]:

@@ -74,8 +74,9 @@ class Stream(Iterator[Answer | Exception]):
 
     Made by ``Engine.map``. A thread reads ahead; no request is taken in while ``max_rows`` rows wait, or have answers
     that were not fetched, and two requests more have been read. Rows wait for company at most ``max_wait_ms`` after
-    their request was read. After ``close`` (or a ``with``), ``unanswered`` holds the requests that were read and whose
-    answer was not fetched.
+    their request was read, as long as somebody asks for answers: steps run inside ``next``. Requests are kept as they
+    are, not copied. One thread asks: of several, each gets some answers, and not which requests they are of. After
+    ``close`` (or a ``with``), ``unanswered`` holds the requests that were read and whose answer was not fetched.
     """
 
     def __init__(
@@ -90,13 +91,17 @@ class Stream(Iterator[Answer | Exception]):
     ) -> None:
         if batch_size < 1 or max_rows < 1:
             raise ValueError(f"batch_size and max_rows are at least 1, found {batch_size} and {max_rows}.")
+        if not max_wait_ms >= 0:
+            raise ValueError(f"max_wait_ms is a number of milliseconds, at least 0, found {max_wait_ms}.")
         self._prepare, self._finish = prepare, finish
         self._batch, self._wait, self._limit = batch_size, max_wait_ms / 1e3, max_rows
-        self._pools: dict[_Place, list[_Waiting]] = {}
+        self._pools: dict[_Place, deque[_Waiting]] = {}
+        self._sizes: dict[_Place, int] = {}  # rows in each pool
         self._order: deque[_Request] = deque()
         self._held = 0
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
         self._stopped, self._ended = threading.Event(), False
+        self._turn = threading.RLock()
         self._times: deque[float] = deque(maxlen=TIMES_KEPT)
         self._requests = self._computed = self._together = 0
         self._deepest: dict[int, int] = {}
@@ -108,6 +113,10 @@ class Stream(Iterator[Answer | Exception]):
         self._reader.start()
 
     def __next__(self) -> Answer | Exception:
+        with self._turn:
+            return self._next()
+
+    def _next(self) -> Answer | Exception:
         while not self._stopped.is_set():
             if self._order and self._order[0].result is not None:
                 request = self._order.popleft()
@@ -131,7 +140,8 @@ class Stream(Iterator[Answer | Exception]):
         if self._stopped.is_set():
             return
         self._stopped.set()
-        self.unanswered += [request.inputs for request in self._order if request.inputs is not _END]
+        with self._turn:  # a step that another thread runs ends first
+            self.unanswered += [request.inputs for request in self._order if request.inputs is not _END]
         _drain(self._ready, self.unanswered)
         self._reader.join(4 * POLL_SECONDS)  # it may hold one more; a source that sleeps is not waited for
 
@@ -148,12 +158,11 @@ class Stream(Iterator[Answer | Exception]):
 
     def _work(self) -> None:
         """One thing: a full step, the next request, or a step that can wait no longer."""
-        sizes = {key: sum(len(waiting.row_S) for waiting in pool) for key, pool in self._pools.items()}
-        full = [key for key, size in sizes.items() if size >= self._batch]
+        full = [key for key, size in self._sizes.items() if size >= self._batch]
         if full:
             self._run(max(full, key=lambda key: key[1]))  # what is nearly done makes room
         elif self._ended or self._held >= self._limit:
-            self._run(min(sizes, key=lambda key: key[1]))  # on its way it gathers company
+            self._run(min(self._pools, key=lambda key: key[1]))  # on its way it gathers company
         elif not self._accept(min((w.request.arrived for pool in self._pools.values() for w in pool), default=None)):
             oldest = min((w.request for pool in self._pools.values() for w in pool), key=lambda one: one.arrived)
             late = [key for key, pool in self._pools.items() if any(w.request is oldest for w in pool)]
@@ -197,19 +206,19 @@ class Stream(Iterator[Answer | Exception]):
         self._held += request.rows
 
     def _put(self, key: _Place, waiting: _Waiting) -> None:
-        pool = self._pools.setdefault(key, [])
-        pool.append(waiting)
-        depth = sum(len(one.row_S) for one in pool)
-        self._deepest[key[1]] = max(depth, self._deepest.get(key[1], 0))
+        self._pools.setdefault(key, deque()).append(waiting)
+        self._sizes[key] = self._sizes.get(key, 0) + len(waiting.row_S)
+        self._deepest[key[1]] = max(self._sizes[key], self._deepest.get(key[1], 0))
 
     def _run(self, key: _Place) -> None:
         """The step for the rows that have waited longest before it, as many as a batch."""
         pool, taken, count = self._pools[key], list[_Waiting](), 0
         while pool and (not taken or count + len(pool[0].row_S) <= self._batch):
-            taken.append(pool.pop(0))
+            taken.append(pool.popleft())
             count += len(taken[-1].row_S)
+        self._sizes[key] -= count
         if not pool:
-            del self._pools[key]
+            del self._pools[key], self._sizes[key]
         self._computed += count
         self._together += count if len({id(waiting.request) for waiting in taken}) > 1 else 0
         try:
