@@ -27,7 +27,7 @@ from shallowdeep.network import weights_hash
 from shallowdeep.policies import CalibrationRecord, Confidence
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.types import Answer, BackendError, DataError, ExportError
-from test_backends import NAMES, Bessel, middle, narrow, policies, rows, tiny
+from test_backends import NAMES, Bessel, middle, narrow, policies, rectified, rows, spoilt, tiny
 from test_certificates import PROVED
 
 
@@ -68,6 +68,47 @@ def test_law_4_every_policy(name: str, tmp_path: Path) -> None:
         if bool(expected.valid_B.all()):
             same(in_openvino(batch.numpy()), expected)
     assert exported(np.zeros((0, 6), np.float32))["label"].shape == (0,)
+
+
+@pytest.mark.parametrize("fallback", ["last", "most_confident"])
+def test_rows_that_are_no_numbers_get_no_answer(fallback: Any, tmp_path: Path) -> None:
+    sdn = rectified()
+    policy = Confidence(threshold=middle(sdn, spoilt(40)[6:]), fallback=fallback)
+    export_folder(sdn, policy, tmp_path / "folder", spoilt(40))
+    export_file(sdn, policy, tmp_path / "file", spoilt(40))
+    file = tmp_path / "file/model.onnx"
+    runners = (EarlyExits(tmp_path / "folder"), export_module._runner(file, ("0",)), openvino_of(file))
+    for batch in (spoilt(40), spoilt(6)[4:], spoilt(6)[1:2]):
+        expected = Engine(sdn, policy, backend="torch")(batch)
+        for run in runners:
+            found = run(batch.numpy())
+            same(found, expected)
+            assert np.isfinite(found["probabilities"]).all(1).tolist() == expected.valid_B.tolist()
+    assert int((~expected.valid_B).sum()) > 0
+
+
+class Gated(torch.nn.Module):
+    """A network in which an infinity means something: who is not looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = (torch.nn.Linear(6, n) for n in (6, 6, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(x.softmax(1)).tanh()).relu())  # type: ignore[no-any-return]
+
+
+def test_an_infinity_that_a_network_understands_stays_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sdn = sd.attach(Gated(), sd.plan(Gated(), torch.zeros(1, 6), at=(0.4,))).eval()
+    masked = rows(20)
+    masked[:, 3] = -torch.inf
+    policy = Confidence(threshold=middle(sdn, masked))
+    export_file(sdn, policy, tmp_path / "out", masked)
+    expected = Engine(sdn, policy, backend="torch")(masked)
+    assert bool(expected.valid_B.all())
+    same(export_module._runner(tmp_path / "out/model.onnx", ("0",))(masked.numpy()), expected)
+    same(openvino_of(tmp_path / "out/model.onnx")(masked.numpy()), expected)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -26,7 +27,7 @@ from shallowdeep.graph import silence, told
 from shallowdeep.inputs import Inputs, as_inputs, example_of, in_order, num_rows, signature_of, take, tensors
 from shallowdeep.network import ShallowDeepNetwork, fingerprint, plan_to_json, weights_hash
 from shallowdeep.onnx import onnx_program
-from shallowdeep.policies import Policy
+from shallowdeep.policies import Policy, finite_rows
 from shallowdeep.progress import steps as shown
 from shallowdeep.progress import waiting
 from shallowdeep.runtime.engine import Engine, why_void
@@ -77,9 +78,10 @@ def export_folder(
         inputs = _rows(what, inputs)
         steps, examples, state = _steps(what)
         written, answers = [], ("logits", *SAID, *["alarm"] * (alarm is not None))
+        spoilt = {name: sort for name, sort in _spoilt(what, steps, inputs).items() if name in steps[0].takes}
         for step, given in shown(zip(steps, examples, strict=True), "export", len(steps)):
             later = {name for one in steps[step.place + 1 :] for name in one.takes}
-            model, gives = answering_model(step, onnx_program(step, given), later, answers)
+            model, gives = answering_model(step, onnx_program(step, given), later, answers, spoilt)
             file = fresh / f"step{step.place}.onnx"
             file.write_bytes(model.SerializeToString())
             written.append(_step(what, step, file) | {"takes": [one.name for one in model.graph.input], "gives": gives})
@@ -143,7 +145,8 @@ def export_file(
         pairs = shown(zip(steps, examples, strict=True), "export", len(steps))
         models = [onnx_program(step, given) for step, given in pairs]
         answers = (*SAID, *["alarm"] * (alarm is not None))
-        model = nested_model(steps, models, {name: x.numpy() for name, x in state.items()}, answers)
+        first = {name: x.numpy() for name, x in state.items()}
+        model = nested_model(steps, models, first, answers, _spoilt(what, steps, inputs))
         file = fresh / "model.onnx"
         file.write_bytes(model.SerializeToString())
         facts = {**_known(file), "outputs": answers, "exits": [_exit(what, step) for step in steps]}
@@ -194,6 +197,28 @@ def _steps(what: _What) -> tuple[list[Step], list[list[Tensor]], dict[str, Tenso
         steps = make_steps(what.sdn, what.policy, example, what.look, what.alarm)
         examples = [given for _, given, _ in chain(steps, rows)]
     return steps, examples, remembered(what.policy, 1, cpu)
+
+
+def _spoilt(what: _What, steps: Sequence[Step], inputs: Inputs) -> dict[str, bool]:
+    """Float inputs where one NaN leaves a row without an answer in PyTorch, and whether one infinity does so, too: that
+    of an attention mask does not.
+    """
+    cpu, names, found = torch.device("cpu"), what.sdn.plan.inputs.names, {}
+    rows = named(names, take(inputs, slice(0, 2)))
+
+    def lost(name: str, value: float) -> bool:
+        given = {name: x.to(cpu, copy=True).contiguous() for name, x in rows.items()}
+        flat_BD = given[name].view(2, -1)
+        flat_BD[:, flat_BD.shape[1] // 2] = value
+        for _, _, said in chain(steps, given | remembered(what.policy, 2, cpu)):
+            last = said
+        return not bool(finite_rows(last[steps[-1].gives.index(f"logits.{steps[-1].place}")]).any())
+
+    with torch.no_grad():
+        for name, x in rows.items():
+            if x.is_floating_point() and lost(name, math.nan):
+                found[name] = lost(name, math.inf) and lost(name, -math.inf)
+    return found
 
 
 def _loop_facts(steps: Sequence[Step], written: Sequence[Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
