@@ -183,6 +183,24 @@ def test_nobody_stops_before_the_end_where_logits_are_infinite(backend: Any) -> 
     assert len(found.exit_B.unique()) == 2
 
 
+class Steep(nn.Module):
+    """An IC whose logits are almost too large for float32: numbers still."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensor([[3e38, -3e38, -3e38, -3e38]]) + 0 * x[:, :1]
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_large_numbers_are_numbers(backend: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    plan = sd.plan(model, torch.zeros(1, 6), at=(0.3,), classifier=lambda shape, classes: Steep())
+    for limit in (None, 9.0):
+        found = Engine(sd.attach(model, plan).eval(), Confidence(threshold=0.5), backend=backend)(
+            rows(5), max_cost=limit
+        )
+        assert (found.exit_B.tolist(), found.valid_B.tolist()) == ([0] * 5, [True] * 5)
+
+
 class Counting(nn.Module):
     """An IC that is traced as one for two rows."""
 

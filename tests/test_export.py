@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -153,6 +154,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_axis_of_rows_is_the_batch(exported: Path, tmp_path: Path) -> None:
+    export_file(tiny(), policies()["confidence"], tmp_path / "out", rows(60))
+    for file in (*exported.glob("*.onnx"), tmp_path / "out/model.onnx"):
+        graph = onnx.load(file).graph
+        assert {value.type.tensor_type.shape.dim[0].dim_param for value in (*graph.input, *graph.output)} == {"batch"}
+    none = export_module._runner(tmp_path / "out/model.onnx", ("0",))(np.zeros((0, 6), np.float32))
+    assert (none["label"].shape, none["probabilities"].shape) == ((0,), (0, 4))
+
+
 def test_it_runs_where_neither_torch_nor_this_library_is(exported: Path) -> None:
     code = (
         "import sys; sys.modules.update(torch=None, shallowdeep=None); sys.path.insert(0, sys.argv[1])\n"
@@ -171,6 +181,7 @@ def test_the_manifest_says_what_it_is(exported: Path) -> None:
     assert manifest["policy"]["kind"] == "Confidence"
     assert [step["name"] for step in manifest["steps"]] == list(tiny().plan.exit_names)
     assert manifest["inputs"] == [{"name": "0", "shape": [6], "dtype": "float32"}]
+    assert manifest["precision"] == "float32"
     assert manifest["versions"]["torch"] == version("torch")
     assert sorted(p.name for p in exported.iterdir()) == [
         "host.py", "manifest.json", "step0.onnx", "step1.onnx", "step2.onnx"

@@ -269,11 +269,13 @@ def _about(what: _What, runtime: str) -> dict[str, Any]:
         if why_void(record, sdn, what.policy, look=what.look, backend=runtime, weights=weights_hash(sdn)):
             del written["certificate"]
     signature = sdn.plan.inputs
+    floats = (p.dtype for p in sdn.parameters() if p.is_floating_point())
     leaves = zip(signature.names, signature.shapes, signature.dtypes, strict=True)
     return {
         "model": sdn.plan.model,
         "fingerprint": fingerprint(sdn.backbone),
         "inputs": [{"name": name, "shape": shape, "dtype": dtype} for name, shape, dtype in leaves],
+        "precision": str(next(floats, torch.float32)).removeprefix("torch."),
         "num_classes": sdn.plan.num_classes,
         "class_names": sdn.class_names,
         "preprocessing": sdn.preprocessing,

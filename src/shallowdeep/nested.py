@@ -117,6 +117,10 @@ def _model(
     """The model of ``graph``, whose ``outputs`` are called otherwise inside."""
     graph.nodes.extend(helper.make_node("Identity", [found[value.name]], [value.name]) for value in outputs)
     made = helper.make_graph(graph.nodes, "early_exits", inputs, outputs, graph.weights)
+    for value in (*made.input, *made.output):
+        for axis in value.type.tensor_type.shape.dim[:1]:
+            if axis.dim_param:  # the exporter's own symbol
+                axis.dim_param = "batch"
     return helper.make_model(made, opset_imports=like.opset_import, ir_version=like.ir_version)
 
 
@@ -256,8 +260,10 @@ def _run(graph: _Nodes, step: Step, model: onnx.ModelProto, rows: Mapping[str, s
     if "stop" not in step.gives:
         return found
     own, kind = found[f"logits.{step.place}"], _logits(step, model).elem_type
-    if kind not in (TensorProto.FLOAT, TensorProto.DOUBLE):  # whose sum over many classes may be too large for it
-        own, kind = graph.add("Cast", own, to=TensorProto.DOUBLE), TensorProto.DOUBLE
+    if kind not in (TensorProto.FLOAT, TensorProto.DOUBLE):
+        own, kind = graph.add("Cast", own, to=TensorProto.FLOAT), TensorProto.FLOAT
+    if kind == TensorProto.FLOAT:  # whose sum may be too large for it; OpenVINO has no float64 to sum in
+        own = graph.add("Mul", own, graph.constant(np.array(2.0**-32, np.float32)))
     size = graph.add("ReduceL1", own, graph.ints([1]), keepdims=0)
     finite = graph.add("Less", size, graph.constant(np.array(np.inf, helper.tensor_dtype_to_np_dtype(kind))))
     if step.exit == step.rule.full_exit:
