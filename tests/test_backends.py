@@ -125,6 +125,46 @@ def test_law_3_every_policy_on_every_backend(name: str, backend: Any) -> None:
         assert len(left_at) > 1, "rows that never part check nothing"
 
 
+@cache
+def rectified() -> ShallowDeepNetwork:
+    """Layers that make a number of NaN in some runtimes."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU6()]
+    layers += [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    model = nn.Sequential(*layers).eval()
+    return sd.attach(model, sd.plan(model, torch.zeros(1, 3, 8, 8), at=(0.3, 0.7))).eval()
+
+
+def spoilt(count: int) -> Tensor:
+    """Images, of which the first five hold what is no number, in all or in one pixel; the sixth one is huge."""
+    found = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    found[0], found[1, 0, 2, 3] = math.nan, math.nan
+    found[2], found[3, 1, 4, 4], found[4, 2, 7, 5] = math.inf, math.inf, -math.inf
+    found[5] *= 1e6
+    return found
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("name", ["confidence", "patience", "most confident"])
+def test_rows_that_are_no_numbers_get_no_answer(name: str, backend: Any) -> None:
+    sdn, levels = rectified(), middle(rectified(), spoilt(40)[6:])
+    policy: Policy = Patience(patience=1) if name == "patience" else Confidence(threshold=levels)
+    if name == "most confident":
+        policy = dataclasses.replace(policy, fallback="most_confident")  # type: ignore[call-arg]
+    engine, plain = Engine(sdn, policy, backend=backend), Engine(sdn, policy, backend="torch")
+    for given in (spoilt(40), spoilt(6)[4:], spoilt(6)[1:2]):
+        for limit in (None, 9.0):
+            found, right = engine(given, max_cost=limit), plain(given, max_cost=limit)
+            same(found, right, but=("confidence_B", "confusion_B", "logits_BC", "labels_B"))
+            torch.testing.assert_close(found.logits_BC[right.valid_B], right.logits_BC[right.valid_B])
+    assert engine(spoilt(40)).valid_B.tolist() == [False] * 5 + [True] * 35
+    assert engine(spoilt(40)).exit_B[:5].tolist() == [2] * 5
+    assert len(engine(spoilt(40)).exit_B.unique()) > 1
+    with pytest.raises(DataError, match="Logits are not finite for 5 rows"):
+        engine.collect((spoilt(40), torch.zeros(40, dtype=torch.int64)))
+
+
 class Certain(nn.Module):
     """An IC that is sure of everybody, and rules a class out (minus infinity) where the first value is high."""
 
@@ -142,6 +182,24 @@ def test_nobody_stops_before_the_end_where_logits_are_infinite(backend: Any) -> 
     found = Engine(sdn, Confidence(threshold=0.5), backend=backend)(rows(20))
     assert found.exit_B.tolist() == (model[0](rows(20))[:, 0] > 0).int().tolist()
     assert len(found.exit_B.unique()) == 2
+
+
+class Steep(nn.Module):
+    """An IC whose logits are almost too large for float32: numbers still."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensor([[3e38, -3e38, -3e38, -3e38]]) + 0 * x[:, :1]
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_large_numbers_are_numbers(backend: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    plan = sd.plan(model, torch.zeros(1, 6), at=(0.3,), classifier=lambda shape, classes: Steep())
+    for limit in (None, 9.0):
+        found = Engine(sd.attach(model, plan).eval(), Confidence(threshold=0.5), backend=backend)(
+            rows(5), max_cost=limit
+        )
+        assert (found.exit_B.tolist(), found.valid_B.tolist()) == ([0] * 5, [True] * 5)
 
 
 class Counting(nn.Module):

@@ -8,12 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -26,8 +28,9 @@ from shallowdeep.inputs import take, tensors
 from shallowdeep.network import weights_hash
 from shallowdeep.policies import CalibrationRecord, Confidence
 from shallowdeep.runtime.engine import Engine
+from shallowdeep.trajectory import Alarm
 from shallowdeep.types import Answer, BackendError, DataError, ExportError
-from test_backends import NAMES, Bessel, middle, narrow, policies, rows, tiny
+from test_backends import NAMES, Bessel, middle, narrow, policies, rectified, rows, spoilt, tiny
 from test_certificates import PROVED
 
 
@@ -70,6 +73,47 @@ def test_law_4_every_policy(name: str, tmp_path: Path) -> None:
     assert exported(np.zeros((0, 6), np.float32))["label"].shape == (0,)
 
 
+@pytest.mark.parametrize("fallback", ["last", "most_confident"])
+def test_rows_that_are_no_numbers_get_no_answer(fallback: Any, tmp_path: Path) -> None:
+    sdn = rectified()
+    policy = Confidence(threshold=middle(sdn, spoilt(40)[6:]), fallback=fallback)
+    export_folder(sdn, policy, tmp_path / "folder", spoilt(40))
+    export_file(sdn, policy, tmp_path / "file", spoilt(40))
+    file = tmp_path / "file/model.onnx"
+    runners = (EarlyExits(tmp_path / "folder"), export_module._runner(file, ("0",)), openvino_of(file))
+    for batch in (spoilt(40), spoilt(6)[4:], spoilt(6)[1:2]):
+        expected = Engine(sdn, policy, backend="torch")(batch)
+        for run in runners:
+            found = run(batch.numpy())
+            same(found, expected)
+            assert np.isfinite(found["probabilities"]).all(1).tolist() == expected.valid_B.tolist()
+    assert int((~expected.valid_B).sum()) > 0
+
+
+class Gated(torch.nn.Module):
+    """A network in which an infinity means something: who is not looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = (torch.nn.Linear(6, n) for n in (6, 6, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(x.softmax(1)).tanh()).relu())  # type: ignore[no-any-return]
+
+
+def test_an_infinity_that_a_network_understands_stays_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sdn = sd.attach(Gated(), sd.plan(Gated(), torch.zeros(1, 6), at=(0.4,))).eval()
+    masked = rows(20)
+    masked[:, 3] = -torch.inf
+    policy = Confidence(threshold=middle(sdn, masked))
+    export_file(sdn, policy, tmp_path / "out", masked)
+    expected = Engine(sdn, policy, backend="torch")(masked)
+    assert bool(expected.valid_B.all())
+    same(export_module._runner(tmp_path / "out/model.onnx", ("0",))(masked.numpy()), expected)
+    same(openvino_of(tmp_path / "out/model.onnx")(masked.numpy()), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["residual", "masked_tokens"])
 def test_law_4_nasty_networks(name: str, tmp_path: Path) -> None:
@@ -110,6 +154,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_axis_of_rows_is_the_batch(exported: Path, tmp_path: Path) -> None:
+    export_file(tiny(), policies()["confidence"], tmp_path / "out", rows(60))
+    for file in (*exported.glob("*.onnx"), tmp_path / "out/model.onnx"):
+        graph = onnx.load(file).graph
+        assert {value.type.tensor_type.shape.dim[0].dim_param for value in (*graph.input, *graph.output)} == {"batch"}
+    none = export_module._runner(tmp_path / "out/model.onnx", ("0",))(np.zeros((0, 6), np.float32))
+    assert (none["label"].shape, none["probabilities"].shape) == ((0,), (0, 4))
+
+
 def test_it_runs_where_neither_torch_nor_this_library_is(exported: Path) -> None:
     code = (
         "import sys; sys.modules.update(torch=None, shallowdeep=None); sys.path.insert(0, sys.argv[1])\n"
@@ -128,6 +181,7 @@ def test_the_manifest_says_what_it_is(exported: Path) -> None:
     assert manifest["policy"]["kind"] == "Confidence"
     assert [step["name"] for step in manifest["steps"]] == list(tiny().plan.exit_names)
     assert manifest["inputs"] == [{"name": "0", "shape": [6], "dtype": "float32"}]
+    assert manifest["precision"] == "float32"
     assert manifest["versions"]["torch"] == version("torch")
     assert sorted(p.name for p in exported.iterdir()) == [
         "host.py", "manifest.json", "step0.onnx", "step1.onnx", "step2.onnx"
@@ -211,6 +265,76 @@ def test_nothing_is_left_of_an_export_that_answers_otherwise(tmp_path: Path, mon
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     with pytest.raises(ExportError, match="give at least 7 real rows, found 3"):
         export_folder(tiny(), policy, tmp_path / "out", rows(3))
+
+
+def spoil(name: str, row: int, value: float) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Answers with another value in one row, wherever there are that many."""
+
+    def change(found: dict[str, Any]) -> dict[str, Any]:
+        array = found[name].copy()
+        array[row : row + 1] = value if array.dtype.kind == "f" else array[row : row + 1] ^ True
+        return found | {name: array}
+
+    return change
+
+
+WRONG = (
+    ("exit", 40, 0, r"sends 1 of 60 rows to another exit than the engine"),
+    ("label", 40, 0, r"gives 1 rows another label than the engine"),
+    ("probabilities", 40, np.nan, r"says otherwise than the engine whether 1 rows have an answer"),
+    ("probabilities", 40, 0.5, r"'s probabilities lies .* away from the engine's, allowed 0\.001"),
+    ("confidence", 40, np.nan, r"'s confidence lies nan away from the engine's"),
+    ("confidence", 3, 0.1, r"'s confidence lies .* away"),
+    ("confusion", 3, 99.0, r"'s confusion lies .* away"),
+    ("alarm", 3, 7.0, r"'s alarm lies .* away"),
+    ("cost", 3, 7.0, r"'s cost lies .* away"),
+    ("valid", 3, 0, r"says otherwise than the engine whether 1 rows have an answer"),
+)
+
+
+ALARM = Alarm(asked_E=(True,) * 3, bias_E=(0.1, 0.2, 0.3), weight_EE=((-0.5, 0.0, 0.0), (-0.3, -0.2, 0.0), (-0.1,) * 3))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_wrong_artefacts_are_refused(kind: str, tmp_path: Path, monkeypatch: Any) -> None:
+    policy = policies()["confidence"]
+    export = export_folder if kind == "folder" else export_file
+    export(tiny(), policy, tmp_path / "out", rows(60), alarm=ALARM)
+    file = tmp_path / "out/model.onnx"
+    right: Any = EarlyExits(tmp_path / "out") if kind == "folder" else export_module._runner(file, ("0",))
+    what = export_module._what(tiny(), policy, None, ALARM)
+    export_module._compare(what, lambda: right, rows(60))
+    for name, row, value, sentence in WRONG:
+        change = spoil(name, row, value)
+        if kind == "file" and name in ("cost", "valid"):
+            continue  # which it does not say
+        if kind == "folder" and name == "probabilities" and np.isnan(value):
+            sentence = "'s probabilities lies nan away"
+        with pytest.raises(ExportError, match=sentence):
+            export_module._compare(what, lambda change=change: lambda *x: change(dict(right(*x))), rows(60))
+    monkeypatch.setattr(export_module, "_runner", lambda *args: lambda *x: spoil("confidence", 40, 0)(right(*x)))
+    monkeypatch.setattr(export_module, "EarlyExits", lambda *args: lambda *x: spoil("confidence", 40, 0)(right(*x)))
+    with pytest.raises(ExportError, match="'s confidence lies"):
+        export(tiny(), policy, tmp_path / "other", rows(60), alarm=ALARM)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_wrong_programs_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    real = torch.export.load
+
+    def wrong(program: Any, rows_from: int) -> Any:
+        factor = lambda x: 1.01 if len(x) == rows_from else 1  # noqa: E731
+        return lambda *given: [x * factor(x) if x.is_floating_point() else x for x in program(*given)]
+
+    for size in (1, 2, 7, 60):
+        load = lambda file, size=size: SimpleNamespace(module=lambda: wrong(real(file).module(), size))  # noqa: E731
+        monkeypatch.setattr(torch.export, "load", load)
+        with pytest.raises(ExportError, match=r"The program of exit 0 computes 'logits\.0' otherwise than PyTorch"):
+            export_programs(tiny(), policies()["confidence"], tmp_path / "out", rows(60))
+    monkeypatch.setattr(torch.export, "load", lambda file: SimpleNamespace(module=lambda: lambda *given: 1 / 0))
+    with pytest.raises(ExportError, match="The program of exit 0 fails for 60 rows: "):
+        export_programs(tiny(), policies()["confidence"], tmp_path / "out", rows(60))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_export_leaves_the_old_one(tmp_path: Path, monkeypatch: Any) -> None:

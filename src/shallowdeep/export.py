@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -26,14 +27,14 @@ from shallowdeep.graph import silence, told
 from shallowdeep.inputs import Inputs, as_inputs, example_of, in_order, num_rows, signature_of, take, tensors
 from shallowdeep.network import ShallowDeepNetwork, fingerprint, plan_to_json, weights_hash
 from shallowdeep.onnx import onnx_program
-from shallowdeep.policies import Policy
+from shallowdeep.policies import Policy, finite_rows
 from shallowdeep.progress import steps as shown
 from shallowdeep.progress import waiting
 from shallowdeep.runtime.engine import Engine, why_void
 from shallowdeep.spelling import to_json
 from shallowdeep.steps import Step, chain, export_step, make_steps, named, remembered
 from shallowdeep.trajectory import LEAST, Alarm
-from shallowdeep.types import DataError, ExportError, MissingExtra
+from shallowdeep.types import Answer, DataError, ExportError, MissingExtra
 from shallowdeep.views import Look, SecondLook, check_view, second_look_of
 from shallowdeep.walking import Rule, inverse
 
@@ -50,7 +51,9 @@ FORMAT = 2
 SAID = ("label", "probabilities", "exit", "confidence", "confusion")
 """What every artefact says of a row, beside the alarm."""
 DIFFER = 0.001
-"""Share of rows whose exit may differ from PyTorch's: those whose score lies within rounding of a threshold."""
+"""Share of rows whose exit may differ from PyTorch's, as scores within rounding of a threshold do: none of 999."""
+FAR = 0.001
+"""How far numbers may lie from PyTorch's, and two classes from each other that rounding puts in another order."""
 CHECKED = (1, 2, 7)
 """Batch sizes at which an artefact is compared, beside all rows at once."""
 
@@ -77,9 +80,10 @@ def export_folder(
         inputs = _rows(what, inputs)
         steps, examples, state = _steps(what)
         written, answers = [], ("logits", *SAID, *["alarm"] * (alarm is not None))
+        spoilt = {name: sort for name, sort in _spoilt(what, steps, inputs).items() if name in steps[0].takes}
         for step, given in shown(zip(steps, examples, strict=True), "export", len(steps)):
             later = {name for one in steps[step.place + 1 :] for name in one.takes}
-            model, gives = answering_model(step, onnx_program(step, given), later, answers)
+            model, gives = answering_model(step, onnx_program(step, given), later, answers, spoilt)
             file = fresh / f"step{step.place}.onnx"
             file.write_bytes(model.SerializeToString())
             written.append(_step(what, step, file) | {"takes": [one.name for one in model.graph.input], "gives": gives})
@@ -100,25 +104,20 @@ def export_programs(
 ) -> None:
     """Write ``folder``: a ``torch.export`` program (``.pt2``) a step and ``manifest.json``, for runtimes of others.
 
-    Every program is compared with its step on ``inputs``, at full depth. Errors as in ``export_folder``.
+    Every program is read back and compared with its step on ``inputs``, at full depth. Errors as in ``export_folder``.
     """
-    with _put_in_place(Path(folder)) as fresh, torch.no_grad():
+    with _put_in_place(Path(folder)) as fresh:
         what = _what(sdn, policy, second_look, alarm)
         inputs = _rows(what, inputs)
         steps, examples, state = _steps(what)
-        rows = named(sdn.plan.inputs.names, inputs) | remembered(policy, num_rows(inputs), torch.device("cpu"))
         written = []
-        pairs = zip(examples, chain(steps, rows), strict=True)
-        for given, (step, real, expected) in shown(pairs, "export", len(steps)):
-            program = export_step(step, given)
-            for name, right, other in zip(step.gives, expected, program.module()(*real), strict=True):
-                if not torch.allclose(right.double(), other.double(), rtol=1e-4, atol=1e-5, equal_nan=True):
-                    raise ExportError(f"The program of exit {step.exit} computes {name!r} otherwise than PyTorch.")
+        for step, given in shown(zip(steps, examples, strict=True), "export", len(steps)):
             file = fresh / f"step{step.place}.pt2"
             with silence():
-                torch.export.save(program, file)
+                torch.export.save(export_step(step, given), file)
             written.append(_step(what, step, file) | _formulas(what, step))
         _write(fresh, "programs", _about(what, "torch") | _loop_facts(steps, written, state))
+        _compare_programs(what, steps, fresh, inputs)
 
 
 def export_file(
@@ -143,7 +142,8 @@ def export_file(
         pairs = shown(zip(steps, examples, strict=True), "export", len(steps))
         models = [onnx_program(step, given) for step, given in pairs]
         answers = (*SAID, *["alarm"] * (alarm is not None))
-        model = nested_model(steps, models, {name: x.numpy() for name, x in state.items()}, answers)
+        first = {name: x.numpy() for name, x in state.items()}
+        model = nested_model(steps, models, first, answers, _spoilt(what, steps, inputs))
         file = fresh / "model.onnx"
         file.write_bytes(model.SerializeToString())
         facts = {**_known(file), "outputs": answers, "exits": [_exit(what, step) for step in steps]}
@@ -194,6 +194,28 @@ def _steps(what: _What) -> tuple[list[Step], list[list[Tensor]], dict[str, Tenso
         steps = make_steps(what.sdn, what.policy, example, what.look, what.alarm)
         examples = [given for _, given, _ in chain(steps, rows)]
     return steps, examples, remembered(what.policy, 1, cpu)
+
+
+def _spoilt(what: _What, steps: Sequence[Step], inputs: Inputs) -> dict[str, bool]:
+    """Float inputs where one NaN leaves a row without an answer in PyTorch, and whether one infinity does so, too: that
+    of an attention mask does not.
+    """
+    cpu, names, found = torch.device("cpu"), what.sdn.plan.inputs.names, {}
+    rows = named(names, take(inputs, slice(0, 2)))
+
+    def lost(name: str, value: float) -> bool:
+        given = {name: x.to(cpu, copy=True).contiguous() for name, x in rows.items()}
+        flat_BD = given[name].view(2, -1)
+        flat_BD[:, flat_BD.shape[1] // 2] = value
+        for _, _, said in chain(steps, given | remembered(what.policy, 2, cpu)):
+            last = said
+        return not bool(finite_rows(last[steps[-1].gives.index(f"logits.{steps[-1].place}")]).any())
+
+    with torch.no_grad():
+        for name, x in rows.items():
+            if x.is_floating_point() and lost(name, math.nan):
+                found[name] = lost(name, math.inf) and lost(name, -math.inf)
+    return found
 
 
 def _loop_facts(steps: Sequence[Step], written: Sequence[Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -247,11 +269,13 @@ def _about(what: _What, runtime: str) -> dict[str, Any]:
         if why_void(record, sdn, what.policy, look=what.look, backend=runtime, weights=weights_hash(sdn)):
             del written["certificate"]
     signature = sdn.plan.inputs
+    floats = (p.dtype for p in sdn.parameters() if p.is_floating_point())
     leaves = zip(signature.names, signature.shapes, signature.dtypes, strict=True)
     return {
         "model": sdn.plan.model,
         "fingerprint": fingerprint(sdn.backbone),
         "inputs": [{"name": name, "shape": shape, "dtype": dtype} for name, shape, dtype in leaves],
+        "precision": str(next(floats, torch.float32)).removeprefix("torch."),
         "num_classes": sdn.plan.num_classes,
         "class_names": sdn.class_names,
         "preprocessing": sdn.preprocessing,
@@ -293,21 +317,67 @@ def _compare(what: _What, load: Callable[[], Callable[..., Mapping[str, Any]]], 
     odd_N: Tensor | None = None  # the few rows of the largest batch that rounding sends elsewhere, and no other
     for size in shown((num_rows(inputs), *CHECKED), "compare with the engine", len(CHECKED) + 1):
         batch = take(inputs, slice(0, size))
-        expected, found = engine(batch), exported(*(leaf.cpu().numpy() for leaf in tensors(batch)))
-        same_B = torch.from_numpy(found["exit"]) == expected.exit_B.cpu()
+        expected, said = engine(batch), exported(*(leaf.cpu().numpy() for leaf in tensors(batch)))
+        found = {name: torch.from_numpy(array) for name, array in said.items()}
+        same_B = found["exit"] == expected.exit_B
         odd_N = ~same_B if odd_N is None else odd_N
-        if int((~same_B).sum()) > max(1, DIFFER * size) or bool((~same_B & ~odd_N[: len(same_B)]).any()):
+        if int(odd_N.sum()) > int(DIFFER * len(odd_N)) or bool((~same_B & ~odd_N[: len(same_B)]).any()):
             raise ExportError(
                 f"The export sends {int((~same_B).sum())} of {size} rows to another exit than the engine."
             )
-        softmax_BC = expected.logits_BC.cpu().double().softmax(1)
-        far_BC = (torch.from_numpy(found["probabilities"]) - softmax_BC)[same_B & expected.valid_B.cpu()].abs()
-        if far_BC.numel() and float(far_BC.max()) > 1e-3:
-            raise ExportError(f"The export's probabilities are {float(far_BC.max()):.2g} away from the engine's.")
-        if expected.alarm_B is not None:
-            far_B = (torch.from_numpy(found["alarm"]) - expected.alarm_B.cpu())[same_B].abs()
-            if far_B.numel() and float(far_B.max()) > 1e-3:
-                raise ExportError(f"The export's alarms are {float(far_B.max()):.2g} away from the engine's.")
+        _compare_answers(what.rule, expected, found, same_B)
+
+
+def _compare_answers(rule: Rule, expected: Answer, found: Mapping[str, Tensor], same_B: Tensor) -> None:
+    """Raise ``ExportError`` unless rows that left at the ``same_B`` exit are answered the same but for rounding."""
+    softmax_BC, own_BC = expected.logits_BC.double().softmax(1), found["probabilities"].double()
+    valid_B = expected.valid_B if "valid" in found else softmax_BC.isfinite().all(1)
+    odd_B = (found.get("valid", own_BC.isfinite().all(1)) != valid_B) & same_B
+    if bool(odd_B.any()):
+        raise ExportError(f"The export says otherwise than the engine whether {int(odd_B.sum())} rows have an answer.")
+    good_B = same_B & valid_B
+    scale_E = torch.tensor([max(1.0, inverse(std)) * len(rule.asked) for _, std in rule.moments])
+    numbers: dict[str, tuple[Tensor | None, float | Tensor]] = {
+        "probabilities": (softmax_BC, 1.0),
+        "confidence": (expected.confidence_B, 1.0),
+        "confusion": (expected.confusion_B, scale_E[expected.exit_B]),
+        "cost": (expected.cost_B, 1.0),
+        "alarm": (expected.alarm_B, 1.0),
+    }
+    for name, (right, scale) in numbers.items():
+        if right is None or (name == "cost" and name not in found):  # the single file leaves it to its manifest
+            continue
+        far = float(((found[name].double() - right).abs() / scale)[good_B].max()) if bool(good_B.any()) else 0.0
+        if not far <= FAR:  # nor NaN
+            raise ExportError(f"The export's {name} lies {far:.2g} away from the engine's, allowed {FAR:g}.")
+    named_BC = found["label"][:, None] == torch.arange(softmax_BC.shape[1])
+    near_BC = (own_BC == own_BC.amax(1, keepdim=True)) & (softmax_BC >= softmax_BC.amax(1, keepdim=True) - FAR)
+    wrong_B = good_B & ~(named_BC & near_BC).any(1)
+    if bool(wrong_B.any()):
+        raise ExportError(f"The export gives {int(wrong_B.sum())} rows another label than the engine.")
+
+
+def _compare_programs(what: _What, steps: Sequence[Step], folder: Path, inputs: Inputs) -> None:
+    """Raise ``ExportError`` unless the programs in ``folder`` compute what the ``steps`` do, at every size of batch."""
+    with silence():
+        programs = [torch.export.load(folder / f"step{step.place}.pt2").module() for step in steps]
+    for size in shown((num_rows(inputs), *CHECKED), "compare with the steps", len(CHECKED) + 1):
+        rows = named(what.sdn.plan.inputs.names, take(inputs, slice(0, size)))
+        rows |= remembered(what.policy, size, torch.device("cpu"))
+        with torch.no_grad():
+            for program, (step, given, expected) in zip(programs, chain(steps, rows), strict=True):
+                try:
+                    found = program(*given)
+                except Exception as error:
+                    raise ExportError(
+                        f"The program of exit {step.exit} fails for {size} rows: {told(error)}."
+                    ) from error
+                for name, right, other in zip(step.gives, expected, found, strict=True):
+                    close = right.shape == other.shape and torch.allclose(
+                        right.double(), other.double(), rtol=1e-4, atol=1e-5, equal_nan=True
+                    )
+                    if not close:
+                        raise ExportError(f"The program of exit {step.exit} computes {name!r} otherwise than PyTorch.")
 
 
 def _is_export(folder: Path) -> bool:

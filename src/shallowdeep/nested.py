@@ -21,14 +21,19 @@ from shallowdeep.walking import inverse
 
 
 def nested_model(
-    steps: Sequence[Step], models: Sequence[onnx.ModelProto], fresh: Mapping[str, Any], answers: Sequence[str]
+    steps: Sequence[Step],
+    models: Sequence[onnx.ModelProto],
+    fresh: Mapping[str, Any],
+    answers: Sequence[str],
+    spoilt: Mapping[str, bool] | None = None,
 ) -> onnx.ModelProto:
     """The model, of the ``steps`` and the graph of each: its inputs are theirs (``input.NAME``), its outputs those of
     ``label``, ``logits`` [batch, C], ``probabilities`` [batch, C], ``exit``, ``confidence``, ``confusion`` and
     ``alarm`` [batch] (where the steps' rule has one) that ``answers`` names.
 
     Rows leave inside the graph: those that go on are gathered, and their answers put back in place. ``fresh`` holds a
-    row of what the policy remembers before its first question, as NumPy arrays.
+    row of what the policy remembers before its first question, as NumPy arrays. Rows with NaN in one of the inputs
+    that ``spoilt`` names (with True: or an infinity) get logits that are NaN, also from runtimes that forget NaN.
     """
     inputs = {given.name: given for model in models for given in model.graph.input}
     inputs = {name: given for name, given in inputs.items() if name.startswith("input.")}
@@ -38,19 +43,42 @@ def nested_model(
     for name, row in fresh.items():
         size = graph.add("Concat", batch, graph.ints(list(row.shape[1:])), axis=0) if row.ndim > 1 else batch
         rows[name] = graph.add("Expand", graph.constant(row), size)
+    rows |= _lost(graph, inputs, spoilt or {})
     outputs = _outputs(steps[0], models[0], answers)
     types = {value.name: value.type.tensor_type.elem_type for value in outputs}
     found = _ask(graph, [*zip(steps, models, strict=True)], 0, rows, answers, types)
     return _model(graph, [*inputs.values()], found, outputs, models[0])
 
 
+def _lost(graph: _Nodes, inputs: Mapping[str, onnx.ValueInfoProto], spoilt: Mapping[str, bool]) -> dict[str, str]:
+    """Name of which rows are ``lost`` (bool [B, 1]), for what ``spoilt`` inputs hold; nothing where none is read."""
+    found = []
+    for name, infinite in spoilt.items():
+        if name not in inputs:
+            continue
+        kind = inputs[name].type.tensor_type
+        endless = graph.constant(np.array(np.inf, helper.tensor_dtype_to_np_dtype(kind.elem_type)))
+        bad = graph.add("Not", graph.add("Less", graph.add("Abs", name), endless)) if infinite else ""
+        part = graph.add("Cast", bad or graph.add("IsNaN", name), to=TensorProto.FLOAT)
+        axes = [*range(1, len(kind.shape.dim))]
+        found.append(graph.add("ReduceMax", part, graph.ints(axes), keepdims=0) if axes else part)
+    if not found:
+        return {}
+    lost = graph.add("Cast", graph.add("Max", *found), to=TensorProto.BOOL)
+    return {"lost": graph.add("Unsqueeze", lost, graph.ints([1]))}
+
+
 def answering_model(
-    step: Step, model: onnx.ModelProto, later: Collection[str], answers: Sequence[str]
+    step: Step,
+    model: onnx.ModelProto,
+    later: Collection[str],
+    answers: Sequence[str],
+    spoilt: Mapping[str, bool] | None = None,
 ) -> tuple[onnx.ModelProto, list[str]]:
     """The graph of a ``step`` that also gives its rows' ``answers`` (as above), and the names of what it gives.
 
-    These are what ``later`` steps take; but for the last step, ``said``, which the next takes, and ``leave`` (bool
-    [batch]), whose rows are answered here; then ``answers``.
+    These are what ``later`` steps take; but for the last step, ``said`` and, with ``spoilt`` inputs, ``lost``, which
+    the next takes, and ``leave`` (bool [batch]), whose rows are answered here; then ``answers``.
     """
     graph, inputs, kind = _Nodes(), [*model.graph.input], TensorProto.DOUBLE
     outputs = [value for name, value in zip(step.gives, model.graph.output, strict=True) if name in later]
@@ -58,11 +86,17 @@ def answering_model(
     said = ["batch", step.place, _logits(step, model).shape.dim[1].dim_value]
     if step.place:
         inputs.append(helper.make_tensor_value_info("said", kind, said))
-    rows = _run(graph, step, model, {given.name: given.name for given in inputs})
+    lost = helper.make_tensor_value_info("lost", TensorProto.BOOL, ["batch", 1])
+    inputs += [lost] * bool(step.place and spoilt)
+    rows = {given.name: given.name for given in inputs}
+    if not step.place:
+        rows |= _lost(graph, {given.name: given for given in inputs}, spoilt or {})
+    rows = _run(graph, step, model, rows)
     if "leave" in rows:
         outputs.append(helper.make_tensor_value_info("said", kind, [said[0], step.place + 1, said[2]]))
         outputs.append(helper.make_tensor_value_info("leave", TensorProto.BOOL, ["batch"]))
         names += ["said", "leave"]
+        outputs, names = [*outputs, *[lost] * bool(spoilt)], [*names, *["lost"] * bool(spoilt)]
     outputs, names = [*outputs, *_outputs(step, model, answers)], [*names, *answers]
     rows |= _answered(graph, step, rows, answers)
     given = {f"next.{name}": rows[name] for name in names}
@@ -83,6 +117,10 @@ def _model(
     """The model of ``graph``, whose ``outputs`` are called otherwise inside."""
     graph.nodes.extend(helper.make_node("Identity", [found[value.name]], [value.name]) for value in outputs)
     made = helper.make_graph(graph.nodes, "early_exits", inputs, outputs, graph.weights)
+    for value in (*made.input, *made.output):
+        for axis in value.type.tensor_type.shape.dim[:1]:
+            if axis.dim_param:  # the exporter's own symbol
+                axis.dim_param = "batch"
     return helper.make_model(made, opset_imports=like.opset_import, ir_version=like.ir_version)
 
 
@@ -191,7 +229,7 @@ def _ask(
     index = graph.add("Squeeze", graph.add("NonZero", graph.add("Not", stop)), graph.ints([0]))
     number = graph.add("Size", index)
     deeper, shallow = _Nodes(f"{graph.prefix}.{place}on"), _Nodes(f"{graph.prefix}.{place}off")
-    needed = {name for later, _ in steps[place + 1 :] for name in later.takes} | {"said"}
+    needed = {name for later, _ in steps[place + 1 :] for name in later.takes} | {"said", "lost"}
     picked = {
         name: value if name in step.rowless else deeper.add("Gather", value, index, axis=0)
         for name, value in rows.items()
@@ -213,13 +251,19 @@ def _run(graph: _Nodes, step: Step, model: onnx.ModelProto, rows: Mapping[str, s
     step, of who may ``leave`` [B]: a stop counts where logits are numbers, else the full exit does.
     """
     found = {**rows, **graph.inline(step, model, rows)}
+    for name, value in zip(step.gives, model.graph.output, strict=True) if "lost" in rows else ():
+        if name.startswith(("logits.", "softmax.", "answer.")):
+            number = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            found[name] = graph.add("Where", rows["lost"], graph.constant(np.array(np.nan, number)), found[name])
     own = graph.add("Unsqueeze", found[f"softmax.{step.place}"], graph.ints([1]))
     found["said"] = graph.add("Concat", rows["said"], own, axis=1) if step.place else own
     if "stop" not in step.gives:
         return found
     own, kind = found[f"logits.{step.place}"], _logits(step, model).elem_type
-    if kind not in (TensorProto.FLOAT, TensorProto.DOUBLE):  # whose sum over many classes may be too large for it
-        own, kind = graph.add("Cast", own, to=TensorProto.DOUBLE), TensorProto.DOUBLE
+    if kind not in (TensorProto.FLOAT, TensorProto.DOUBLE):
+        own, kind = graph.add("Cast", own, to=TensorProto.FLOAT), TensorProto.FLOAT
+    if kind == TensorProto.FLOAT:  # whose sum may be too large for it; OpenVINO has no float64 to sum in
+        own = graph.add("Mul", own, graph.constant(np.array(2.0**-32, np.float32)))
     size = graph.add("ReduceL1", own, graph.ints([1]), keepdims=0)
     finite = graph.add("Less", size, graph.constant(np.array(np.inf, helper.tensor_dtype_to_np_dtype(kind))))
     if step.exit == step.rule.full_exit:

@@ -18,9 +18,9 @@ Array: TypeAlias = Any
 """A torch tensor or a NumPy array, whichever the backend computes with; both take ``array[index]``."""
 BackendName: TypeAlias = Literal["auto", "torch", "torch-compile", "onnxruntime", "openvino", "openvino-bf16"]
 Run: TypeAlias = Callable[[Sequence[Array]], Sequence[Array]]
-Skip: TypeAlias = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+Skip: TypeAlias = Callable[[Mapping[str, Array]], Mapping[str, Array] | None]
 """Arrays of a batch by the names of steps' inputs, to what its rows are answered: ``ANSWERS`` and, with an alarm,
-"alarm".
+"alarm"; None for a batch that must go step by step.
 """
 ANSWERS = ("exit", "logits", "confidence", "confusion")
 

@@ -64,8 +64,9 @@ def walk(
     limit: Limit | None = None,
 ) -> list[Left]:
     """The exits and answers of ``batch`` rows, given the inputs by name (``input.NAME``), in the order of stopping."""
-    if limit is None and program.skip is not None:
-        found, row_S = program.skip(inputs), program.backend.counted(batch)
+    found = program.skip(inputs) if limit is None and program.skip is not None else None
+    if found is not None:
+        row_S = program.backend.counted(batch)
         exit_S, logits_SC, confidence_S, confusion_S = (found[name] for name in ANSWERS)
         return [Left(row_S, exit_S, logits_SC, confidence_S, confusion_S, row_S < 0, found.get("alarm"))]
     rows = {**inputs, **program.fresh_rows(batch)}

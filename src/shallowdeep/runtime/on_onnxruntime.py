@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from shallowdeep.onnx import onnx_program
-from shallowdeep.runtime.backends import ANSWERS, BackendName, Run, Skip, library
+from shallowdeep.runtime.backends import ANSWERS, Array, BackendName, Run, Skip, library
+from shallowdeep.runtime.on_torch import OnTorch
 from shallowdeep.steps import Joined, Step
 
 KEPT = ("softmax", "answer", *ANSWERS, "alarm")
@@ -23,7 +24,11 @@ KEPT = ("softmax", "answer", *ANSWERS, "alarm")
 
 
 class OnNumpy(ABC):
-    """What backends share that load ONNX graphs and count and pick rows of NumPy arrays."""
+    """What backends share that load ONNX graphs and count and pick rows of NumPy arrays.
+
+    Rows that hold NaN or an infinity take their steps in PyTorch: max-pooling makes a number of most NaNs in either
+    runtime, ReLU in OpenVINO.
+    """
 
     @abstractmethod
     def load(self, model: Any, gives: Sequence[str], *, alone: bool) -> Run:
@@ -33,7 +38,21 @@ class OnNumpy(ABC):
         """
 
     def compile(self, step: Step | Joined, example: Sequence[Tensor]) -> Run:
-        return self.load(onnx_program(step, example), step.gives, alone=isinstance(step, Joined))
+        quick = self.load(onnx_program(step, example), step.gives, alone=isinstance(step, Joined))
+        right, rowed = OnTorch(torch.device("cpu")).compile(step, example), [x not in step.rowless for x in step.takes]
+
+        def run(arrays: Sequence[Any]) -> Sequence[Any]:
+            odd = _odd_rows(x for x, rows in zip(arrays, rowed, strict=True) if rows)
+            if odd is None:
+                return quick(arrays)
+            found = [x.copy() for x in quick(arrays)]
+            own = [torch.from_numpy(x[odd] if rows else x) for x, rows in zip(arrays, rowed, strict=True)]
+            for name, x, other in zip(step.gives, found, right(own), strict=True):
+                if name not in step.rowless:
+                    x[odd] = other
+            return found
+
+        return run
 
     def skipping(
         self, steps: Sequence[Step], examples: Sequence[Sequence[Tensor]], fresh: Mapping[str, Any]
@@ -44,7 +63,13 @@ class OnNumpy(ABC):
         answers = (*ANSWERS, *["alarm"] * (steps[-1].rule.alarm is not None))
         model = nested_model(steps, models, fresh, answers)
         run, takes = self.load(model, answers, alone=True), [given.name for given in model.graph.input]
-        return lambda rows: dict(zip(answers, run([rows[name] for name in takes]), strict=True))
+
+        def skip(rows: Mapping[str, Any]) -> Mapping[str, Any] | None:
+            if _odd_rows(rows.values()) is not None:
+                return None
+            return dict(zip(answers, run([rows[name] for name in takes]), strict=True))
+
+        return skip
 
     def enter(self, tensor: Tensor) -> Any:
         return tensor.contiguous().numpy(force=True)
@@ -81,6 +106,14 @@ class OnNumpy(ABC):
         row_S = row_S.copy()
         row_S[out] = -1
         return row_S
+
+
+def _odd_rows(arrays: Iterable[Array]) -> Array | None:
+    """Which rows hold a float that is NaN or infinite; None where none does."""
+    odd = [x for x in arrays if x.dtype.kind == "f" and not np.isfinite(x).all()]
+    if not odd:
+        return None
+    return np.logical_or.reduce([~np.isfinite(x).all(tuple(range(1, x.ndim))) for x in odd])
 
 
 class EachThread(threading.local):
