@@ -6,7 +6,6 @@ python benchmarks/augment.py OUT.json
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from shallowdeep.augment import Augment, Chain, ColorJitter, FlipCrop
 from shallowdeep.runs import describe_device
+from shallowdeep.timing import quartiles
 
 BATCH, BATCHES, ROUNDS = 128, 40, 25
 
@@ -39,8 +39,7 @@ def main() -> None:
     result = {
         "device": describe_device(),
         "images_per_second": {
-            name: dict(zip(("low", "median", "high"), statistics.quantiles(found, n=4), strict=True))
-            for name, found in rates.items()
+            name: dict(zip(("low", "median", "high"), quartiles(found), strict=True)) for name, found in rates.items()
         },
     }
     Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")

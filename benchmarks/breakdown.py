@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from shallowdeep.runs import describe_device
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.runtime.on_onnxruntime import OnOnnxRuntime
 from shallowdeep.steps import Joined, Step, chain, make_steps
+from shallowdeep.timing import quartiles
 from shallowdeep.verbs import load_sdn, ready
 
 BLOCKS, ROWS_A_BLOCK, SHOWN = 60, 64, ("logits", "softmax", "stop")
@@ -132,7 +132,7 @@ def summed_up(times: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def spread(values: Any) -> dict[str, float]:
-    return dict(zip(("low", "median", "high"), statistics.quantiles(values, n=4), strict=True))
+    return dict(zip(("low", "median", "high"), quartiles(values), strict=True))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from shallowdeep.convolutions import QuickConvolutions
 from shallowdeep.paper.networks import make_network
 from shallowdeep.runs import describe_device
+from shallowdeep.timing import quartiles
 
 ROUNDS = 9
 
@@ -42,7 +43,7 @@ def main() -> None:
         plain, quick = (seconds[way][1:] for way in ("plain", "quick"))  # the first step warms up
         result["seconds_per_step"][name] = {way: statistics.median(found[1:]) for way, found in seconds.items()}
         ratios = [a / b for a, b in zip(plain, quick, strict=True)]
-        quarters = statistics.quantiles(ratios, n=4)
+        quarters = quartiles(ratios)
         result["speedup"][name] = dict(zip(("low", "median", "high"), quarters, strict=True))
     Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -29,6 +29,7 @@ from shallowdeep.runs import describe_device
 from shallowdeep.runtime.backends import BackendName
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.spelling import from_json
+from shallowdeep.timing import quartiles
 from shallowdeep.verbs import load_sdn, ready
 
 SLOW_ROWS, ROUNDS, AIM = 200, 9, 0.005
@@ -92,7 +93,7 @@ def main() -> None:
     speedups = {}
     for name in engines:
         ratios = [a / b for a, b in zip(per_image["original"], per_image[name], strict=True)]
-        speedups[name] = dict(zip(("low", "median", "high"), statistics.quantiles(ratios, n=4), strict=True))
+        speedups[name] = dict(zip(("low", "median", "high"), quartiles(ratios), strict=True))
     result = {
         "device": describe_device(),
         "same_exit_of_100": agree,
