@@ -285,6 +285,10 @@ def test_a_policy_of_another_network_is_named(
     for sentence, *words in (
         ("one/plan is a folder of `sdn plan`: give one of `sdn train`.", "collect", photos, "--sdn", "one/plan"),
         ("give one of `sdn plan`", "train", photos, "--plan", "two/calibrate"),
+        (
+            "two/train is a folder of `sdn train`, which sdn calibrate would spoil: give another --out.",
+            *("calibrate", "--trace", "two/collect", "--max-accuracy-drop", "0.5", "--out", "two/train"),
+        ),
         ("collected from another network than one/train", "tune", "--sdn", "one/train", "--trace", "two/collect"),
         (
             "two/collect/run.json holds no policy",

@@ -18,6 +18,7 @@ import shallowdeep.data
 from shallowdeep.data import (
     Dataset,
     Preprocessing,
+    as_classes,
     digits,
     read_data,
     read_image,
@@ -595,3 +596,13 @@ def test_the_examples_in_docstrings_and_docs_run(tmp_path, monkeypatch):
     for result in (doctest.testmod(shallowdeep.data), doctest.testfile(str(page), module_relative=False)):
         assert result.attempted >= 4
         assert not result.failed
+
+
+def test_labels_follow_the_names_that_a_network_knows() -> None:
+    some = Dataset(inputs=torch.zeros(3, 2), labels_N=torch.tensor([0, 1, 1]), class_names=("ant", "cat"))
+    assert as_classes(some, ("ant", "bee", "cat")).labels_N.tolist() == [0, 2, 2]
+    assert as_classes(some, ("cat", "ant")).labels_N.tolist() == [1, 0, 0]
+    for names in ((), ("0", "1"), ("ant", "cat", "class 2")):
+        assert as_classes(some, names) is some
+    with pytest.raises(DataError, match=r"has the class 'cat', which the network does not know; its classes: ant, bee"):
+        as_classes(some, ("ant", "bee"))

@@ -254,9 +254,22 @@ def test_an_engine_takes_no_notice_of_modes_and_gradients() -> None:
     assert all(module.training for module in sdn.modules())
     eager = made("control_flow")
     running = Engine(eager, NEVER)
+    expected = running(images(2))
     eager.train()
-    with pytest.raises(BackboneMismatch, match=r"in training mode .*; call sdn\.eval\(\)"):
-        running(images(2))
+    assert torch.equal(running(images(2)).logits_BC, expected.logits_BC)
+    assert all(module.training for module in eager.modules())
+
+
+def test_a_network_without_steps_answers_alike_at_every_call() -> None:
+    """As `attach` leaves an SDN: the backbone in eval mode, ICs, with their dropout, in training mode."""
+    sdn = made("control_flow").eval()
+    for exit in range(sdn.num_exits - 1):
+        sdn.classifier(exit).train()
+    assert any(isinstance(module, nn.Dropout) and module.training for module in sdn.modules())
+    engine, trace = Engine(sdn, Confidence(threshold=0.3)), sd.collect(sdn, (images(32), torch.zeros(32).long()))
+    first, second = engine(images(32)), engine(images(32))
+    assert torch.equal(first.logits_BC, second.logits_BC)
+    assert torch.equal(first.exit_B, sd.simulate(Confidence(threshold=0.3), trace).exit_N)
 
 
 class Counting(nn.Module):

@@ -246,6 +246,25 @@ def test_what_gains_is_proved_although_the_choosing_rows_prefer_another_family()
         assert proved.observed < -0.004
 
 
+@pytest.mark.parametrize("rows", [500, 5000])
+def test_exits_that_are_far_better_than_the_network_are_proved_to_be(rows: int) -> None:
+    """More rows gain than the exact test of pairs counts; bets prove it, and more rows do not unprove it."""
+    generator = torch.Generator().manual_seed(0)
+    labels_N, noise_ENC = (
+        torch.randint(0, 10, (rows,), generator=generator),
+        torch.randn(2, rows, 10, generator=generator),
+    )
+    right_EN = torch.rand(2, rows, generator=generator) < torch.tensor([[0.85], [0.7]])
+    said_EN = torch.where(right_EN, labels_N, (labels_N + 1) % 10)
+    logits_ENC = 4.0 * torch.nn.functional.one_hot(said_EN, 10) + 0.5 * noise_ENC
+    trace = Trace(logits_ENC=logits_ENC, labels_N=labels_N, cost_E=torch.tensor([0.5, 1.0]))
+    for bound in (-0.02, 0.0, 0.02):
+        policy = quietly(trace, max_accuracy_drop=bound, confidence=0.95)
+        assert policy.calibrated_on.certificate is not None
+        assert policy.calibrated_on.certificate.method == "betting"
+        assert evaluate(policy, trace).mean_cost < (0.6 if rows == 5000 else 1.0)
+
+
 @pytest.mark.parametrize("risk", ["harm", "disagreement"])
 def test_a_second_look_is_left_out_where_it_could_only_lose(population: Trace, risk: Any) -> None:
     once = draw(population, 2500, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import UserDict
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -86,7 +86,15 @@ def test_a_network_is_called_as_its_inputs_say() -> None:
     assert set(call(echo, KINDS["dict"])[1]) == {"input_ids", "attention_mask"}
 
 
+class Output(NamedTuple):
+    """What a network answers, logits not first."""
+
+    features: Tensor
+    logits: Tensor
+
+
 def test_logits_are_found_where_networks_put_them() -> None:
+    assert logits_of(Output(torch.zeros(2, 64), torch.ones(2, 10))).shape == (2, 10)
     logits = torch.zeros(2, 3)
     for output in (logits, (logits, None), [logits], {"logits": logits, "loss": None}, SimpleNamespace(logits=logits)):
         assert logits_of(output) is logits

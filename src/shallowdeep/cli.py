@@ -357,6 +357,7 @@ def main(arguments: list[str] | None = None) -> None:
             command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
             if command.__module__.startswith("shallowdeep") and command is not install_completion:
                 _load()
+            _check_out(command.__name__, bound.arguments.get("out"))
             result = command(*bound.args, **bound.kwargs)
     except KeyboardInterrupt:
         print("sdn: interrupted; files that were there are whole.", file=sys.stderr)
@@ -384,8 +385,25 @@ VERBS = {door.__name__.replace("_", "-") for doors in (CONVERSION, SPEED, trust_
 
 
 def _maker(missed: Path) -> str | None:
-    """The verb that writes the file: the one after which its folder is called, or the usual one."""
-    return missed.parent.name if missed.parent.name in VERBS else MAKERS.get(missed.name)
+    """The verb that writes the file: the usual one, or that after which its folder is called."""
+    maker, folder = MAKERS.get(missed.name), missed.parent.name
+    if maker == "calibrate" and folder == "tune":
+        return folder
+    return maker or (folder if folder in VERBS else None)
+
+
+def _check_out(command: str, out: object) -> None:
+    """Refuse to write into the folder of another verb, whose ``run.json`` would be lost."""
+    verb = command.replace("_", "-")
+    about = Path(str(out)) / "run.json"
+    if verb not in VERBS or not about.is_file():
+        return
+    from shallowdeep.files import read_json
+
+    found = read_json(about)
+    wrote = found.get("verb") if isinstance(found, dict) else None
+    if wrote in VERBS and wrote != verb:
+        raise ValueError(f"{out} is a folder of `sdn {wrote}`, which sdn {verb} would spoil: give another --out.")
 
 
 def _say(error: Exception) -> int:

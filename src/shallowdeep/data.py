@@ -12,7 +12,7 @@ import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -335,6 +335,27 @@ def _numbered(labels_N: Tensor, path: Path) -> tuple[str, ...]:
     if found != list(range(len(found))):
         raise DataError(f"Without class names every label 0..C-1 must occur in {path}; found {str(found[:8])[1:-1]}.")
     return tuple(map(str, found))
+
+
+def as_classes(data: Dataset, names: Sequence[str]) -> Dataset:
+    """``data`` with labels that number the classes called ``names``, those of a network, by their names; as it is where
+    either has none. Raises ``DataError`` for a class that is not among them.
+
+    >>> some = Dataset(inputs=torch.zeros(2, 3), labels_N=torch.tensor([0, 1]), class_names=("ant", "cat"))
+    >>> as_classes(some, ("ant", "bee", "cat")).labels_N.tolist()
+    [0, 2]
+    """
+    own, known = data.class_names, tuple(names)
+    nameless = any(group == tuple(map(str, range(len(group)))) for group in (own, known))  # also where there are none
+    if nameless or own == known[: len(own)]:
+        return data
+    if unknown := [name for name in own if name not in known]:
+        raise DataError(
+            f"{data.source} has the class {unknown[0]!r}, which the network does not know; its classes: "
+            f"{', '.join(known[:8])}{', ...' if known[8:] else ''}."
+        )
+    place_C = torch.tensor([known.index(name) for name in own])
+    return replace(data, labels_N=place_C[data.labels_N], class_names=known)
 
 
 def _channels_first(images: Tensor) -> Tensor:

@@ -17,6 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+UMASK = os.umask(0)
+"""What new files are not, for whom, in this process; it can be read by setting it only."""
+os.umask(UMASK)
+
 
 class FormatError(ValueError):
     """A file is damaged, of another kind, or newer than this version understands."""
@@ -62,6 +66,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     try:
         with replacing(path) as (partial,):
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, dict(metadata))
+            partial.chmod(0o666 & ~UMASK)  # which the library leaves to the owner alone
     except SafetensorError as error:  # its way to say that the disk is full
         raise OSError(f"{path} could not be written: {error}.") from None
 

@@ -42,6 +42,8 @@ CHOOSING = 0.2
 """The part of the rows that chooses; others were measured (docs/decisions.md)."""
 PAIRED, BINOMIAL = "exact paired test, fixed sequence", "exact binomial test, fixed sequence"
 BETTING, CONFORMAL = "betting, fixed sequence", "conformal risk control, losses made monotone"
+MANY_GAINS = 0.08
+"""Where more of the choosing rows gain, bets are tested: the exact test of pairs gives up on many discordant rows."""
 KEPT_BACK = 0.1
 """The part of delta that is kept for the rule with a second look, where another family is preferred."""
 BLOCK = 16
@@ -192,7 +194,8 @@ def certify(trace: Trace, asked: Sequence[bool], aim: Aim) -> Proof:
             f"No statement about fresh rows: {tested} rows that did not choose saw a mean {aim.risk} of {observed:.2%}."
         )
         return Proof(policy, None, note, facts)
-    certificate = certificate_of(trace, policy.asks(trace.num_exits, trace.full_exit), aim, observed, tested)
+    proved = aim._replace(method=own.method)
+    certificate = certificate_of(trace, policy.asks(trace.num_exits, trace.full_exit), proved, observed, tested)
     return Proof(policy, certificate, certificate.sentence, facts)
 
 
@@ -204,6 +207,10 @@ def _paths(parts: Parts, aim: Aim) -> list[tuple[Choice, Aim]]:
     preferred = choose(parts.choose_on, lambda brings: _hoped(brings, accuracy, aim, tested), parts.fits)
     if preferred is None or not tested:
         return []
+    step, brings = preferred.step, preferred.brings
+    gains = float(brings.harm_P[step] - accuracy + brings.accuracy_P[step])
+    if aim.delta is not None and aim.risk == "drop" and gains > MANY_GAINS + max(-aim.bound, 0.0):
+        aim = aim._replace(method="betting")
     rule = parts.fits[0]
     if aim.delta is None or rule.family == preferred.family or parts.choose_on.full == len(parts.choose_on.exits) - 1:
         return [(preferred, aim)]

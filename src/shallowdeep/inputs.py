@@ -125,7 +125,7 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Logits [B, C] of what a backbone returned: a tensor, the first of a tuple, or ``.logits``. Raises
+    """Logits [B, C] of what a backbone returned: a tensor, ``.logits``, or the first of a tuple. Raises
     ``DataError``.
     """
     found = output
@@ -136,10 +136,10 @@ def logits_of(output: Any) -> Tensor:
                 " wrap it to return them alone."
             )
         found = found["logits"]
+    elif not isinstance(found, Tensor) and hasattr(found, "logits"):  # of a named tuple, too, wherever they stand
+        found = found.logits
     elif isinstance(found, (tuple, list)) and found:
         found = found[0]
-    elif not isinstance(found, Tensor):
-        found = getattr(found, "logits", found)
     if not isinstance(found, Tensor) or not found.is_floating_point():
         raise DataError(f"The network must return logits [B, C]; it returns {type(output).__name__}.")
     if found.ndim == 1 or (found.ndim == 2 and found.shape[1] == 1):

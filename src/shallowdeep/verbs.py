@@ -24,7 +24,7 @@ from shallowdeep.certificates import Method, Risk
 from shallowdeep.collection import collect
 from shallowdeep.costs import costs_of, table_of
 from shallowdeep.cuts import plan
-from shallowdeep.data import Dataset, Preprocessing, halves, read_data
+from shallowdeep.data import Dataset, Preprocessing, as_classes, halves, read_data
 from shallowdeep.disagreement import error_finding, fit_confusion
 from shallowdeep.effects import overthinking
 from shallowdeep.files import FormatError, read_json, replacing, write_text
@@ -128,7 +128,7 @@ def train_verb(
         raise ValueError("Views are drawn for ICs alone, and with an augmentation: give --augment, and not --jointly.")
     there = device_called(device)
     about = read_run(plan_dir, "plan")["choices"]
-    rows = data.read()
+    rows = as_classes(data.read(), about["class_names"])
     preprocessing = _saved_preprocessing(about["preprocessing"])
     network = _network(about).to(there)
     torch.manual_seed(seed)
@@ -183,7 +183,7 @@ def collect_verb(
     ``trace.safetensors``. ``reference`` stores the confusion's moments.
     """
     sdn, preprocessing = load_sdn(sdn_dir, device)
-    rows = data.read()
+    rows = as_classes(data.read(), sdn.class_names)
     pair = ready(rows, preprocessing), rows.labels_N
     if backend is None:
         trace = collect(sdn, pair, second_look=second_look, batch_size=batch_size)

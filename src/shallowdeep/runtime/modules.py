@@ -11,11 +11,11 @@ from contextlib import suppress
 from torch import Tensor
 
 from shallowdeep.classifiers import Said
+from shallowdeep.graph import evaluating
 from shallowdeep.inputs import Inputs, call, logits_of, mask_of, num_rows, take
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.runtime.loop import Limit
 from shallowdeep.taps import tapped
-from shallowdeep.types import BackboneMismatch
 from shallowdeep.views import SecondLook
 from shallowdeep.walking import Left, Rule, Walk
 
@@ -36,9 +36,8 @@ def walk_modules(
     look: SecondLook | None,
 ) -> list[Left]:
     """The exits and answers of a batch, in the order of stopping; ``runs`` are the ICs that run."""
-    if any(module.training for module in sdn.backbone.modules()):
-        raise BackboneMismatch("The backbone is in training mode and runs through its own modules; call sdn.eval().")
-    return _Pass(sdn, rule, runs, inputs, limit, look)()
+    with evaluating(sdn):  # ICs, too: their dropout would make other answers at every call
+        return _Pass(sdn, rule, runs, inputs, limit, look)()
 
 
 class _Pass:
