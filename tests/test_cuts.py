@@ -551,3 +551,18 @@ def test_an_infinite_logit_hides_no_mixing() -> None:
         net[-1].bias[0] = -torch.inf
     with pytest.raises(DataError, match=r"not finite|another row leaves"):
         sd.plan(net, torch.rand(5, 6), at=(0.5,))
+
+
+def test_a_forward_that_fixes_the_number_of_rows_is_told_so() -> None:
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.first = nn.Linear(8, 16), nn.Parameter(torch.zeros(1, 1, 16))
+            self.layers = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(torch.cat([self.first.expand(len(x), -1, -1), self.embed(x)], 1))[:, 0]  # type: ignore[no-any-return]
+
+    found = sd.plan(Token().eval(), torch.randn(4, 5, 8), at=(0.5,))
+    assert found.via == "modules"
+    assert found.reason == "it fixes the number of rows, as len(x) in a forward does where x.shape[0] does not"

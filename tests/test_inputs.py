@@ -33,6 +33,7 @@ from shallowdeep.inputs import (
 )
 from shallowdeep.types import DataError
 
+CPU = torch.device("cpu")
 KINDS = {"tensor": images(6), "tuple": scaled_images(6), "dict": token_batch(6)}
 
 
@@ -213,6 +214,9 @@ def test_masks_are_recognised() -> None:
     assert mask_name((ids, mask), 4) == "1"
     assert mask_name((ids, torch.zeros_like(mask)), 4) == "", "all closed: token types, no mask"
     assert mask_name((ids, ids), 4) == ""
+    padding, second = torch.tensor([[False, False, True, True]] * 2), torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])
+    assert mask_name((ids, padding), 4) == "", "true where there is padding, as in nn.TransformerEncoder"
+    assert mask_name((ids, second, mask), 4) == "2", "types of tokens come before the mask"
     assert mask_name(ids, 4) == ""
     assert mask_of(named, "attention_mask") is mask
     assert mask_of((ids, mask), "1") is mask
@@ -225,3 +229,10 @@ def test_each_keeps_the_kind() -> None:
 
     for inputs in KINDS.values():
         assert equal(each(inputs, double), inputs_from(signature_of(inputs), [double(t) for t in tensors(inputs)]))
+
+
+def test_a_mask_of_booleans_is_open_somewhere_in_the_example() -> None:
+    """Whether true means a token or, as in nn.TransformerEncoder, padding."""
+    mask, flag = example_of(signature_of((torch.ones(2, 4, dtype=torch.bool), torch.ones(2, dtype=torch.bool))), 3, CPU)
+    assert mask.tolist() == [[True, False, False, False]] * 3
+    assert flag.tolist() == [True] * 3

@@ -189,6 +189,8 @@ def find_cuts(model: nn.Module, inputs: Inputs) -> Cuts:
     except Exception as error:  # whatever export trips over, modules can still be tried
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
         points, total = modules_as_cuts(model, inputs)
+        if "Constraints violated" in reason:
+            reason = "it fixes the number of rows, as len(x) in a forward does where x.shape[0] does not"
         return Cuts(tuple(points), total, classes, None, (), reason)
     cuts = Cuts(tuple(points), graph.total_macs, classes, graph, tuple(crossings))
     _known[model] = (signature, cuts)

@@ -103,8 +103,8 @@ def inputs_from(signature: InputSignature, leaves: Sequence[Tensor]) -> Inputs:
 
 
 def example_of(signature: InputSignature, batch: int, device: torch.device) -> Inputs:
-    """``batch`` rows that fit ``signature``: ones for integers and masks (a valid token and an open mask), else
-    noise.
+    """``batch`` rows that fit ``signature``: ones for integers (a valid token, an open mask), else noise. Of booleans
+    the first of a row is true: a mask is then open somewhere, whether true means a token or padding.
     """
     generator = torch.Generator().manual_seed(0)
     leaves = []
@@ -114,6 +114,8 @@ def example_of(signature: InputSignature, batch: int, device: torch.device) -> I
             leaves.append(torch.randn(batch, *shape, generator=generator).to(device, dtype))
         else:
             leaves.append(torch.ones(batch, *shape, dtype=dtype, device=device))
+        if dtype is torch.bool:
+            leaves[-1].view(batch, -1)[:, 1:] = False
     return inputs_from(signature, leaves)
 
 
@@ -242,14 +244,16 @@ def mask_of(inputs: Inputs, name: str) -> Tensor | None:
 
 
 def mask_name(inputs: Inputs, tokens: int) -> str:
-    """The input that masks ``tokens`` positions: ``attention_mask`` of a dict, or a later 0/1 integer input of a
-    tuple.
+    """The input that masks ``tokens`` positions: ``attention_mask`` of a dict, or a later integer input of a tuple
+    whose rows are ones and then, perhaps, zeros. Others may be token types, or masks where 1 means padding.
     """
     if isinstance(inputs, dict):
         mask = inputs.get("attention_mask")
         return "attention_mask" if mask is not None and mask.shape[1:] == (tokens,) else ""
     for i, tensor in enumerate(tensors(inputs)[1:], start=1):
-        whole = not tensor.is_floating_point() and tensor.shape[1:] == (tokens,)
-        if whole and bool(((tensor == 0) | (tensor == 1)).all()) and bool((tensor != 0).any(1).all()):
+        if tensor.is_floating_point() or tensor.shape[1:] != (tokens,):
+            continue
+        x = tensor.long()
+        if bool((x[:, 0] == 1).all()) and bool(((x == 0) | (x == 1)).all()) and bool((x.diff(dim=1) <= 0).all()):
             return str(i)
     return ""
