@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,9 +18,15 @@ import torch
 from cyclopts import App
 from torch import nn
 
+from shallowdeep import choices
 from shallowdeep.cli import app, main
 from shallowdeep.files import write_text
+from shallowdeep.paper import cli as paper_cli
+from shallowdeep.paper.datasets import DATASETS
+from shallowdeep.paper.networks import NETWORKS
+from shallowdeep.paper.recipes import Regime
 from shallowdeep.policies import CalibrationRecord, Confidence
+from shallowdeep.runtime.backends import BackendName
 from shallowdeep.spelling import from_json, to_json
 from shallowdeep.trajectory import Alarm
 
@@ -356,6 +363,14 @@ def test_help_shows_defaults_as_they_are_typed(capsys: pytest.CaptureFixture[str
         for argument in verb.assemble_argument_collection() if verb.default_command else ():
             # Plain text keeps the docstring's own breaks, which are in the wrong place at any width.
             assert "\n" not in str(argument.parameter.help), f"{words}: describe {argument.name} in one line"
+
+
+def test_verbs_offer_what_the_library_has() -> None:
+    """They name it once more, so that help need not import it."""
+    assert get_args(choices.Backend) == get_args(BackendName)
+    assert get_args(paper_cli.DataSet) == tuple(DATASETS)
+    assert get_args(paper_cli.Network) == NETWORKS
+    assert get_args(paper_cli.Regime) == get_args(Regime)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

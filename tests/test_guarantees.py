@@ -263,6 +263,8 @@ def test_exits_that_are_far_better_than_the_network_are_proved_to_be(rows: int) 
         assert policy.calibrated_on.certificate is not None
         assert policy.calibrated_on.certificate.method == "betting"
         assert evaluate(policy, trace).mean_cost < (0.6 if rows == 5000 else 1.0)
+        asked = quietly(trace, max_accuracy_drop=bound, confidence=0.95, method="ltt").calibrated_on.certificate
+        assert asked is None or asked.method == "ltt"
 
 
 @pytest.mark.parametrize("risk", ["harm", "disagreement"])
@@ -283,6 +285,11 @@ def test_betting_says_how_many_rows_it_takes(population: Trace) -> None:
     assert 598 < least < 700
     for rows, proved in ((least, True), (least - 10, False)):
         assert bool(betting_pvalues(np.zeros((1, rows)), 0.005, 0.05, low=-1.0)[0] <= 0.05) is proved
+
+
+def test_a_bound_that_no_rows_reach_is_refused_at_once(population: Trace) -> None:
+    with pytest.warns(UserWarning, match=r"at least 2995732\d{3} rows in the part that tests"):
+        calibrate(draw(population, 700, 0), max_accuracy_drop=1e-9, confidence=0.95, method="betting")
 
 
 def test_impossible_wishes_get_a_sentence_and_no_certificate(population: Trace) -> None:

@@ -487,6 +487,7 @@ def test_victims_are_named_and_refused() -> None:
     assert Victim(rate=0.02, network="mobilenet", epochs=5).name == "cifar10-mobilenet-backdoor-fast-rate0.02-epochs5"
     assert Victim(rate=0.1, recipe="paper", seed=3).name == "cifar10-vgg16-backdoor-paper-rate0.1-seed3"
     assert Victim(rate=0.02, network="mobilenet").how.whole == recipes.FAST
+    assert Victim(rate=0.1, recipe="paper").how.holds_out  # thresholds need rows, by whatever recipe it was trained
     for wrong, said in (
         ({"rate": 1.5}, r"found 1\.5"),
         ({"rate": float("nan")}, "found nan"),

@@ -49,10 +49,11 @@ def calibrate(
     Exactly one target. ``max_accuracy_drop`` is in shares of accuracy below the full exit's: an aim, met on average
     and not in every draw of rows, unless ``confidence`` is given. ``confidence=0.95`` makes it a bound that holds with
     that probability over the draw of calibration rows, and puts a ``Certificate`` on the policy's record: one part of
-    the rows chooses, the other tests (``method`` "ltt", which is "auto", or "betting"). At 0 or below it demands as
-    much accuracy as the full network's, or more. ``method="crc"`` keeps the bound in expectation, ``"split"`` promises
-    nothing; both without ``confidence``. ``risk`` is what the bound is on (see ``certificates``). ``max_mean_cost`` is
-    a share of the untouched backbone's cost. ``enabled_E`` restricts the exits.
+    the rows chooses, the other tests (``method`` "ltt" or "betting"; "auto" is the first, and the second where many of
+    the choosing rows gain). At 0 or below it demands as much accuracy as the full network's, or more.
+    ``method="crc"`` keeps the bound in expectation, ``"split"`` promises nothing; both without ``confidence``. ``risk``
+    is what the bound is on (see ``certificates``). ``max_mean_cost`` is a share of the untouched backbone's cost.
+    ``enabled_E`` restricts the exits.
 
     ``policy.calibrated_on.info`` records targets, family, what to expect on fresh rows, and a note in words. When no
     early exit meets a drop or can be certified, the full network is returned, without a certificate and with a warning
@@ -157,9 +158,11 @@ def _aim(trace: Trace, asked: Sequence[bool], rows: Rows, max_accuracy_drop: flo
     choice = choose(rows, lambda brings: within_drop(brings, accuracy_full, max_accuracy_drop))
     full, full_cost = _full(trace)
     if choice is None or (max_accuracy_drop >= 0 and choice.brings.cost_P[choice.step] >= full_cost):
-        note = f"No early exit saves cost within a drop of {max_accuracy_drop:.2%}: this is the full network."
-        if max_accuracy_drop < 0:
-            note = f"No policy gains {-max_accuracy_drop:.2%}: this is the full network, which misses the aim."
+        note = (
+            f"No early exit saves cost within a drop of {max_accuracy_drop:.2%}: this is the full network."
+            if max_accuracy_drop >= 0
+            else f"No policy gains {-max_accuracy_drop:.2%}: this is the full network, which misses the aim."
+        )
         if 0 < max_accuracy_drop * (trace.num_samples + 1) < 1:
             note += f" To aim so low takes {math.ceil(1 / max_accuracy_drop) - 1} rows, here are {trace.num_samples}."
         return full, {"family": "full network", "expected_drop": 0.0, "expected_mean_cost": full_cost, "note": note}

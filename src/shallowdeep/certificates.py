@@ -19,7 +19,8 @@ Claim = Risk | Literal["kept"]
 among these)."""
 Method = Literal["auto", "ltt", "betting", "crc", "split"]
 """How. ltt: Learn then Test by the risk's exact test (betting for brier, which has none); betting: the same by betting;
-crc: conformal risk control; split: looked at and not proved; auto: ltt, whatever the rows say."""
+crc: conformal risk control; split: looked at and not proved; auto: ltt, but betting
+where the rows that choose see many gains in a drop, which the exact test counts for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,8 +37,8 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def before(end: float) -> Iterator[None]:
-    """``time_limit`` until ``end``, a reading of ``time.monotonic``; ``OutOfTime`` at once where that is past."""
+def until(end: float) -> Iterator[None]:
+    """``time_limit`` up to ``end``, a reading of ``time.monotonic``; ``OutOfTime`` at once where that is past."""
     left = end - time.monotonic()
     if left <= 0:
         raise OutOfTime

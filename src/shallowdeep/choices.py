@@ -21,9 +21,8 @@ CONVERT, FASTER, TRUST, LOOK, OPTIONS = map(
     Group.create_ordered, ("From a model to answers", "Make it fast", "Trust it", "Look and check", "Options")
 )
 """How help orders the verbs."""
-Backend: TypeAlias = Literal["auto", "torch", "torch-compile", "onnxruntime", "openvino", "openvino-bf16"]
-
-
+Measured: TypeAlias = Literal["torch", "torch-compile", "onnxruntime", "openvino", "openvino-bf16"]
+Backend: TypeAlias = Literal["auto", Measured]
 Count: TypeAlias = Annotated[int, Parameter(validator=Number(gte=1))]
 Device: TypeAlias = Annotated[str, Parameter(help="Where the network runs: cpu, cuda, cuda:1, ...")]
 Minutes: TypeAlias = Annotated[float, Parameter(validator=Number(gte=0))]

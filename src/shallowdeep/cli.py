@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from cyclopts import App, CycloptsError, Parameter
 
 from shallowdeep import engine_cli, report_cli, trust_cli
+from shallowdeep.certificates import Method, Risk
 from shallowdeep.choices import CONVERT, FASTER, LOOK, OPTIONS, RUNS, TRUST, Backend, Count, Device, Folder, Rows
 from shallowdeep.paper.cli import app as paper_app
 
@@ -201,8 +202,8 @@ def calibrate(
     max_accuracy_drop: float | None = None,
     max_mean_cost: float | None = None,
     confidence: float | None = None,
-    method: Literal["auto", "ltt", "betting", "crc", "split"] = "auto",
-    risk: Literal["drop", "harm", "disagreement", "error", "brier"] = "drop",
+    method: Method = "auto",
+    risk: Risk = "drop",
     exits_of: Path | None = None,
 ) -> dict[str, Any]:
     """Choose thresholds on held-out rows for an accuracy drop or a mean cost.
@@ -395,8 +396,7 @@ def _maker(missed: Path) -> str | None:
 def _check_out(command: str, out: object) -> None:
     """Refuse to write into the folder of another verb, whose ``run.json`` would be lost."""
     verb = command.replace("_", "-")
-    about = Path(str(out)) / "run.json"
-    if verb not in VERBS or not about.is_file():
+    if out is None or verb not in VERBS or not (about := Path(str(out)) / "run.json").is_file():
         return
     from shallowdeep.files import read_json
 

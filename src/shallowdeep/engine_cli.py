@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from shallowdeep.choices import RUNS, Backend, Count, Device, Folder, Rows
-
-Measured: TypeAlias = Literal["torch", "torch-compile", "onnxruntime", "openvino", "openvino-bf16"]
+from shallowdeep.choices import RUNS, Backend, Count, Device, Folder, Measured, Rows
 
 
 def tune(

@@ -15,7 +15,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from shallowdeep.costs import exits_of
-from shallowdeep.data import as_classes
 from shallowdeep.files import write_text
 from shallowdeep.inputs import Inputs, num_rows, take
 from shallowdeep.models import load_model
@@ -99,7 +98,7 @@ def bench_verb(
 ) -> Result:
     """Seconds of early exits against the fastest whole network, on real rows: writes ``bench.json``."""
     sdn, preprocessing = load_sdn(sdn_dir, device)
-    rows = as_classes(data.read(), sdn.class_names)
+    rows = data.read(sdn.class_names)
     rivals = {}
     if rival is not None:
         other = load_model(rival, weights=rival_weights, num_classes=sdn.plan.num_classes)
@@ -142,7 +141,7 @@ def export_verb(
     from shallowdeep import export  # its libraries are an extra
 
     sdn, preprocessing = load_sdn(sdn_dir)
-    rows = ready(as_classes(data.read(), sdn.class_names), preprocessing)
+    rows = ready(data.read(sdn.class_names), preprocessing)
     ways = {"folder": export.export_folder, "file": export.export_file, "programs": export.export_programs}
     policy = _policy_for(sdn, policy_dir)
     alarm = _alarm(alarm_dir)
@@ -173,7 +172,7 @@ def predict_verb(
     sdn, preprocessing = load_sdn(sdn_dir, device)
     policy, alarm = _policy_for(sdn, policy_dir), _alarm(alarm_dir)
     engine = Engine(sdn, policy, second_look=view_of(policy), alarm=alarm, backend=backend, threads=threads)
-    rows = as_classes(data.read(), sdn.class_names)
+    rows = data.read(sdn.class_names)
     inputs = ready(rows, preprocessing)
     text = io.StringIO()
     writer = csv.writer(text)

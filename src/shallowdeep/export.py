@@ -25,7 +25,7 @@ from shallowdeep.costs import Exits, exits_of
 from shallowdeep.files import FormatError, read_json
 from shallowdeep.graph import silence, told
 from shallowdeep.inputs import Inputs, as_inputs, example_of, in_order, num_rows, signature_of, take, tensors
-from shallowdeep.network import ShallowDeepNetwork, fingerprint, plan_to_json, weights_hash
+from shallowdeep.network import ShallowDeepNetwork, fingerprint, float_type, plan_to_json, weights_hash
 from shallowdeep.onnx import onnx_program
 from shallowdeep.policies import Policy, finite_rows
 from shallowdeep.progress import steps as shown
@@ -269,13 +269,12 @@ def _about(what: _What, runtime: str) -> dict[str, Any]:
         if why_void(record, sdn, what.policy, look=what.look, backend=runtime, weights=weights_hash(sdn)):
             del written["certificate"]
     signature = sdn.plan.inputs
-    floats = (p.dtype for p in sdn.parameters() if p.is_floating_point())
     leaves = zip(signature.names, signature.shapes, signature.dtypes, strict=True)
     return {
         "model": sdn.plan.model,
         "fingerprint": fingerprint(sdn.backbone),
         "inputs": [{"name": name, "shape": shape, "dtype": dtype} for name, shape, dtype in leaves],
-        "precision": str(next(floats, torch.float32)).removeprefix("torch."),
+        "precision": str(float_type(sdn)).removeprefix("torch."),
         "num_classes": sdn.plan.num_classes,
         "class_names": sdn.class_names,
         "preprocessing": sdn.preprocessing,

@@ -46,6 +46,8 @@ MANY_GAINS = 0.08
 """Where more of the choosing rows gain, bets are tested: the exact test of pairs gives up on many discordant rows."""
 KEPT_BACK = 0.1
 """The part of delta that is kept for the rule with a second look, where another family is preferred."""
+MOST_TRIED = 1_000_000
+"""Of how many rows bets are tried to say how many it takes; beyond, the exact test's number is near enough."""
 BLOCK = 16
 """Steps whose losses are held at once when every row counts and not their number alone."""
 
@@ -163,8 +165,8 @@ def unseen(trace: Trace, record: CalibrationRecord | None, name: str) -> Bools:
 def certify(trace: Trace, asked: Sequence[bool], aim: Aim) -> Proof:
     """The cheapest policy that the rows prove, if there is one that saves cost or gains what ``aim`` demands.
 
-    The path is the first of ``_paths`` that proves something. Its steps are tested in their order,
-    each at the full level, until one fails (arXiv 2110.01052). Testing starts at the first step, if it gives the full
+    The path is the first of ``_paths`` that proves something. Its steps are tested in their order, each at the whole
+    level of its path, until one fails (arXiv 2110.01052). Testing starts at the first step, if it gives the full
     network's answers to all rows that choose and the rows suffice for the bound; else where these are surest.
     """
     if aim.method != "split":
@@ -209,7 +211,12 @@ def _paths(parts: Parts, aim: Aim) -> list[tuple[Choice, Aim]]:
         return []
     step, brings = preferred.step, preferred.brings
     gains = float(brings.harm_P[step] - accuracy + brings.accuracy_P[step])
-    if aim.delta is not None and aim.risk == "drop" and gains > MANY_GAINS + max(-aim.bound, 0.0):
+    if (
+        aim.method == "auto"
+        and aim.delta is not None
+        and aim.risk == "drop"
+        and gains > MANY_GAINS + max(-aim.bound, 0.0)
+    ):
         aim = aim._replace(method="betting")
     rule = parts.fits[0]
     if aim.delta is None or rule.family == preferred.family or parts.choose_on.full == len(parts.choose_on.exits) - 1:
@@ -387,7 +394,7 @@ def _least(aim: Aim) -> int:
     if aim.delta is None:
         return math.ceil(1 / aim.bound) - 1
     least, low = rows_needed(aim.bound, aim.delta), -1.0 if aim.risk in ("drop", "brier") else 0.0
-    if _test_of(aim) == BETTING:  # a few rows in a hundred more than the exact tests
+    if _test_of(aim) == BETTING and least < MOST_TRIED:  # a few rows in a hundred more than the exact tests
         while betting_pvalues(np.zeros((1, least)), aim.bound, aim.delta, low=low)[0] > aim.delta:
             least += max(1, least // 200)
     return least

@@ -138,10 +138,9 @@ def logits_of(output: Any) -> Tensor:
                 " wrap it to return them alone."
             )
         found = found["logits"]
-    elif not isinstance(found, Tensor) and hasattr(found, "logits"):  # of a named tuple, too, wherever they stand
-        found = found.logits
-    elif isinstance(found, (tuple, list)) and found:
-        found = found[0]
+    elif not isinstance(found, Tensor):
+        first = found[0] if isinstance(found, (tuple, list)) and found else found
+        found = getattr(found, "logits", first)  # of a named tuple, too, wherever they stand
     if not isinstance(found, Tensor) or not found.is_floating_point():
         raise DataError(f"The network must return logits [B, C]; it returns {type(output).__name__}.")
     if found.ndim == 1 or (found.ndim == 2 and found.shape[1] == 1):

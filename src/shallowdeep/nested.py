@@ -87,7 +87,8 @@ def answering_model(
     if step.place:
         inputs.append(helper.make_tensor_value_info("said", kind, said))
     lost = helper.make_tensor_value_info("lost", TensorProto.BOOL, ["batch", 1])
-    inputs += [lost] * bool(step.place and spoilt)
+    if step.place and spoilt:
+        inputs.append(lost)
     rows = {given.name: given.name for given in inputs}
     if not step.place:
         rows |= _lost(graph, {given.name: given for given in inputs}, spoilt or {})
@@ -96,7 +97,9 @@ def answering_model(
         outputs.append(helper.make_tensor_value_info("said", kind, [said[0], step.place + 1, said[2]]))
         outputs.append(helper.make_tensor_value_info("leave", TensorProto.BOOL, ["batch"]))
         names += ["said", "leave"]
-        outputs, names = [*outputs, *[lost] * bool(spoilt)], [*names, *["lost"] * bool(spoilt)]
+        if spoilt:
+            outputs.append(lost)
+            names.append("lost")
     outputs, names = [*outputs, *_outputs(step, model, answers)], [*names, *answers]
     rows |= _answered(graph, step, rows, answers)
     given = {f"next.{name}": rows[name] for name in names}

@@ -256,6 +256,11 @@ def fingerprint(model: nn.Module) -> str:
     return _digest({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})
 
 
+def float_type(model: nn.Module) -> torch.dtype:
+    """The type of number ``model`` computes with: that of its first floating parameter, float32 without one."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 def weights_hash(sdn: ShallowDeepNetwork) -> str:
     """What tells these weights of backbone and ICs from others, in 16 characters; nothing else that an SDN keeps."""
     parts = (fingerprint(sdn.backbone), fingerprint(sdn.classifiers))

@@ -45,7 +45,7 @@ class CalibrationRecord:
         """The record of what all rows of ``trace`` taught; it names the backend that answered them, where the trace
         does, and the second look, if that is among those asked.
         """
-        names = ["backend", *(["second_look"] if any(asked[trace.full_exit + 1 :]) else [])]
+        names = ("backend", "second_look") if any(asked[trace.full_exit + 1 :]) else ("backend",)
         made = {name: trace.info[name] for name in names if name in trace.info}
         hash_N = () if trace.hash_N is None else tuple(sorted(trace.hash_N.tolist()))
         return cls(hash_N=hash_N, exit_names=trace.exit_names, info={**info, **made}, certificate=certificate)

@@ -20,7 +20,7 @@ from shallowdeep.attack_study import StudyChoices, attack_study, write_study
 from shallowdeep.attacks import Attack, Pixels
 from shallowdeep.audits import Audit
 from shallowdeep.comparison import Comparison, compare
-from shallowdeep.data import Dataset, as_classes, halves, spread
+from shallowdeep.data import Dataset, halves, spread
 from shallowdeep.files import FormatError, write_text
 from shallowdeep.monitor import Monitor
 from shallowdeep.paper.figures import line_figure, save_figure
@@ -54,8 +54,8 @@ def attack_verb(
     One fixed half of the rows chooses thresholds, ``rows`` rows of the other half are attacked.
     """
     sdn, preprocessing = load_sdn(sdn_dir, device)
-    own = as_classes(data.read(), sdn.class_names)
-    others = None if training is None else as_classes(training.read(), sdn.class_names)
+    own = data.read(sdn.class_names)
+    others = None if training is None else training.read(sdn.class_names)
 
     def pair(rows: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = ready(rows, preprocessing)

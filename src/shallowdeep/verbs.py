@@ -60,11 +60,12 @@ class DataChoice:
     limit: int | None = None
     half: Half = "all"
 
-    def read(self) -> Dataset:
-        """The rows. ``half`` "a" and "b" part them by a fixed shuffle, so that one can choose what the other
-        reports.
+    def read(self, classes: Sequence[str] = ()) -> Dataset:
+        """The rows, their labels numbered as ``classes``. ``half`` "a" and "b" part them by a fixed shuffle, so that
+        one can choose what the other reports.
         """
         data = read_data(self.source, split=self.split, size=self.size, limit=self.limit)
+        data = as_classes(data, classes)
         return data if self.half == "all" else data.rows(halves(len(data))[self.half == "b"])
 
 
@@ -128,7 +129,7 @@ def train_verb(
         raise ValueError("Views are drawn for ICs alone, and with an augmentation: give --augment, and not --jointly.")
     there = device_called(device)
     about = read_run(plan_dir, "plan")["choices"]
-    rows = as_classes(data.read(), about["class_names"])
+    rows = data.read(about["class_names"])
     preprocessing = _saved_preprocessing(about["preprocessing"])
     network = _network(about).to(there)
     torch.manual_seed(seed)
@@ -183,7 +184,7 @@ def collect_verb(
     ``trace.safetensors``. ``reference`` stores the confusion's moments.
     """
     sdn, preprocessing = load_sdn(sdn_dir, device)
-    rows = as_classes(data.read(), sdn.class_names)
+    rows = data.read(sdn.class_names)
     pair = ready(rows, preprocessing), rows.labels_N
     if backend is None:
         trace = collect(sdn, pair, second_look=second_look, batch_size=batch_size)

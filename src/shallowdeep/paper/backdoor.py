@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shallowdeep.calibration import tradeoff
-from shallowdeep.checkpoints import OutOfTime, alone, before, seconds_of
+from shallowdeep.checkpoints import OutOfTime, alone, seconds_of, until
 from shallowdeep.collection import collect
 from shallowdeep.disagreement import confusion, fit_confusion
 from shallowdeep.effects import answers, share
@@ -86,10 +86,13 @@ class Victim:
 
     @property
     def how(self) -> Recipe:
-        """How it is trained: by the recipe, but all by SGD. Five epochs of ``Muon`` do not learn a rare trigger."""
+        """How it is trained: by the recipe, but all by SGD (five epochs of ``Muon`` do not learn a rare trigger), and
+        always with clean rows held out, which the owner of the ICs needs for thresholds.
+        """
         recipe = make_recipe(self.recipe, self.network)
         whole = dataclasses.replace(recipe.whole, muon_lr=0.0)
-        return dataclasses.replace(recipe, whole=whole, epochs=recipe.epochs if self.epochs is None else self.epochs)
+        epochs = recipe.epochs if self.epochs is None else self.epochs
+        return dataclasses.replace(recipe, whole=whole, epochs=epochs, holds_out=True)
 
 
 def work_off(
@@ -106,7 +109,7 @@ def work_off(
         record = read_record(path) if path.is_file() else None
         try:
             if record is None or (record["epochs"], record["training"]) != (how.epochs, plain(asdict(how.whole))):
-                with before(end):
+                with until(end):
                     record = backdoor(victim, data_dir, results=results, work=work)
             report["victims"].append(record)
         except OutOfTime:

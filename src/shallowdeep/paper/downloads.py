@@ -48,8 +48,7 @@ def look(data_dir: Path, names: Sequence[str] = tuple(DATASETS)) -> list[Found]:
 
     Raises ``DataError`` where ``data_dir`` is a file.
     """
-    if data_dir.is_file():
-        raise DataError(f"{data_dir} is a file, not a folder for data sets.")
+    _check_folder(data_dir)
     chosen = [study_set(name) for name in names]
     return [
         Found(name=one.name, folder=one.folder, state=_state(one, data_dir), address=one.address, md5=one.md5)
@@ -102,8 +101,7 @@ def fetch(name: str, data_dir: Path, *, address: str | None = None, md5: str | N
     """
     chosen = study_set(name)
     target = data_dir / chosen.folder
-    if data_dir.is_file():
-        raise DataError(f"{data_dir} is a file, not a folder for data sets.")
+    _check_folder(data_dir)
     if target.is_dir():
         state = _state(chosen, data_dir)
         if state != "whole":
@@ -127,6 +125,11 @@ def fetch(name: str, data_dir: Path, *, address: str | None = None, md5: str | N
             raise DataError(f"{archive} holds no folder {chosen.folder}.")
         (Path(room) / chosen.folder).rename(target)
     return target
+
+
+def _check_folder(data_dir: Path) -> None:
+    if data_dir.is_file():
+        raise DataError(f"{data_dir} is a file, not a folder for data sets.")
 
 
 def _download(address: str, archive: Path) -> None:

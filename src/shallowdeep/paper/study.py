@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shallowdeep.checkpoints import OtherRun, OutOfTime, alone, before, seconds_of
+from shallowdeep.checkpoints import OtherRun, OutOfTime, alone, seconds_of, until
 from shallowdeep.collection import collect
 from shallowdeep.effects import answers
 from shallowdeep.features import data_digest
@@ -110,7 +110,7 @@ def work_off(
             report["before"].append(run.name)
             continue
         try:
-            with before(end):
+            with until(end):
                 make(run, data_dir, results=results, work=work)
             report["done"].append(run.name)
         except OutOfTime:

@@ -30,7 +30,7 @@ from shallowdeep.inputs import (
     signature_of,
     take,
 )
-from shallowdeep.network import ShallowDeepNetwork, check_attached, weights_hash
+from shallowdeep.network import ShallowDeepNetwork, check_attached, float_type, weights_hash
 from shallowdeep.policies import CalibrationRecord, Confidence, Policy
 from shallowdeep.progress import steps
 from shallowdeep.runtime.backends import Array, Backend, BackendName
@@ -85,10 +85,9 @@ def why_void(
         return "it was tested with another policy, or this one was changed since"
     exits = exits_of(sdn, look)
     last = max(exits.rule(policy).last, exits.full_exit)
-    floats = (p.dtype for p in sdn.parameters() if p.is_floating_point())
     return record.certificate.void_for(
         backend=backend,
-        precision=str(next(floats, torch.float32)),
+        precision=str(float_type(sdn)),
         weights=weights,
         exit_names=exits.exit_names[: last + 1],
         view=look.name if look is not None and last > exits.full_exit else "",
@@ -154,7 +153,7 @@ class Engine:
         self._backend = self._chosen(backend, self.threads)
         self.backend: BackendName = self._backend.name
         for name, one in records.items():
-            if one is not None and reduced(one.info.get("backend", "")) != reduced(self.backend):
+            if one is not None and _reduced(one.info.get("backend", "")) != _reduced(self.backend):
                 warnings.warn(
                     f"The {name} was made for answers of another precision than {self.backend}'s: make it from a trace "
                     "that this backend collected (engine.collect, sdn collect --backend).",
@@ -179,7 +178,7 @@ class Engine:
         """The answers to one batch, in its order: labels, logits, exits, confidence, confusion and cost per row.
 
         No row spends more than ``max_cost`` (a share of the backbone); no batch starts a step that would end after
-        ``max_ms`` milliseconds, by the measured ``times``. Rows which that stops are answered where they are, with
+        ``max_ms`` milliseconds, by measured times. Rows which that stops are answered where they are, with
         ``capped_B`` True. Raises ``ValueError`` for a limit that the first exit asked exceeds, and ``CutError`` for
         ``max_ms`` where a network runs through its own modules, which have no times. The first ``max_ms`` for inputs of
         a shape measures those; ``measure`` does so beforehand.
@@ -408,7 +407,7 @@ class Engine:
         )
 
 
-def reduced(backend: str) -> bool:
+def _reduced(backend: str) -> bool:
     """Whether the backend of that name answers in less than the network's own precision."""
     return backend.endswith("-bf16")
 
