@@ -20,6 +20,7 @@ from torch import nn
 
 from shallowdeep import choices
 from shallowdeep.cli import app, main
+from shallowdeep.data import Dataset, Preprocessing
 from shallowdeep.files import write_text
 from shallowdeep.paper import cli as paper_cli
 from shallowdeep.paper.datasets import DATASETS
@@ -29,6 +30,7 @@ from shallowdeep.policies import CalibrationRecord, Confidence
 from shallowdeep.runtime.backends import BackendName
 from shallowdeep.spelling import from_json, to_json
 from shallowdeep.trajectory import Alarm
+from shallowdeep.verbs import ready
 
 SIDE = 12
 
@@ -363,6 +365,19 @@ def test_help_shows_defaults_as_they_are_typed(capsys: pytest.CaptureFixture[str
         for argument in verb.assemble_argument_collection() if verb.default_command else ():
             # Plain text keeps the docstring's own breaks, which are in the wrong place at any width.
             assert "\n" not in str(argument.parameter.help), f"{words}: describe {argument.name} in one line"
+
+
+def test_floating_images_are_said_to_be_taken_as_they_are() -> None:
+    halves = Preprocessing(mean=(0.5,), std=(0.5,), size=(2, 2))
+    rows = Dataset(
+        inputs=torch.rand(3, 1, 2, 2), labels_N=torch.tensor([0, 1, 0]), class_names=("a", "b"), source="floats.npz"
+    )
+    with pytest.warns(UserWarning, match=r"^floats.npz holds floating numbers, .* is for uint8 images.$"):
+        assert ready(rows, halves) is rows.inputs
+    images = Dataset(
+        inputs=torch.full((2, 1, 2, 2), 255, dtype=torch.uint8), labels_N=torch.tensor([0, 1]), class_names=("a", "b")
+    )
+    assert torch.equal(ready(images, halves), torch.ones(2, 1, 2, 2))
 
 
 def test_verbs_offer_what_the_library_has() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 from functools import cache
 
@@ -551,6 +552,17 @@ def test_an_infinite_logit_hides_no_mixing() -> None:
         net[-1].bias[0] = -torch.inf
     with pytest.raises(DataError, match=r"not finite|another row leaves"):
         sd.plan(net, torch.rand(5, 6), at=(0.5,))
+
+
+def test_a_softmax_at_the_end_is_noticed_once() -> None:
+    """Its logarithm is as good as logits."""
+    layers = [nn.Linear(6, 6) for _ in range(3)]
+    for last, said in ((nn.Softmax(1), True), (nn.LogSoftmax(1), False), (nn.Sigmoid(), False)):
+        net = nn.Sequential(*layers, nn.Linear(6, 3), last).eval()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            sd.attach(net, sd.plan(net, torch.rand(4, 6), at=(0.5,)))
+        assert [str(one.message).startswith("Sequential seems to end in a softmax") for one in seen] == [True] * said
 
 
 def test_a_forward_that_fixes_the_number_of_rows_is_told_so() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -183,6 +184,12 @@ def find_cuts(model: nn.Module, inputs: Inputs) -> Cuts:
     known = _known.get(model)
     if known is not None and known[0] == signature and _still_answers(known[1], model, inputs, whole):
         return known[1]
+    if bool((whole >= 0).all()) and torch.allclose(whole.sum(1), torch.ones(()).to(whole), rtol=0.0, atol=1e-2):
+        warnings.warn(
+            f"{type(model).__name__} seems to end in a softmax: what it returns is taken for logits, of which the "
+            "softmax makes nearly equal confidences. Leave it out, or return its logarithm.",
+            stacklevel=3,
+        )
     try:
         graph = export_graph(model, inputs)
         points, crossings = _graph_cuts(model, graph, inputs, whole)

@@ -120,7 +120,7 @@ class Monitor:
             self._disagreement = self._disagreement.after(differs_S)
 
     def labels(self, audit: Audit, labels_S: Tensor) -> None:
-        """True labels of audited rows, whenever they come; which ones come must not depend on the answers.
+        """True labels of audited rows, whenever they come, once each; which ones come must not depend on the answers.
 
         Raises ``DataError`` when labels and rows do not match.
         """

@@ -228,13 +228,16 @@ def alarms_verb(
     """
     trace = read_trace(trace_dir)
     policy = policy_for(trace, policy_dir) if policy_dir else None
-    found = alarms(trace, policy, against=None if against is None else read_trace(against))
+    others = None if against is None else read_trace(against)
+    alarm = (
+        fit_alarm(trace, policy)
+        if max_error is None
+        else calibrate_alarm(trace, policy, max_error=max_error, confidence=confidence)
+    )
+    found = alarms(trace, policy, against=others)
     print(found)
-    if max_error is None:
-        alarm = fit_alarm(trace, policy)
-    else:
-        alarm = calibrate_alarm(trace, policy, max_error=max_error, confidence=confidence)
-        print(alarm.fitted_on.info["note"] if alarm.fitted_on else "")
+    if max_error is not None and alarm.fitted_on is not None:
+        print(alarm.fitted_on.info["note"])
     facts = dataclasses.asdict(found)
     write_text(out / "alarms.json", json.dumps(plain(facts), indent=1))
     write_text(out / "alarm.json", json.dumps(alarm.to_json()))

@@ -287,8 +287,15 @@ def _saved_preprocessing(about: dict[str, Any] | None) -> Preprocessing | None:
 
 
 def ready(rows: Dataset, preprocessing: Preprocessing | None) -> Inputs:
+    """What the network takes; warns where images are numbers that its preprocessing is not for."""
     if preprocessing is None:
         return rows.inputs
+    if isinstance(rows.inputs, Tensor) and rows.inputs.is_floating_point():
+        warnings.warn(
+            f"{rows.source} holds floating numbers, which are taken as they are; the network's own preprocessing "
+            f"(mean {preprocessing.mean}, std {preprocessing.std}) is for uint8 images.",
+            stacklevel=2,
+        )
     return each(rows.inputs, preprocessing.apply)
 
 
