@@ -2,8 +2,9 @@
 
     python benchmarks/policies.py TRACE OUT.json
 
-Every family alone, with and without an ensemble at the ends, then `calibrate`'s own choice among them. `mean_cost` at a
-measured drop is read off the mean curve of the reported halves: the family's worth, apart from how well aims are met.
+Every family alone, with and without an ensemble at the ends, then `calibrate`'s own choice among them, for aims and for
+budgets. `mean_cost` at a measured drop is read off the mean curve of the reported halves: the family's worth, apart
+from how well aims are met.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from shallowdeep.files import write_text
 from shallowdeep.guarantees import full_cost_of
 from shallowdeep.paths import Floats, Path, Rows, answering, brings_of, read_rows
 from shallowdeep.rivals import rivals_for
-from shallowdeep.thresholds import choose, fits, within_drop
+from shallowdeep.thresholds import choose, fits, within_cost, within_drop
 from shallowdeep.types import Trace
 
 SPLITS = 20
 AIMS, AIMS_WITH_A_SECOND_LOOK = (0.005, 0.0055, 0.006, 0.01), (-0.005, -0.0045, -0.0005, 0.0, 0.005)
+BUDGETS = (0.52, 0.59, 0.69)
 READ_AT = (-0.005, 0.0, 0.0025, 0.005, 0.01)
 
 
@@ -82,6 +84,7 @@ def main(file: File, out: File) -> None:
         print(name, curves[name], flush=True)
     aims = AIMS if rows.full == len(rows.exits) - 1 else AIMS_WITH_A_SECOND_LOOK
     choices: dict[str, Any] = {}
+    within: dict[float, list[tuple[float, float]]] = {budget: [] for budget in BUDGETS}
     for label, only in (("calibrate", None), ("levels alone, as before", FAMILIES[:1])):
         taken: dict[float, list[tuple[float, float, str]]] = {aim: [] for aim in aims}
         for chosen, others in halves:
@@ -94,14 +97,19 @@ def main(file: File, out: File) -> None:
                     continue
                 name = choice.family + " + ensemble" * (choice.path.ensemble is not None)
                 taken[aim].append((*reported(choice.path, choice.step, judged), name))
+            for budget in () if only else BUDGETS:
+                choice = choose(given, partial(within_cost, max_mean_cost=budget), fitted)
+                assert choice is not None, "no rule is as cheap as that"
+                within[budget].append(reported(choice.path, choice.step, judged))
         for aim, found in taken.items():
             names = Counter(name for *_, name in found)
             means = summary([(drop, cost) for drop, cost, _ in found])
             choices.setdefault(str(aim), {})[label] = means | {"families": dict(names)}
             print(aim, label, choices[str(aim)][label], flush=True)
-    write_text(
-        out, json.dumps({"trace": file.stem, "splits": SPLITS, "cost_at_drop": curves, "aims": choices}, indent=1)
-    )
+    budgets = {str(budget): summary(found) for budget, found in within.items()}
+    print(budgets, flush=True)
+    found = {"trace": file.stem, "splits": SPLITS, "cost_at_drop": curves, "aims": choices, "budgets": budgets}
+    write_text(out, json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
