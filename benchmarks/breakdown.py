@@ -126,12 +126,17 @@ def in_turn(ways: dict[str, Call], images: Tensor, size: int) -> dict[str, list[
 def summed_up(times: dict[str, list[float]]) -> dict[str, Any]:
     """The whole network and the cut one, and what each thing adds to the one before it."""
     pairs = [("network", "ICs"), ("ICs", "questions"), ("questions", "branches"), ("branches", "engine")]
-    added = {after: spread(b - a for a, b in zip(times[before], times[after], strict=True)) for before, after in pairs}
-    leaving = spread(b - a for a, b in zip(times["cut"], times["leaves"], strict=True))
+    added = {after: spread(differences(times, before, after)) for before, after in pairs}
+    leaving = spread(differences(times, "cut", "leaves"))
     return {"network": spread(times["network"]), "adds": added, "cut": spread(times["cut"]), "leaving_adds": leaving}
 
 
-def spread(values: Any) -> dict[str, float]:
+def differences(times: dict[str, list[float]], before: str, after: str) -> list[float]:
+    """What ``after`` takes longer than ``before``, block by block."""
+    return [b - a for a, b in zip(times[before], times[after], strict=True)]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
     return dict(zip(("low", "median", "high"), quartiles(values), strict=True))
 
 

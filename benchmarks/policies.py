@@ -108,8 +108,8 @@ def main(file: File, out: File) -> None:
             print(aim, label, choices[str(aim)][label], flush=True)
     budgets = {str(budget): summary(found) for budget, found in within.items()}
     print(budgets, flush=True)
-    found = {"trace": file.stem, "splits": SPLITS, "cost_at_drop": curves, "aims": choices, "budgets": budgets}
-    write_text(out, json.dumps(found, indent=1))
+    report = {"trace": file.stem, "splits": SPLITS, "cost_at_drop": curves, "aims": choices, "budgets": budgets}
+    write_text(out, json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
