@@ -36,7 +36,7 @@ from shallowdeep.inputs import (
     take,
     tensors,
 )
-from shallowdeep.taps import Scope, counting_functions, listening, tapped
+from shallowdeep.taps import Scope, check_audible, counting_functions, listening, tapped
 from shallowdeep.types import ClassifierSpec, CutError, CutPoint, DataError, InputSignature, Plan, Port
 
 FRACTIONS = (0.15, 0.30, 0.45, 0.60, 0.75, 0.90)
@@ -115,19 +115,6 @@ def plan(
         reason=found.reason,
         factory=factory,
     )
-
-
-def check_audible(model: nn.Module) -> None:
-    """Raise ``CutError`` for a network that does not run its modules one by one."""
-    name = type(model).__name__
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise CutError(f"{name} is TorchScript, which cannot be cut: give the nn.Module it was made from.")
-        if path.endswith("_orig_mod") or module._compiled_call_impl is not None:
-            raise CutError(
-                f"{name} is compiled and cannot be cut: give the network as it was before torch.compile (its _orig_mod;"
-                " a copy.deepcopy where model.compile() was called). Engine(..., backend='torch-compile') compiles."
-            )
 
 
 def _with_mask(cut: CutPoint, inputs: Inputs) -> CutPoint:

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from shallowdeep.classifiers import Factory, InternalClassifier, Said, make_classifier
-from shallowdeep.cuts import check_audible
 from shallowdeep.files import FormatError, read_json, read_tensors, replacing, write_tensors, write_text
 from shallowdeep.graph import evaluating
 from shallowdeep.inputs import Inputs, as_inputs, call, example_of, logits_of, mask_of, signature_of
-from shallowdeep.taps import Visitor, tapped
+from shallowdeep.taps import Visitor, check_audible, tapped
 from shallowdeep.types import (
     BackboneMismatch,
     ClassifierSpec,

@@ -29,6 +29,19 @@ Scope: TypeAlias = tuple[str, int]
 _registration = threading.Lock()
 
 
+def check_audible(model: nn.Module) -> None:
+    """Raise ``CutError`` for a network that does not run its modules one by one."""
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CutError(f"{name} is TorchScript, which cannot be cut: give the nn.Module it was made from.")
+        if path.endswith("_orig_mod") or module._compiled_call_impl is not None:
+            raise CutError(
+                f"{name} is compiled and cannot be cut: give the network as it was before torch.compile (its _orig_mod;"
+                " a copy.deepcopy where model.compile() was called). Engine(..., backend='torch-compile') compiles."
+            )
+
+
 @contextmanager
 def tapped(model: nn.Module, cuts: Sequence[CutPoint], visit: Visitor) -> Iterator[None]:
     """While open, every pass of *this thread* through ``model`` shows ``visit`` the tensor at each cut point.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from shallowdeep.costs import exits_of
-from shallowdeep.cuts import check_audible, distinct_rows, find_cuts
+from shallowdeep.cuts import distinct_rows, find_cuts
 from shallowdeep.graph import told
 from shallowdeep.inputs import (
     Inputs,
@@ -38,6 +38,7 @@ from shallowdeep.runtime.engine import Engine
 from shallowdeep.runtime.programs import make_backend
 from shallowdeep.spelling import rule_to_json
 from shallowdeep.steps import Joined, make_steps, named
+from shallowdeep.taps import check_audible
 from shallowdeep.timing import percentiles, quartiles, threads_of_torch
 from shallowdeep.types import DataError, Plan
 from shallowdeep.views import Look, SecondLook, second_look_of

@@ -139,6 +139,7 @@ class Engine:
         if self.second_look is not None:
             self.second_look.check(example_of(sdn.plan.inputs, CHECKED_ROWS, self._device))
         self._planned, self._dtype = sdn.plan.inputs, getattr(torch, sdn.plan.inputs.dtypes[0])
+        # None, too, where rows are single numbers: a tensor without rows would look like one of them.
         self._shape = (sdn.plan.inputs.shapes[0] or None) if sdn.plan.inputs.kind == "tensor" else None
         # Those made in inference mode do not know how often they have changed.
         self._watched = [tensor for tensor in (*sdn.parameters(), *sdn.buffers()) if not tensor.is_inference()]

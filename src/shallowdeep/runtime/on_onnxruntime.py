@@ -94,7 +94,7 @@ class OnNumpy(ABC):
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def finite(self, logits_SC: Any) -> Any:
-        return np.logical_and.reduce(np.isfinite(logits_SC), 1)
+        return np.isfinite(logits_SC).all(1)
 
     def largest(self, softmax_SC: Any) -> Any:
         return softmax_SC.max(1)
@@ -110,7 +110,7 @@ class OnNumpy(ABC):
 
 def _odd_rows(arrays: Iterable[Array]) -> Array | None:
     """Which rows hold a float that is NaN or infinite; None where none does."""
-    odd = [x for x in arrays if x.dtype.kind == "f" and not np.logical_and.reduce(np.isfinite(x), None)]
+    odd = [x for x in arrays if x.dtype.kind == "f" and not np.isfinite(x).all()]
     if not odd:
         return None
     return np.logical_or.reduce([~np.isfinite(x).all(tuple(range(1, x.ndim))) for x in odd])
