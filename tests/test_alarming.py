@@ -21,7 +21,7 @@ import shallowdeep as sd
 from shallowdeep import alarming, trajectory
 from shallowdeep.alarming import alarms, fit_alarm, full_network, suspicions, wrong_answers
 from shallowdeep.calibration import calibrate
-from shallowdeep.export import _runner, export_file, export_folder
+from shallowdeep.export import export_file, export_folder
 from shallowdeep.host import EarlyExits
 from shallowdeep.network import weights_hash
 from shallowdeep.policies import CalibrationRecord, Confidence, Fixed, Patience, Policy
@@ -320,7 +320,7 @@ def test_law_4_exports_sound_the_same_alarm(tmp_path: Path) -> None:
     alarm = some_alarm(policy.asks(3, 2))
     export_folder(tiny(), policy, tmp_path / "folder", rows(60), alarm=alarm)
     export_file(tiny(), policy, tmp_path / "file", rows(60), alarm=alarm)
-    exported, single = EarlyExits(tmp_path / "folder"), _runner(tmp_path / "file/model.onnx", ("0",))
+    exported, single = EarlyExits(tmp_path / "folder"), EarlyExits(tmp_path / "file")
     engine, broken = Engine(tiny(), policy, alarm=alarm, backend="torch"), rows(7)
     broken[[1, 4]] = torch.nan
     for batch in (rows(1), rows(60), broken):

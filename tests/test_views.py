@@ -324,7 +324,7 @@ def test_law_4_exports_look_twice(which: int, tmp_path: Path) -> None:
     export_file(sdn, policy, tmp_path / "file", inputs, second_look="mirror")
     manifest = json.loads((tmp_path / "folder/manifest.json").read_text())
     assert manifest["second_look"] == "mirror"
-    assert (manifest["full_exit"], manifest["steps"][-1]["name"]) == (sdn.num_exits - 1, "full+mirror")
+    assert (manifest["full_exit"], manifest["exits"][-1]["name"]) == (sdn.num_exits - 1, "full+mirror")
     folder, single = EarlyExits(tmp_path / "folder"), openvino_of(tmp_path / "file/model.onnx")
     for size in (1, 2, 7, ROWS):
         batch = take(inputs, slice(0, size))

@@ -39,7 +39,6 @@ from shallowdeep.views import Look, SecondLook, check_view, second_look_of
 from shallowdeep.walking import Rule, inverse
 
 try:
-    import onnxruntime
     from onnx import helper
 
     from shallowdeep.host import EarlyExits
@@ -47,7 +46,7 @@ try:
 except ImportError as error:
     raise MissingExtra(f"Exports need {error.name}: pip install 'shallowdeep[export]'.") from error
 
-FORMAT = 2
+FORMAT = 3
 SAID = ("label", "probabilities", "exit", "confidence", "confusion")
 """What every artefact says of a row, beside the alarm."""
 DIFFER = 0.001
@@ -84,13 +83,9 @@ def export_folder(
         for step, given in shown(zip(steps, examples, strict=True), "export", len(steps)):
             later = {name for one in steps[step.place + 1 :] for name in one.takes}
             model, gives = answering_model(step, onnx_program(step, given), later, answers, spoilt)
-            file = fresh / f"step{step.place}.onnx"
-            file.write_bytes(model.SerializeToString())
-            written.append(_step(what, step, file) | {"takes": [one.name for one in model.graph.input], "gives": gives})
+            written.append({"exit": step.exit, **_saved(model, fresh / f"step{step.place}.onnx", gives)})
         facts = _loop_facts(steps, written, state) | {"answers": _arrays(model, answers)}
-        _write(fresh, "folder", _about(what, "onnxruntime") | facts)
-        shutil.copyfile(Path(__file__).with_name("host.py"), fresh / "host.py")
-        _compare(what, lambda: EarlyExits(fresh), inputs)
+        _finish(what, fresh, "folder", facts, inputs)
 
 
 def export_programs(
@@ -115,7 +110,8 @@ def export_programs(
             file = fresh / f"step{step.place}.pt2"
             with silence():
                 torch.export.save(export_step(step, given), file)
-            written.append(_step(what, step, file) | _formulas(what, step))
+            passed = {"takes": step.takes, "gives": step.gives}
+            written.append({"exit": step.exit, **_known(file), **passed, **_formulas(what, step)})
         _write(fresh, "programs", _about(what, "torch") | _loop_facts(steps, written, state))
         _compare_programs(what, steps, fresh, inputs)
 
@@ -129,7 +125,8 @@ def export_file(
     second_look: Look = None,
     alarm: Alarm | None = None,
 ) -> None:
-    """Write ``folder``: ``model.onnx``, one graph with nested ``If`` that skips by itself, and ``manifest.json``.
+    """Write ``folder``: ``model.onnx``, one graph with nested ``If`` that skips by itself, ``manifest.json``, and
+    ``host.py``, which checks its hash and what it is given.
 
     Its outputs are ``label``, ``probabilities``, ``exit``, ``confidence``, ``confusion`` and, where one is given,
     ``alarm``. Rows leave inside the graph: who is answered is not computed on. ``inputs`` and errors as in
@@ -144,11 +141,9 @@ def export_file(
         answers = (*SAID, *["alarm"] * (alarm is not None))
         first = {name: x.numpy() for name, x in state.items()}
         model = nested_model(steps, models, first, answers, _spoilt(what, steps, inputs))
-        file = fresh / "model.onnx"
-        file.write_bytes(model.SerializeToString())
-        facts = {**_known(file), "outputs": answers, "exits": [_exit(what, step) for step in steps]}
-        _write(fresh, "file", _about(what, "onnxruntime") | facts)
-        _compare(what, lambda: _runner(file, sdn.plan.inputs.names), inputs)
+        whole = _saved(model, fresh / "model.onnx", answers)
+        facts = {"fresh": {}, "rowless": [], "steps": [whole], "answers": _arrays(model, answers)}
+        _finish(what, fresh, "file", facts, inputs)
 
 
 class _What(NamedTuple):
@@ -234,16 +229,17 @@ def _arrays(model: Any, answers: Sequence[str]) -> list[dict[str, Any]]:
     return found
 
 
-def _runner(file: Path, names: Sequence[str]) -> Callable[..., Mapping[str, Any]]:
-    """The single file as a function of arrays in the order of ``names``; inputs that it does not read are left out."""
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    read, answers = {given.name for given in session.get_inputs()}, [given.name for given in session.get_outputs()]
+def _saved(model: Any, file: Path, gives: Sequence[str]) -> dict[str, Any]:
+    """What a loop must know of ``model`` in ``file``, which is written."""
+    file.write_bytes(model.SerializeToString())
+    return {**_known(file), "takes": [one.name for one in model.graph.input], "gives": gives}
 
-    def run(*arrays: Any) -> dict[str, Any]:
-        feed = {f"input.{name}": x for name, x in zip(names, arrays, strict=True) if f"input.{name}" in read}
-        return dict(zip(answers, session.run(answers, feed), strict=True))
 
-    return run
+def _finish(what: _What, fresh: Path, kind: str, facts: Mapping[str, Any], inputs: Inputs) -> None:
+    """Put manifest and loop beside the graphs, and compare what it answers."""
+    _write(fresh, kind, {**_about(what, "onnxruntime"), **facts})
+    shutil.copyfile(Path(__file__).with_name("host.py"), fresh / "host.py")
+    _compare(what, lambda: EarlyExits(fresh), inputs)
 
 
 def _known(file: Path) -> dict[str, Any]:
@@ -268,7 +264,7 @@ def _about(what: _What, runtime: str) -> dict[str, Any]:
         del written["hash_N"]
         if why_void(record, sdn, what.policy, look=what.look, backend=runtime, weights=weights_hash(sdn)):
             del written["certificate"]
-    signature = sdn.plan.inputs
+    signature, costs = sdn.plan.inputs, what.exits.costs(what.rule).tolist()
     leaves = zip(signature.names, signature.shapes, signature.dtypes, strict=True)
     return {
         "model": sdn.plan.model,
@@ -278,6 +274,7 @@ def _about(what: _What, runtime: str) -> dict[str, Any]:
         "num_classes": sdn.plan.num_classes,
         "class_names": sdn.class_names,
         "preprocessing": sdn.preprocessing,
+        "exits": [{"name": n, "cost": c} for n, c in zip(what.exits.exit_names, costs, strict=True)],
         "full_exit": what.exits.full_exit,
         "second_look": None if what.look is None else what.look.name,
         "policy": facts,
@@ -285,15 +282,6 @@ def _about(what: _What, runtime: str) -> dict[str, Any]:
         "plan": plan_to_json(sdn.plan),
         "versions": {name: version(name) for name in ("shallowdeep", "torch", "onnx", "onnxruntime")},
     }
-
-
-def _exit(what: _What, step: Step) -> dict[str, Any]:
-    cost = float(what.exits.costs(what.rule)[step.exit])
-    return {"exit": step.exit, "name": what.exits.exit_names[step.exit], "cost": cost}
-
-
-def _step(what: _What, step: Step, file: Path) -> dict[str, Any]:
-    return {**_known(file), **_exit(what, step), "takes": step.takes, "gives": step.gives}
 
 
 def _formulas(what: _What, step: Step) -> dict[str, Any]:
@@ -330,11 +318,10 @@ def _compare(what: _What, load: Callable[[], Callable[..., Mapping[str, Any]]], 
 def _compare_answers(rule: Rule, expected: Answer, found: Mapping[str, Tensor], same_B: Tensor) -> None:
     """Raise ``ExportError`` unless rows that left at the ``same_B`` exit are answered the same but for rounding."""
     softmax_BC, own_BC = expected.logits_BC.double().softmax(1), found["probabilities"].double()
-    valid_B = expected.valid_B if "valid" in found else softmax_BC.isfinite().all(1)
-    odd_B = (found.get("valid", own_BC.isfinite().all(1)) != valid_B) & same_B
+    odd_B = (found["valid"] != expected.valid_B) & same_B
     if bool(odd_B.any()):
         raise ExportError(f"The export says otherwise than the engine whether {int(odd_B.sum())} rows have an answer.")
-    good_B = same_B & valid_B
+    good_B = same_B & expected.valid_B
     scale_E = torch.tensor([max(1.0, inverse(std)) * len(rule.asked) for _, std in rule.moments])
     numbers: dict[str, tuple[Tensor | None, float | Tensor]] = {
         "probabilities": (softmax_BC, 1.0),
@@ -344,7 +331,7 @@ def _compare_answers(rule: Rule, expected: Answer, found: Mapping[str, Tensor], 
         "alarm": (expected.alarm_B, 1.0),
     }
     for name, (right, scale) in numbers.items():
-        if right is None or (name == "cost" and name not in found):  # the single file leaves it to its manifest
+        if right is None:
             continue
         far = float(((found[name].double() - right).abs() / scale)[good_B].max()) if bool(good_B.any()) else 0.0
         if not far <= FAR:  # nor NaN

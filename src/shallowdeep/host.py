@@ -28,10 +28,11 @@ class EarlyExits:
             self.manifest: dict[str, Any] = dict(json.loads(manifest.read_text(encoding="utf-8")))
         except (TypeError, ValueError):
             raise ValueError(f"{manifest} is damaged: export the network again.") from None
-        if self.manifest.get("format") != 2:
-            raise ValueError(f"{manifest} has the format {self.manifest.get('format')!r}; this loop reads format 2.")
-        if self.manifest.get("kind") != "folder":
-            raise ValueError(f"{folder} is an export of kind {self.manifest.get('kind')!r}; this loop runs 'folder'.")
+        kind, version = self.manifest.get("kind"), self.manifest.get("format")
+        if version != 3:
+            raise ValueError(f"{manifest} has the format {version!r}; this loop reads format 3.")
+        if kind not in ("folder", "file"):
+            raise ValueError(f"{folder} is an export of kind {kind!r}; this loop runs 'folder' and 'file'.")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -39,7 +40,7 @@ class EarlyExits:
             files = [(Path(folder) / step["file"], step["sha256"]) for step in self.manifest["steps"]]
         except (KeyError, TypeError):
             files = []
-        if not files or not {"inputs", "answers", "fresh", "rowless"} <= self.manifest.keys():
+        if not files or not {"inputs", "answers", "exits", "fresh", "rowless"} <= self.manifest.keys():
             raise ValueError(f"{manifest} is damaged: export the network again.")
         self.sessions = []
         for file, sha256 in files:
@@ -55,7 +56,7 @@ class EarlyExits:
         about, rows, batch = self.manifest, self._checked(inputs), len(inputs[0])
         rows |= {name: np.repeat(np.array(row["row"], row["dtype"]), batch, 0) for name, row in about["fresh"].items()}
         answer = {one["name"]: np.zeros((batch, *one["shape"]), one["dtype"]) for one in about["answers"]}
-        cost, where = np.zeros(batch), np.arange(batch)
+        where = np.arange(batch)
         for step, session in zip(about["steps"], self.sessions, strict=True):
             if not len(where):
                 break
@@ -64,10 +65,10 @@ class EarlyExits:
             leave = rows.pop("leave", np.ones(len(where), bool))
             for name, array in answer.items():
                 array[where[leave]] = rows.pop(name)[leave]
-            cost[where[leave]] = step["cost"]
             where = where[~leave]
             rows = {name: x if name in about["rowless"] else x[~leave] for name, x in rows.items()}
-        return answer | {"cost": cost, "valid": np.isfinite(answer["logits"]).all(1)}
+        cost_E, said = np.array([one["cost"] for one in about["exits"]]), answer.get("logits", answer["probabilities"])
+        return answer | {"cost": cost_E[answer["exit"]], "valid": np.isfinite(said).all(1)}
 
     def _checked(self, inputs: tuple[Any, ...]) -> dict[str, Any]:
         wanted = self.manifest["inputs"]
