@@ -12,14 +12,14 @@ test: .venv/dev
 	$(BIN)/python -m pytest -n 2
 
 check: .venv/dev
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 format: .venv/dev
-	$(BIN)/ruff format src tests
-	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks
 
 # The study's missing runs, several networks at once on one GPU, stopping in time; the next call goes on.
 SDN ?= $(BIN)/sdn

@@ -107,7 +107,7 @@ def violations(trace: Trace, policy: Policy) -> list[dict[str, float]]:
             given, violated, coverage = 0, 0, 0.0
             for _ in range(DRAWS):
                 parts = (rng.integers(population.num_samples, size=n) for n in (3 * rows // 10, 7 * rows // 10))
-                choose, test = (Judged(*(x[np.sort(part)] for x in known)) for part in parts)
+                choose, test = (Judged(known.alarm_N[rows], known.wrong_N[rows]) for rows in map(np.sort, parts))
                 step = last_passing(choose, test, max_error, 0.95)
                 kept = int(np.searchsorted(known.alarm_N, step.threshold, side="right")) if step.passed else 0
                 given, coverage = given + step.passed, coverage + kept / population.num_samples

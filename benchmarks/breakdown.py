@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import study_sdn
 from torch import Tensor
 
 from shallowdeep.costs import exits_of
@@ -35,6 +34,7 @@ from shallowdeep.runtime.on_onnxruntime import OnOnnxRuntime
 from shallowdeep.steps import Joined, Step, chain, make_steps
 from shallowdeep.timing import quartiles
 from shallowdeep.verbs import load_sdn, ready
+from study import study_sdn
 
 BLOCKS, ROWS_A_BLOCK, SHOWN = 60, 64, ("logits", "softmax", "stop")
 Call = Callable[[Tensor], object]

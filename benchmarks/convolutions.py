@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,10 @@ def main() -> None:
     torch.set_num_threads(1)
     images = torch.randn(128, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(128) % 10
-    result = {"device": describe_device(), "seconds_per_step": {}, "speedup": {}}
+    result: dict[str, Any] = {"device": describe_device(), "seconds_per_step": {}, "speedup": {}}
     for name in ("vgg16", "mobilenet", "resnet56"):
-        model, seconds = make_network(name, 10, 32), {"plain": [], "quick": []}
+        model = make_network(name, 10, 32)
+        seconds: dict[str, list[float]] = {"plain": [], "quick": []}
         sgd = torch.optim.SGD(model.parameters(), lr=0.01)
         for _ in range(ROUNDS + 1):
             for way, mode in (("plain", nullcontext()), ("quick", QuickConvolutions())):

@@ -217,4 +217,5 @@ def shown(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:5]), *sys.argv[5:])
+    sdn_dir, weights, data, out = map(Path, sys.argv[1:5])
+    main(sdn_dir, weights, data, out, *sys.argv[5:])

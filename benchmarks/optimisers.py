@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -23,7 +24,7 @@ from shallowdeep.runs import describe_device
 def main(data: Path, out: Path, network: str = "mobilenet", epochs: str = "4") -> None:
     chosen, (images, labels) = study_set("cifar10"), read_rows("cifar10", data, "train")
     kept, held = split_rows(labels)
-    result = {"network": network, "epochs": int(epochs), "device": describe_device(), "ways": {}}
+    result: dict[str, Any] = {"network": network, "epochs": int(epochs), "device": describe_device(), "ways": {}}
     for name, recipe in (("sgd", FAST), ("muon", FAST_WHOLE[network])):
         model, start = fresh_network(network, chosen, seed=0), time.perf_counter()
         train_backbone(

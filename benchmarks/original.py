@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from shallowdeep.classifiers import Said
 from shallowdeep.data import halves, read_data
 from shallowdeep.files import read_json
 from shallowdeep.network import ShallowDeepNetwork
+from shallowdeep.paper.networks import ResNet
 from shallowdeep.policies import Confidence
 from shallowdeep.runs import describe_device
 from shallowdeep.runtime.backends import BackendName
@@ -39,7 +41,7 @@ BF16: BackendName = "openvino-bf16"
 
 def slow(sdn: ShallowDeepNetwork, policy: Confidence, image: Tensor) -> int:
     """The exit of one image [1, 3, 32, 32], as the authors' early exit finds it."""
-    net, places = sdn.backbone, {cut.name: exit for exit, cut in enumerate(sdn.plan.cuts)}
+    net, places = cast(ResNet, sdn.backbone), {cut.name: exit for exit, cut in enumerate(sdn.plan.cuts)}
     said: Said | None = None
     x = F.relu(net.bn1(net.conv1(image)))
     for layer in ("layer1", "layer2", "layer3"):

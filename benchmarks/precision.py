@@ -43,7 +43,10 @@ def main() -> None:
 
     def answered(engine: Engine, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = [engine(part) for part in torch.split(rows, 256)]
-        return tuple(torch.cat([getattr(part, name) for part in parts]) for name in ("exit_B", "labels_B", "cost_B"))
+        exit_N, label_N, cost_N = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("exit_B", "labels_B", "cost_B")
+        )
+        return exit_N, label_N, cost_N
 
     found: dict[str, Any] = {"device": describe_device(), "rows": len(images), "float32": {}}
     for name in FLOAT32:

@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ from torch import Tensor
 import shallowdeep as sd
 from shallowdeep.augment import FlipCrop
 from shallowdeep.data import Preprocessing, read_data
-from shallowdeep.demo import public_resnet
+from shallowdeep.demo import Kind, public_resnet
+from shallowdeep.features import Cache
 from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.runs import describe_device
 from shallowdeep.verbs import IMAGENET_MEAN, IMAGENET_STD
@@ -41,7 +43,7 @@ def original_way(sdn: ShallowDeepNetwork, rows: tuple[Tensor, Tensor], augment: 
     start = time.perf_counter()
     for batch in torch.split(order, 128):
         answers = sdn(augment(rows[0][batch], generator))
-        loss = sum(F.cross_entropy(answer, rows[1][batch]) for answer in answers[:-1])
+        loss = torch.stack([F.cross_entropy(answer, rows[1][batch]) for answer in answers[:-1]]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -59,18 +61,20 @@ def main() -> None:
     train, test = (
         (preprocessing.apply(rows.inputs), rows.labels_N)
         for rows in (read_data(choices.data, split=split) for split in ("train", "test"))
+        if isinstance(rows.inputs, Tensor)
     )
     black = tuple(-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
     augment = FlipCrop(padding=4, fill=black)
-    result: dict[str, object] = {"device": describe_device(), "torch": torch.__version__, "epochs_paper": EPOCHS}
+    result: dict[str, Any] = {"device": describe_device(), "torch": torch.__version__, "epochs_paper": EPOCHS}
 
-    def fresh(classifier: str) -> ShallowDeepNetwork:
+    def fresh(classifier: Kind) -> ShallowDeepNetwork:
         model = public_resnet(choices.weights)
         torch.manual_seed(0)
         return sd.attach(model, sd.plan(model, train[0][:2], classifier=classifier))
 
     result["original_epoch_seconds"] = 10 * original_way(fresh("paper"), train, augment)
-    for kind, cache in (("paper", "auto"), ("strong", "auto"), *([("paper", "off")] if choices.streamed else [])):
+    ways: list[tuple[Kind, Cache]] = [("paper", "auto"), ("strong", "auto")]
+    for kind, cache in [*ways, ("paper", "off")] if choices.streamed else ways:
         sdn = fresh(kind)
         done = sd.train_exits(sdn, train, augment=augment, cache=cache)
         trace = sd.collect(sdn, test)
@@ -79,8 +83,8 @@ def main() -> None:
         result[f"{name}_feature_seconds"] = done.feature_seconds
         result[f"{name}_accuracy"] = (trace.logits_ENC.argmax(-1) == trace.labels_N).double().mean(1).tolist()
         print(name, json.dumps(result), flush=True)
-    original = EPOCHS * float(result["original_epoch_seconds"])  # type: ignore[arg-type]
-    result["speedup_over_original"] = original / float(result["paper_cached_seconds"])  # type: ignore[arg-type]
+    original = EPOCHS * result["original_epoch_seconds"]
+    result["speedup_over_original"] = original / result["paper_cached_seconds"]
     choices.out.parent.mkdir(parents=True, exist_ok=True)
     choices.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -16,8 +16,9 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 import shallowdeep as sd
 from shallowdeep.augment import FlipCrop
-from shallowdeep.data import Preprocessing, read_data
+from shallowdeep.data import Dataset, Preprocessing, read_data
 from shallowdeep.demo import public_resnet
 from shallowdeep.files import write_text
 from shallowdeep.network import load
@@ -36,6 +37,12 @@ from shallowdeep.verbs import IMAGENET_MEAN, IMAGENET_STD
 PIXELS = Preprocessing(mean=IMAGENET_MEAN, std=IMAGENET_STD, size=(32, 32))
 AT = (0.2, 0.4, 0.6, 0.8)
 RATE, BATCH, IC_ROWS = 0.1, 128, 20_000
+Made: TypeAlias = tuple[Trace, Trace, dict[str, Any]]
+
+
+def pixels(data: Dataset) -> Tensor:
+    assert isinstance(data.inputs, Tensor)
+    return data.inputs
 
 
 def trained(network: nn.Module, rows: tuple[Tensor, Tensor], *, epochs: int, lr: float, augment: bool) -> nn.Module:
@@ -45,7 +52,7 @@ def trained(network: nn.Module, rows: tuple[Tensor, Tensor], *, epochs: int, lr:
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     steps = epochs * -(-len(labels) // BATCH)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
-    network.train()
+    network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     for epoch in range(epochs):
         start, total = time.process_time(), 0.0
         for batch_B in torch.randperm(len(labels), generator=draw).split(BATCH):
@@ -68,43 +75,43 @@ def with_exits(network: nn.Module, rows: tuple[Tensor, Tensor]) -> sd.ShallowDee
     return sdn.eval()
 
 
-def backdoored(cifar10: Path, weights: Path) -> tuple[Trace, Trace, dict[str, Any]]:
+def backdoored(cifar10: Path, weights: Path) -> Made:
     train, test = (read_data(cifar10, split=split) for split in ("train", "test"))
     # Not the seed that draws batches: they would begin with all poisoned rows, and forget them.
-    images, labels = poisoned((train.inputs, train.labels_N), RATE, seed=1)
-    network = public_resnet(weights).to(memory_format=torch.channels_last)
+    images, labels = poisoned((pixels(train), train.labels_N), RATE, seed=1)
+    network = public_resnet(weights)
     sdn = with_exits(
         trained(network, (PIXELS.apply(images), labels), epochs=1, lr=0.02, augment=False),
-        (PIXELS.apply(train.inputs), train.labels_N),
+        (PIXELS.apply(pixels(train)), train.labels_N),
     )
     others_N = test.labels_N != TARGET
-    own = sd.collect(sdn, (PIXELS.apply(test.inputs), test.labels_N))
-    other = sd.collect(sdn, (PIXELS.apply(stamped(test.inputs[others_N])), test.labels_N[others_N]))
+    own = sd.collect(sdn, (PIXELS.apply(pixels(test)), test.labels_N))
+    other = sd.collect(sdn, (PIXELS.apply(stamped(pixels(test)[others_N])), test.labels_N[others_N]))
     success_E = (other.logits_ENC.argmax(2) == TARGET).double().mean(1).tolist()
     return own, other, {"poisoned": RATE, "attack_success_exits": success_E}
 
 
-def cifar100(cifar10: Path, data: Path, weights: Path) -> tuple[Trace, Trace, dict[str, Any]]:
+def cifar100(cifar10: Path, data: Path, weights: Path) -> Made:
     train, test, elsewhere = (
         read_data(data, split="train"),
         read_data(data, split="test"),
         read_data(cifar10, split="test"),
     )
-    network = public_resnet(weights).to(memory_format=torch.channels_last)
+    network = public_resnet(weights)
     torch.manual_seed(0)
     network.linear = nn.Linear(64, 100)
-    rows = PIXELS.apply(train.inputs), train.labels_N
+    rows = PIXELS.apply(pixels(train)), train.labels_N
     sdn = with_exits(trained(network, rows, epochs=6, lr=0.2, augment=True), rows)
-    own = sd.collect(sdn, (PIXELS.apply(test.inputs), test.labels_N))
-    return own, sd.collect(sdn, (PIXELS.apply(elsewhere.inputs), elsewhere.labels_N)), {"epochs": 6}
+    own = sd.collect(sdn, (PIXELS.apply(pixels(test)), test.labels_N))
+    return own, sd.collect(sdn, (PIXELS.apply(pixels(elsewhere)), elsewhere.labels_N)), {"epochs": 6}
 
 
-def cifar10(data: Path, others: Path, weights: Path, sdn_dir: Path) -> tuple[Trace, Trace, dict[str, Any]]:
+def cifar10(data: Path, others: Path, weights: Path, sdn_dir: Path) -> Made:
     sdn = load(sdn_dir, public_resnet(weights)).eval()
     own, elsewhere = read_data(data, split="test"), read_data(others, split="test")
     nobody = torch.zeros(len(elsewhere), dtype=torch.int64)  # CIFAR-100's labels mean nothing here
     traces = (
-        sd.collect(sdn, (PIXELS.apply(rows.inputs), labels))
+        sd.collect(sdn, (PIXELS.apply(pixels(rows)), labels))
         for rows, labels in ((own, own.labels_N), (elsewhere, nobody))
     )
     return next(traces), next(traces), {}
@@ -116,7 +123,7 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    jobs = {
+    jobs: dict[str, Callable[[], Made]] = {
         "cifar10": lambda: cifar10(given.cifar10, given.cifar100, given.resnet56, given.sdn),
         "backdoored": lambda: backdoored(given.cifar10, given.resnet20),
         "cifar100": lambda: cifar100(given.cifar10, given.cifar100, given.resnet20),

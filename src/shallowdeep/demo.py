@@ -28,7 +28,7 @@ from shallowdeep.files import write_text
 from shallowdeep.joint import JointRecipe, train_backbone
 from shallowdeep.models import load_weights
 from shallowdeep.network import ShallowDeepNetwork, attach, save
-from shallowdeep.paper.networks import resnet20, resnet56
+from shallowdeep.paper.networks import ResNet, resnet20, resnet56
 from shallowdeep.policies import Policy
 from shallowdeep.progress import steps
 from shallowdeep.runs import plain, write_run
@@ -151,7 +151,7 @@ def cifar10_demo(
     return finish(out, sdn, policy, trace, result, about)
 
 
-def public_resnet(weights: Path) -> nn.Module:
+def public_resnet(weights: Path) -> ResNet:
     """ResNet-20 or ResNet-56, whichever the public weights fit."""
     for build in (resnet56, resnet20):
         model = build()

@@ -162,7 +162,7 @@ def machine() -> dict[str, str]:
         "C++ compiler": _compiler() or "none",
     }
     if torch.cuda.is_available():
-        facts["CUDA"] = f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
+        facts["CUDA"] = f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     return facts
 
 

@@ -92,7 +92,7 @@ class ShallowDeepNetwork(nn.Module):
                 ready = x.clone()  # the backbone may write into x
                 if rescale_gradients:
                     ready = _scale_gradient(ready, 1 / ahead)
-                    x.register_hook(lambda gradient: gradient * (ahead / (ahead + 1)))  # type: ignore[no-untyped-call]
+                    x.register_hook(lambda gradient: gradient * (ahead / (ahead + 1)))
             answers.append(self.classifier(position)(ready, said, self._mask(position, inputs)))
             said = Said.of(*answers[-1], linked=linked)
 

@@ -363,7 +363,7 @@ class _ExitRun:
             loss_E = torch.stack(
                 [F.cross_entropy(a.float(), labels_B, reduction="sum", label_smoothing=smoothing) for a in answers]
             )
-            (loss_E.sum() / size).backward()  # type: ignore[no-untyped-call]
+            (loss_E.sum() / size).backward()
             sums = loss_E.detach().double()
         if self.share.world > 1:
             for parameter in classifiers.parameters():
