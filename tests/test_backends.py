@@ -33,9 +33,10 @@ from shallowdeep.policies import (
     Tempered,
 )
 from shallowdeep.runtime import engine as engine_module
-from shallowdeep.runtime import loop
+from shallowdeep.runtime import loop, on_openvino
 from shallowdeep.runtime import programs as programs_module
 from shallowdeep.runtime.engine import Engine
+from shallowdeep.runtime.on_openvino import OnOpenVino
 from shallowdeep.runtime.on_torch import OnTorch
 from shallowdeep.runtime.times import StepTimes
 from shallowdeep.types import Answer, BackendError, CutError, DataError, MissingExtra
@@ -489,6 +490,30 @@ def test_a_backend_that_computes_wrongly_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(programs_module, "OnOpenVino", lambda threads: Wrong(torch.device("cpu")))
     with pytest.raises(BackendError, match=r"'torch' computes 'logits\.0' of exit 0 wrongly: 0\.01 away from PyTorch"):
         Engine(tiny(), Confidence(threshold=0.5), backend="openvino")
+
+
+def test_openvino_has_a_graph_for_one_row_unless_the_network_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[int]] = []
+    real = OnOpenVino.load
+
+    def load(self: Any, model: Any, gives: Any, *, alone: bool) -> Any:
+        axis = model.graph.input[0].type.tensor_type.shape.dim[0]
+        if alone:
+            found[-1].append(axis.dim_value)
+        return real(self, model, gives, alone=alone)
+
+    monkeypatch.setattr(OnOpenVino, "load", load)
+    policy, answers = policies()["confidence"], []
+    for megabytes in (64, 0):
+        monkeypatch.setattr(on_openvino, "SMALL_MB", megabytes)
+        found.append([])
+        engine = Engine(tiny(), policy, backend="openvino")
+        answers.append([engine(row) for row in (*rows(20).split(1), rows(20))])
+    assert found == [[0, 1], [0]]
+    for own, other in zip(*answers, strict=True):
+        assert own.exit_B.tolist() == other.exit_B.tolist()
+        torch.testing.assert_close(own.logits_BC, other.logits_BC)
+    assert len({int(one.exit_B) for one in answers[0][:-1]}) > 1
 
 
 @pytest.mark.parametrize(("backend", "extra"), [("onnxruntime", "export"), ("openvino", "openvino")])

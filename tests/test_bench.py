@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from shallowdeep.policies import Confidence, Fixed
+from shallowdeep.runtime import backends as backends_module
 from shallowdeep.runtime import bench as bench_module
 from shallowdeep.runtime.bench import Times, Way, bench, verdict
 from shallowdeep.runtime.on_torch import OnTorch
+from shallowdeep.steps import Joined
 from test_backends import middle, rows, tiny
 
 
@@ -74,7 +76,7 @@ def test_the_figures_follow_from_the_times() -> None:
     assert (one["best_full_backend"], one["best_full_ms"], one["full_ms"]) == ("onnxruntime", 8.0, 10.0)
     assert one["speedup"] == pytest.approx(8 / 5)
     assert one["ideal_speedup"] == pytest.approx(8 / 5.5)
-    assert one["efficiency"] == pytest.approx(5.5 / 5)
+    assert one["efficiency"] == pytest.approx(one["speedup"] / one["ideal_speedup"])
     assert one["rows_per_second"] == pytest.approx(800)
     drifting = times | {
         Way("onnxruntime", "full"): Times(50.0, [8.0, 16.0], [4.0, 8.0, 16.0]),
@@ -82,6 +84,7 @@ def test_the_figures_follow_from_the_times() -> None:
     }
     slower = bench_module._facts("torch", 1, 4, drifting, torch.tensor([0, 2]), 2)
     assert [slower["speedup"], *slower["speedup_quartiles"]] == [2, 2, 2], "the machine slows down for both"
+    assert slower["efficiency"] == pytest.approx(2 / slower["ideal_speedup"])
     few = bench_module._facts("torch", 1, 4, times, torch.tensor([0] + [2] * 9), 2)
     assert few["efficiency"] is None, "a tenth of early answers says nothing"
 
@@ -157,9 +160,10 @@ def test_what_the_verdict_says() -> None:
     slow = {
         "batch_size": 1, "threads": 2, "backend": "torch", "best_full_backend": "onnxruntime", "speedup": 0.9,
         "speedup_quartiles": [0.85, 0.95], "early_exit_ms": 2.0, "other_ms": {"small": 1.0, "cut 0": 0.5, "cut 1": 1.5},
+        "accuracy_full": 0.933, "accuracy_early_exit": 0.929, "share_early": 0.5,
     }  # fmt: skip
     others = {"small": 0.917, "cut 0": 0.70, "cut 1": 0.926}
-    found = {"accuracy_full": 0.933, "accuracy_early_exit": 0.929, "accuracy_others": others, "measured": [slow]}
+    found = {"accuracy_others": others, "measured": [slow]}
     said = verdict(found)
     assert said.startswith(
         "batch 1, 2 threads: 0.90x (0.85 to 0.95) at 0.40 points, torch against the whole network on"
@@ -170,6 +174,54 @@ def test_what_the_verdict_says() -> None:
     assert "exit 0" not in said
     paying = {**slow, "speedup": 1.5, "speedup_quartiles": [1.4, 1.6], "early_exit_ms": 0.4}
     assert "do not pay" not in verdict({**found, "measured": [paying]})
+    level = {**slow, "speedup": 1.0, "speedup_quartiles": [0.97, 1.03]}
+    assert "early exits do not pay here" in verdict({**found, "measured": [level]})
+    nobody = {**level, "share_early": 0.0}
+    assert "the policy always runs the whole network, which alone would do" in verdict({**found, "measured": [nobody]})
+    reduced = {
+        **paying,
+        "backend": "openvino-bf16",
+        "speedup": 2.0,
+        "accuracy_full": 0.931,
+        "accuracy_early_exit": 0.921,
+    }
+    assert "2.00x (1.40 to 1.60) at 1.00 points, openvino-bf16" in verdict({**found, "measured": [paying, reduced]})
+
+
+class Sloppy(OnTorch):
+    """Answers the first class whatever it is given."""
+
+    def compile(self, step: Any, example: Any) -> Any:
+        run = super().compile(step, example)
+        if not isinstance(step, Joined):
+            return run
+        return lambda arrays: [*run(arrays)[:-1], torch.eye(4)[torch.zeros(len(arrays[0]), dtype=torch.int64)]]
+
+
+def test_every_backend_is_as_accurate_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(name: str, device: torch.device, threads: int) -> OnTorch:
+        return Sloppy(device) if name == "onnxruntime" else OnTorch(device)
+
+    monkeypatch.setattr(bench_module, "make_backend", made)
+    labels_N, policy = tiny()(rows(32))[-1].argmax(1), Confidence(threshold=0.5)
+    found = bench(
+        tiny(),
+        policy,
+        (rows(32), labels_N),
+        backends=("torch", "onnxruntime"),
+        batch_sizes=(8,),
+        threads=(1,),
+        blocks=2,
+    )
+    assert [one["accuracy_full"] for one in found["measured"]] == [1.0, float((labels_N == 0).double().mean())]
+
+
+def test_backends_that_are_absent_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert backends_module.usual(cpu) == ("torch", "onnxruntime", "openvino")
+    monkeypatch.setattr(backends_module, "find_spec", lambda name: None if name == "openvino" else 1)
+    assert backends_module.usual(cpu) == ("torch", "onnxruntime")
+    assert bench_module._backends((), rows(1)) == ("torch", "onnxruntime")
 
 
 def test_a_policy_that_asks_nobody_is_the_whole_network() -> None:

@@ -119,6 +119,8 @@ def test_all_verbs_one_after_another(
     assert 0 < evaluated["mean_cost"] < 1.1
     tuned = run(capsys, "tune", "--max-accuracy-drop", "0.05", "--backend", "torch")
     assert tuned["asked"][-1] is True  # type: ignore[index]
+    main(["tune", "--max-accuracy-drop", "-0.9", "--backend", "torch", "--out", "runs/gain"])
+    assert "the whole network gains anything on itself): the policy is the whole network." in capsys.readouterr().out
     asked = run(
         capsys, "calibrate", "--max-accuracy-drop", "0.05", "--exits-of", "runs/calibrate", "--out", "runs/again"
     )
@@ -205,6 +207,7 @@ def test_all_verbs_one_after_another(
         (("train", "DATA", "--lr", "0.1"), "lr is the rate of joint training: give --jointly, too."),
         (("train", "DATA", "--views", "2"), "Views are drawn for ICs alone, and with an augmentation"),
         (("bench", "DATA", "--batch-sizes", "1", "0"), "Must be >= 1"),
+        (("bench", "DATA", "--rival-weights", "DATA"), "are the weights of a rival: give --rival, too."),
         (("tune", "--backend", "tensorrt"), '"onnxruntime"'),
         (("doctor", "me"), "See sdn doctor --help."),
         (("demo", "--data", "cifar10"), "--data-dir"),

@@ -90,6 +90,33 @@ def test_rows_that_are_no_numbers_get_no_answer(fallback: Any, tmp_path: Path) -
     assert int((~expected.valid_B).sum()) > 0
 
 
+class Cropped(torch.nn.Module):
+    """A network that does not read the middle of its input, and whose pooling forgets a NaN in ONNX."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = torch.nn.Conv1d(1, 4, 3), torch.nn.Conv1d(4, 4, 1), torch.nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.max_pool1d(self.first(x[:, :, :6]), 2)
+        return self.head(self.second(x).relu().mean(2))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_number_that_is_none_is_seen_wherever_it_is_read(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(30, 1, 20)
+    sdn = sd.attach(Cropped(), sd.plan(Cropped(), inputs[:1], at=(0.4,))).eval()
+    policy = Confidence(threshold=middle(sdn, inputs))
+    {"folder": export_folder, "file": export_file}[kind](sdn, policy, tmp_path / "out", inputs)
+    inputs[3, 0, 2], inputs[5, 0, 1] = torch.nan, torch.inf
+    expected = Engine(sdn, policy, backend="torch")(inputs)
+    assert expected.valid_B.logical_not().nonzero().flatten().tolist() == [3, 5]
+    same(EarlyExits(tmp_path / "out")(inputs.numpy()), expected)
+    inputs[7, 0, 15] = torch.nan  # which the network does not read: an export has no eye for that
+    assert not EarlyExits(tmp_path / "out")(inputs.numpy())["valid"][7]
+
+
 class Gated(torch.nn.Module):
     """A network in which an infinity means something: who is not looked at."""
 
@@ -236,11 +263,14 @@ def test_files_that_are_not_what_was_exported(exported: Path, tmp_path: Path) ->
             ValueError, match=r"manifest\.json (is damaged: export the network again|has the format None)"
         ):
             EarlyExits(folder)
-    for part, value in (("steps", []), ("steps", "x"), ("steps", [{}]), ("inputs", None)):
-        damaged = json.loads(manifest_of(exported)) | {part: value}
-        (folder / "manifest.json").write_text(json.dumps({k: v for k, v in damaged.items() if v is not None}))
-        with pytest.raises(ValueError, match=r"manifest\.json is damaged: export the network again"):
-            EarlyExits(folder)
+    about = json.loads(manifest_of(exported))
+    for part in ("steps", "inputs", "answers", "exits", "fresh", "policy", "sha256"):
+        for damaged in (about | {part: about[part][:-1] if isinstance(about[part], list) else None}, {**about}):
+            if damaged == about:
+                del damaged[part]
+            (folder / "manifest.json").write_text(json.dumps(damaged))
+            with pytest.raises(ValueError, match=r"manifest\.json is not what was exported: its hash has changed"):
+                EarlyExits(folder)
     (folder / "manifest.json").write_text(json.dumps(json.loads(manifest_of(exported)) | {"kind": "programs"}))
     with pytest.raises(ValueError, match="copy is an export of kind 'programs'; this loop runs 'folder' and 'file'"):
         EarlyExits(folder)
@@ -357,11 +387,15 @@ def test_what_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="ControlFlow cannot be exported: only its own modules run it"):
         export_folder(sdn, Confidence(threshold=0.5), tmp_path / "out", ZOO["control_flow"].batch(8))
     (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/mine.txt").touch()
     with pytest.raises(ExportError, match="photos is there and is no export"):
         export_folder(tiny(), policies()["never"], tmp_path / "photos", rows(60))
     (tmp_path / "photos/manifest.json").write_text('{"name": "an app of mine"}')
     with pytest.raises(ExportError, match="photos is there and is no export"):
         export_folder(tiny(), policies()["never"], tmp_path / "photos", rows(60))
+    (tmp_path / "empty").mkdir()
+    export_folder(tiny(), policies()["never"], tmp_path / "empty", rows(60))
+    assert (tmp_path / "empty/manifest.json").is_file()
     for export in (export_folder, export_file, export_programs):
         with pytest.raises(
             DataError, match=r"takes float32 \[rows, 6\]; the rows to compare it on are float64 \[rows, 6"

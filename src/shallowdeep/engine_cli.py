@@ -83,7 +83,7 @@ def bench(
     out
         Folder to write.
     backends
-        What to compare; default: torch, onnxruntime and openvino, on a GPU torch and torch-compile.
+        What to compare; default: torch, onnxruntime and openvino, those installed; on a GPU torch and torch-compile.
     batch_sizes
         Rows answered at once.
     threads

@@ -68,6 +68,9 @@ def tune_verb(
         lines.append((name, f"{ms:.3f}", f"{ms / costs.full_ms:.2f}", "yes" if on else ""))
     print(f"{table(lines)}\nnetwork in one piece: {costs.full_ms:.3f} ms ({costs.backend}, batches of {batch_size})")
     print(f"expected: {tuned.expected_time:.2f} of its time")
+    if isinstance(tuned.policy, Fixed):
+        gain = " (nor does the whole network gain anything on itself)" if max_accuracy_drop < 0 else ""
+        print(f"No exits keep the aim and save time here{gain}: the policy is the whole network.")
     write_text(out / "policy.json", json.dumps(to_json(tuned.policy), indent=1))
     (out / "plan.json").unlink(missing_ok=True)  # of an earlier run
     if tuned.plan is not None:
@@ -100,6 +103,8 @@ def bench_verb(
     sdn, preprocessing = load_sdn(sdn_dir, device)
     rows = data.read(sdn.class_names)
     rivals = {}
+    if rival_weights is not None and rival is None:
+        raise ValueError("rival_weights are the weights of a rival: give --rival, too.")
     if rival is not None:
         other = load_model(rival, weights=rival_weights, num_classes=sdn.plan.num_classes)
         rivals[rival.rpartition(":")[2]] = other.to(device)

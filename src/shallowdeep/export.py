@@ -41,7 +41,7 @@ from shallowdeep.walking import Rule, inverse
 try:
     from onnx import helper
 
-    from shallowdeep.host import EarlyExits
+    from shallowdeep.host import EarlyExits, manifest_hash
     from shallowdeep.nested import answering_model, nested_model
 except ImportError as error:
     raise MissingExtra(f"Exports need {error.name}: pip install 'shallowdeep[export]'.") from error
@@ -53,6 +53,10 @@ DIFFER = 0.001
 """Share of rows whose exit may differ from PyTorch's, as scores within rounding of a threshold do: none of 999."""
 FAR = 0.001
 """How far numbers may lie from PyTorch's, and two classes from each other that rounding puts in another order."""
+IN_A_BATCH = "decided rows keep their answer and are not computed on"
+"""What the single file does with rows that are decided before others."""
+TRIED = 16
+"""Places of an input where a NaN is tried, one at a time."""
 CHECKED = (1, 2, 7)
 """Batch sizes at which an artefact is compared, beside all rows at once."""
 
@@ -142,7 +146,7 @@ def export_file(
         first = {name: x.numpy() for name, x in state.items()}
         model = nested_model(steps, models, first, answers, _spoilt(what, steps, inputs))
         whole = _saved(model, fresh / "model.onnx", answers)
-        facts = {"fresh": {}, "rowless": [], "steps": [whole], "answers": _arrays(model, answers)}
+        facts = {"fresh": {}, "rowless": [], "steps": [whole], "answers": _arrays(model, answers), "batch": IN_A_BATCH}
         _finish(what, fresh, "file", facts, inputs)
 
 
@@ -192,24 +196,28 @@ def _steps(what: _What) -> tuple[list[Step], list[list[Tensor]], dict[str, Tenso
 
 
 def _spoilt(what: _What, steps: Sequence[Step], inputs: Inputs) -> dict[str, bool]:
-    """Float inputs where one NaN leaves a row without an answer in PyTorch, and whether one infinity does so, too: that
-    of an attention mask does not.
+    """Float inputs whose NaN leave a row without an answer in PyTorch, and whether one infinity does so, too, wherever
+    one NaN does: that of an attention mask does not.
     """
     cpu, names, found = torch.device("cpu"), what.sdn.plan.inputs.names, {}
-    rows = named(names, take(inputs, slice(0, 2)))
+    row = named(names, take(inputs, slice(0, 1)))
 
-    def lost(name: str, value: float) -> bool:
-        given = {name: x.to(cpu, copy=True).contiguous() for name, x in rows.items()}
-        flat_BD = given[name].view(2, -1)
-        flat_BD[:, flat_BD.shape[1] // 2] = value
-        for _, _, said in chain(steps, given | remembered(what.policy, 2, cpu)):
+    def lost(name: str, value: float, places: Tensor) -> Tensor:
+        """Whether ``value`` at one of ``places`` leaves a row without an answer, each tried in a row of its own."""
+        given = {name: x.to(cpu).repeat(len(places), *(1,) * (x.ndim - 1)) for name, x in row.items()}
+        given[name].view(len(places), -1).scatter_(1, places, value)
+        for _, _, said in chain(steps, given | remembered(what.policy, len(places), cpu)):
             last = said
-        return not bool(finite_rows(last[steps[-1].gives.index(f"logits.{steps[-1].place}")]).any())
+        return ~finite_rows(last[steps[-1].gives.index(f"logits.{steps[-1].place}")])
 
     with torch.no_grad():
-        for name, x in rows.items():
-            if x.is_floating_point() and lost(name, math.nan):
-                found[name] = lost(name, math.inf) and lost(name, -math.inf)
+        for name, x in row.items():
+            if not x.is_floating_point() or not bool(lost(name, math.nan, torch.arange(x.numel())[None]).any()):
+                continue
+            single_P1 = (torch.arange(TRIED) * x.numel() // TRIED)[:, None]
+            read_P1 = single_P1[lost(name, math.nan, single_P1)]
+            endless = [lost(name, sign * math.inf, read_P1) for sign in (1, -1)] if len(read_P1) else []
+            found[name] = bool(endless) and bool(torch.cat(endless).all())
     return found
 
 
@@ -247,7 +255,8 @@ def _known(file: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, kind: str, manifest: Mapping[str, Any]) -> None:
-    text = json.dumps({"format": FORMAT, "kind": kind, **manifest}, indent=1)
+    about = json.loads(json.dumps({"format": FORMAT, "kind": kind, **manifest}))  # as a reader will find it
+    text = json.dumps({**about, "sha256": manifest_hash(about)}, indent=1)
     (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
@@ -378,7 +387,8 @@ def _is_export(folder: Path) -> bool:
 @contextmanager
 def _put_in_place(folder: Path) -> Iterator[Path]:
     """A fresh folder that takes the place of ``folder`` when all went well; else nothing is left of it."""
-    if folder.exists() and not _is_export(folder):
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty and not _is_export(folder):
         raise ExportError(f"{folder} is there and is no export: give another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as room:

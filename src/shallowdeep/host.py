@@ -17,6 +17,12 @@ import numpy as np
 import onnxruntime
 
 
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """SHA-256 of all that ``manifest`` says but its own hash."""
+    told = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
 class EarlyExits:
     """The network in ``folder``. Raises ``ValueError`` for files other than those that the manifest names."""
 
@@ -33,21 +39,18 @@ class EarlyExits:
             raise ValueError(f"{manifest} has the format {version!r}; this loop reads format 3.")
         if kind not in ("folder", "file"):
             raise ValueError(f"{folder} is an export of kind {kind!r}; this loop runs 'folder' and 'file'.")
+        if manifest_hash(self.manifest) != self.manifest.get("sha256"):
+            raise ValueError(f"{manifest} is not what was exported: its hash has changed. Export the network again.")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            files = [(Path(folder) / step["file"], step["sha256"]) for step in self.manifest["steps"]]
-        except (KeyError, TypeError):
-            files = []
-        if not files or not {"inputs", "answers", "exits", "fresh", "rowless"} <= self.manifest.keys():
-            raise ValueError(f"{manifest} is damaged: export the network again.")
         self.sessions = []
-        for file, sha256 in files:
+        for step in self.manifest["steps"]:
+            file = Path(folder) / step["file"]
             if not file.is_file():
                 raise ValueError(f"{file} is missing: the export is incomplete.")
             model = file.read_bytes()
-            if hashlib.sha256(model).hexdigest() != sha256:
+            if hashlib.sha256(model).hexdigest() != step["sha256"]:
                 raise ValueError(f"{file} is not the file that was exported: its hash has changed.")
             self.sessions.append(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
 

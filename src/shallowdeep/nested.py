@@ -26,12 +26,15 @@ def nested_model(
     fresh: Mapping[str, Any],
     answers: Sequence[str],
     spoilt: Mapping[str, bool] | None = None,
+    *,
+    single: bool = False,
 ) -> onnx.ModelProto:
     """The model, of the ``steps`` and the graph of each: its inputs are theirs (``input.NAME``), its outputs those of
     ``label``, ``logits`` [batch, C], ``probabilities`` [batch, C], ``exit``, ``confidence``, ``confusion`` and
     ``alarm`` [batch] (where the steps' rule has one) that ``answers`` names.
 
-    Rows leave inside the graph: those that go on are gathered, and their answers put back in place. ``fresh`` holds a
+    Rows leave inside the graph: those that go on are gathered, and their answers put back in place; with ``single``
+    there is one row, which leaves or goes on. ``fresh`` holds a
     row of what the policy remembers before its first question, as NumPy arrays. Rows with NaN in one of the inputs
     that ``spoilt`` names (with True: or an infinity) get logits that are NaN, also from runtimes that forget NaN.
     """
@@ -46,7 +49,8 @@ def nested_model(
     rows |= _lost(graph, inputs, spoilt or {})
     outputs = _outputs(steps[0], models[0], answers)
     types = {value.name: value.type.tensor_type.elem_type for value in outputs}
-    found = _ask(graph, [*zip(steps, models, strict=True)], 0, rows, answers, types)
+    ask = _ask_one if single else _ask
+    found = ask(graph, [*zip(steps, models, strict=True)], 0, rows, answers, types)
     return _model(graph, [*inputs.values()], found, outputs, models[0])
 
 
@@ -231,7 +235,7 @@ def _ask(
     stop = rows["leave"]
     index = graph.add("Squeeze", graph.add("NonZero", graph.add("Not", stop)), graph.ints([0]))
     number = graph.add("Size", index)
-    deeper, shallow = _Nodes(f"{graph.prefix}.{place}on"), _Nodes(f"{graph.prefix}.{place}off")
+    deeper, shallow = _branches(graph, place)
     needed = {name for later, _ in steps[place + 1 :] for name in later.takes} | {"said", "lost"}
     picked = {
         name: value if name in step.rowless else deeper.add("Gather", value, index, axis=0)
@@ -247,6 +251,29 @@ def _ask(
     gone = deeper.branch(all_on, (all_go, kept), (some_go, put), types)
     some_on = graph.add("Cast", number, to=TensorProto.BOOL)
     return graph.branch(some_on, (deeper, gone), (shallow, _answered(shallow, step, rows, answers)), types)
+
+
+def _ask_one(
+    graph: _Nodes,
+    steps: Sequence[tuple[Step, onnx.ModelProto]],
+    place: int,
+    rows: dict[str, str],
+    answers: Sequence[str],
+    types: Mapping[str, int],
+) -> dict[str, str]:
+    """As ``_ask`` for one row: nobody is picked, and nothing put back."""
+    step, model = steps[place]
+    rows = _run(graph, step, model, rows)
+    if place + 1 == len(steps):
+        return _answered(graph, step, rows, answers)
+    deeper, shallow = _branches(graph, place)
+    found = _ask_one(deeper, steps, place + 1, rows, answers, types)
+    return graph.branch(rows["leave"], (shallow, _answered(shallow, step, rows, answers)), (deeper, found), types)
+
+
+def _branches(graph: _Nodes, place: int) -> tuple[_Nodes, _Nodes]:
+    """Room for what is done behind step ``place``, and for what is done where nobody goes on."""
+    return _Nodes(f"{graph.prefix}.{place}on"), _Nodes(f"{graph.prefix}.{place}off")
 
 
 def _run(graph: _Nodes, step: Step, model: onnx.ModelProto, rows: Mapping[str, str]) -> dict[str, str]:

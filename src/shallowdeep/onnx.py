@@ -1,4 +1,4 @@
-"""Steps and networks as ONNX graphs with a free batch size.
+"""Steps and networks as ONNX graphs with a free batch size, or for one row.
 
 It refuses to know who runs them.
 """
@@ -46,6 +46,17 @@ def onnx_program(step: Step | Joined, example: Sequence[Tensor]) -> Any:
     assert program is not None
     made = _MADE[step] = program.model_proto  # built anew whenever asked for
     return made
+
+
+def for_one_row(model: Any) -> Any:
+    """A copy of ``model`` that takes one row: runtimes plan memory and layouts for shapes that they know."""
+    fixed = type(model)()
+    fixed.CopyFrom(model)
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        axes = value.type.tensor_type.shape.dim
+        if axes and axes[0].dim_param:
+            axes[0].dim_value = 1
+    return fixed
 
 
 def _number(s: float, dtype: int = 1, layout: str = "", device: str = "", pin_memory: bool = False) -> Any:

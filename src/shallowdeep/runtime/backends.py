@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Literal, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from shallowdeep.steps import Joined, Step
@@ -31,6 +33,14 @@ def library(name: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise MissingExtra(f"The backend {name!r} is not installed: pip install 'shallowdeep[{extra}]'.") from error
+
+
+def usual(device: torch.device) -> tuple[BackendName, ...]:
+    """The backends that are worth trying on ``device`` and installed."""
+    if device.type != "cpu":
+        return "torch", "torch-compile"
+    libraries: tuple[BackendName, ...] = ("onnxruntime", "openvino")
+    return "torch", *(name for name in libraries if find_spec(name) is not None)
 
 
 class Backend(Protocol):

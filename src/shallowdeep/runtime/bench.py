@@ -33,7 +33,7 @@ from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Confidence, Fixed, Policy
 from shallowdeep.progress import steps as shown
 from shallowdeep.runs import describe_device
-from shallowdeep.runtime.backends import Backend, BackendName
+from shallowdeep.runtime.backends import Array, Backend, BackendName, usual
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.runtime.programs import make_backend
 from shallowdeep.spelling import rule_to_json
@@ -47,6 +47,8 @@ PARTS = ("full", "every", "twice")
 """The whole network alone, with all ICs asked, and with a second look behind them."""
 LEAST_EARLY = 0.2
 """Under this share of early answers there is no efficiency to speak of."""
+LEAST_GAIN = 1.02
+"""Under this speedup early exits are not said to pay, unless three blocks in four are faster."""
 NEAR = 0.01
 """How much less accurate the network cut at an exit may be to be spoken of as a rival."""
 ROWS_A_BLOCK = 32
@@ -88,7 +90,8 @@ def bench(
     networks for the same inputs, on the same device), on every backend, batch size and number of threads. Returns
     JSON-able facts.
 
-    Without ``backends`` they are "torch", "onnxruntime" and "openvino", on a GPU "torch" and "torch-compile". ``rows``
+    Without ``backends`` they are "torch", "onnxruntime" and "openvino", those that are installed, on a GPU "torch" and
+    "torch-compile". ``rows``
     are real inputs with labels [N]; noise leaves where nothing real does. They are on the device before the clock runs.
     Every block gives the same rows to all in shuffled order; ratios are of blocks: their median and quartiles. The
     whole network and the cuts, with the ICs passed on the way, are compiled in one piece and do nothing else. With a
@@ -102,29 +105,30 @@ def bench(
     backends = _backends(backends, inputs)
     _check_choices(num_rows(inputs), batch_sizes, threads, blocks)
     pieces = _pieces(sdn, policy, take(inputs, slice(0, 2)), rivals or {}, look)
-    accuracy = {what: _accuracy(piece, inputs, labels_N) for what, piece in pieces.items()}
+    first, accuracy = backends[0], dict[Way, float]()
     answers: dict[BackendName, dict[str, Tensor]] = {}
     found: list[Facts] = []
     for count in threads:
         with threads_of_torch(count):
             engines, ways = _ways(sdn, policy, inputs, pieces, backends, max(batch_sizes), count, look)
             answers = answers or {name: _answers(engine, inputs) for name, engine in engines.items()}
+            accuracy = accuracy or _accuracies(ways, first, inputs, labels_N)
             for size in batch_sizes:
                 order = random.Random(f"{seed} {count} {size}")
                 used_N, times = _in_turn(ways, inputs, size, blocks, order)
                 for name, said in answers.items():
                     summed = _summed_up(said, labels_N, exits.full_exit)
                     figures = _facts(name, count, size, times, said["exit"][used_N], exits.full_exit)
-                    found.append({"accuracy_full": accuracy["full"], **summed, **figures})
+                    found.append({"accuracy_full": accuracy[Way(name, "full")], **summed, **figures})
     return {
         "device": describe_device(),
         "rows": num_rows(inputs),
         "blocks": blocks,
         "exits_asked": [name for name, on in zip(exits.exit_names, exits.rule(policy).asked, strict=True) if on],
         "policy": rule_to_json(policy),
-        "accuracy_full": accuracy["full"],
-        "accuracy_others": {what: share for what, share in accuracy.items() if what not in PARTS},
-        **_summed_up(answers[backends[0]], labels_N, exits.full_exit),
+        "accuracy_full": accuracy[Way(first, "full")],
+        "accuracy_others": {way.what: share for way, share in accuracy.items() if way.what not in PARTS},
+        **_summed_up(answers[first], labels_N, exits.full_exit),
         "measured": found,
     }
 
@@ -144,8 +148,7 @@ def _backends(names: Sequence[BackendName], inputs: Inputs) -> Sequence[BackendN
     for name in names:
         if name not in possible:
             raise ValueError(f"No backend {name!r} to measure. Possible: {', '.join(map(repr, possible))}.")
-    usual: tuple[BackendName, ...] = ("torch", "onnxruntime", "openvino")
-    return names or (usual if tensors(inputs)[0].device.type == "cpu" else ("torch", "torch-compile"))
+    return names or usual(tensors(inputs)[0].device)
 
 
 def _check_choices(rows: int, batch_sizes: Sequence[int], threads: Sequence[int], blocks: int) -> None:
@@ -240,16 +243,17 @@ def _waited(engine: Engine, backend: Backend) -> Call:
 
 
 def _bare(backend: Backend, piece: Joined, inputs: Inputs) -> Call:
-    """``piece`` as a function of a batch."""
+    """``piece`` as a function of a batch, to what it gives last: its logits."""
     example = named(signature_of(inputs).names, take(inputs, slice(0, 2)))
     places = [[*example].index(name) for name in piece.takes]
     with torch.no_grad():
         run = backend.compile(piece, [example[name] for name in piece.takes])
 
-    def call(batch: Inputs) -> None:
+    def call(batch: Inputs) -> Array:
         leaves = tensors(batch)
-        run([backend.enter(leaves[place]) for place in places])
+        found = run([backend.enter(leaves[place]) for place in places])
         backend.wait()
+        return found[-1]
 
     return call
 
@@ -315,7 +319,7 @@ def _facts(name: BackendName, threads: int, size: int, times: Mapping[Way, Times
         "speedup": speedup,
         "speedup_quartiles": [low, high],
         "ideal_speedup": best_ms / ideal_ms,
-        "efficiency": statistics.median(ideal_ms / ms for ms in early.blocks) if share_early >= LEAST_EARLY else None,
+        "efficiency": speedup * ideal_ms / best_ms if share_early >= LEAST_EARLY else None,
         "share_early": share_early,
         "other_ms": others,
     }
@@ -344,35 +348,37 @@ def _summed_up(said: Mapping[str, Tensor], labels_N: Tensor, full: int) -> Facts
     }
 
 
-def _accuracy(piece: Joined, inputs: Inputs, labels_N: Tensor) -> float:
-    """Of the last logits of ``piece``, in PyTorch."""
-    names, right = signature_of(inputs).names, 0
-    with torch.inference_mode():
-        for i in range(0, num_rows(inputs), 256):
-            leaves = named(names, take(inputs, slice(i, i + 256)))
-            logits = piece(*(leaves[name] for name in piece.takes))[-1]
-            right += int((logits.argmax(1).cpu() == labels_N[i : i + 256]).sum())
-    return right / num_rows(inputs)
+def _accuracies(ways: Mapping[Way, Call], first: BackendName, inputs: Inputs, labels_N: Tensor) -> dict[Way, float]:
+    """Of the whole network on every backend, of what else there is on the ``first``; early exits know their own."""
+    found = {}
+    for way, call in ways.items():
+        if way.what == "early" or (way.what != "full" and way.backend != first):
+            continue
+        parts = [torch.as_tensor(call(take(inputs, slice(i, i + 256)))) for i in range(0, num_rows(inputs), 256)]
+        found[way] = float((torch.cat(parts).argmax(1).cpu() == labels_N).double().mean())
+    return found
 
 
 def verdict(found: Facts) -> str:
     """What the figures say, in words: a line per batch size and number of threads."""
     lines = []
-    drop = 100 * (found["accuracy_full"] - found["accuracy_early_exit"])
     keys = sorted({(one["batch_size"], one["threads"]) for one in found["measured"]})
     for size, threads in keys:
         here = [one for one in found["measured"] if (one["batch_size"], one["threads"]) == (size, threads)]
         best = max(here, key=lambda one: one["speedup"])
         low, high = best["speedup_quartiles"]
+        drop = 100 * (best["accuracy_full"] - best["accuracy_early_exit"])
         line = (
             f"batch {size}, {threads} threads: {best['speedup']:.2f}x ({low:.2f} to {high:.2f}) at {drop:.2f} points, "
         )
         line += f"{best['backend']} against the whole network on {best['best_full_backend']}"
-        if high < 1.02 and low < 0.98:
+        if best["share_early"] == 0:
+            line += ": the policy always runs the whole network, which alone would do"
+        elif best["speedup"] < LEAST_GAIN and low < 1:
             line += ": early exits do not pay here, run the whole network"
         for other, accuracy in found["accuracy_others"].items():
             ms = min(one["other_ms"][other] for one in here)
-            far = other.startswith("cut ") and accuracy < found["accuracy_early_exit"] - NEAR
+            far = other.startswith("cut ") and accuracy < best["accuracy_early_exit"] - NEAR
             if ms < best["early_exit_ms"] and not far:
                 line += f"; where {accuracy:.1%} is enough, {_named(other)} is faster"
         lines.append(line + ".")

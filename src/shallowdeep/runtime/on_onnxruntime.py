@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,11 @@ class OnNumpy(ABC):
         """
 
     def compile(self, step: Step | Joined, example: Sequence[Tensor]) -> Run:
-        quick = self.load(onnx_program(step, example), step.gives, alone=isinstance(step, Joined))
+        model = onnx_program(step, example)
+        if isinstance(step, Joined):
+            quick = self.whole(model, lambda: model, step.gives)
+        else:
+            quick = self.load(model, step.gives, alone=False)
         right, rowed = OnTorch(torch.device("cpu")).compile(step, example), [x not in step.rowless for x in step.takes]
 
         def run(arrays: Sequence[Any]) -> Sequence[Any]:
@@ -62,7 +67,8 @@ class OnNumpy(ABC):
 
         answers = (*ANSWERS, *["alarm"] * (steps[-1].rule.alarm is not None))
         model = nested_model(steps, models, fresh, answers)
-        run, takes = self.load(model, answers, alone=True), [given.name for given in model.graph.input]
+        single = partial(nested_model, steps, models, fresh, answers, single=True)
+        run, takes = self.whole(model, single, answers), [given.name for given in model.graph.input]
 
         def skip(rows: Mapping[str, Any]) -> Mapping[str, Any] | None:
             if _odd_rows(rows.values()) is not None:
@@ -70,6 +76,12 @@ class OnNumpy(ABC):
             return dict(zip(answers, run([rows[name] for name in takes]), strict=True))
 
         return skip
+
+    def whole(self, model: Any, single: Callable[[], Any], gives: Sequence[str]) -> Run:
+        """A whole network as ``load`` makes it; ``single`` makes a model that answers the same and need only know one
+        row.
+        """
+        return self.load(model, gives, alone=True)
 
     def enter(self, tensor: Tensor) -> Any:
         return tensor.contiguous().numpy(force=True)

@@ -6,11 +6,15 @@ closer to 1 than 1e-6 means nothing here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from shallowdeep.onnx import for_one_row
 from shallowdeep.runtime.backends import BackendName, Run, library
 from shallowdeep.runtime.on_onnxruntime import KEPT, EachThread, OnNumpy
+
+SMALL_MB = 64
+"""Up to this size a whole network is loaded twice, once for single rows; beyond, that is not worth the memory."""
 
 
 class OnOpenVino(OnNumpy):
@@ -19,6 +23,14 @@ class OnOpenVino(OnNumpy):
     def __init__(self, threads: int, *, bf16: bool = False) -> None:
         self.name: BackendName = "openvino-bf16" if bf16 else "openvino"
         self.threads, self.precision = threads, "bf16" if bf16 else "f32"
+
+    def whole(self, model: Any, single: Callable[[], Any], gives: Sequence[str]) -> Run:
+        # It plans for shapes that it knows: one row takes a tenth less, the whole network's 5 % less.
+        many = super().whole(model, single, gives)
+        if model.ByteSize() > SMALL_MB * 1e6:
+            return many
+        one = self.load(for_one_row(single()), gives, alone=True)
+        return lambda arrays: (one if len(arrays[0]) == 1 else many)(arrays)
 
     def load(self, model: Any, gives: Sequence[str], *, alone: bool) -> Run:
         openvino = library("openvino", "openvino")
