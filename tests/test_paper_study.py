@@ -19,7 +19,7 @@ from shallowdeep.checkpoints import alone, seconds_of
 from shallowdeep.cli import main
 from shallowdeep.files import FormatError, read_tensors
 from shallowdeep.joint import Taus
-from shallowdeep.paper import backdoor, figures, pictures, recipes, study
+from shallowdeep.paper import backdoor, downloads, figures, pictures, recipes, study
 from shallowdeep.paper.backdoor import Victim
 from shallowdeep.paper.experiments import galleries
 from shallowdeep.paper.networks import NETWORKS, ResNet, make_network
@@ -51,6 +51,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         exits = dataclasses.replace(found.exits, epochs=2)
         return dataclasses.replace(found, epochs=2, after_epochs=2, exits=exits, bf16=False)
 
+    monkeypatch.setattr(study, "require", lambda *_: None)
     monkeypatch.setattr(study, "read_rows", rows)
     monkeypatch.setattr(study, "split_rows", lambda labels: (torch.arange(200), torch.arange(200, 300)))
     monkeypatch.setattr(study, "make_recipe", short)
@@ -110,7 +111,7 @@ def test_every_regime_leaves_its_record(small: None, tmp_path: Path) -> None:
     assert not bool(trace.trained_N.any()) if trace.trained_N is not None else False
     # A second call does nothing.
     again = work_off(runs, tmp_path, results=tmp_path / "results", work=tmp_path / "work")
-    assert again == {"done": [], "before": [run.name for run in runs], "open": []}
+    assert again == {"done": [], "before": [run.name for run in runs], "open": [], "failed": []}
 
 
 def test_slices_make_the_same_network_as_one_go(small: None, tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_slices_of_many_runs_end_with_all_records(small: None, tmp_path: Path) -
     runs, calls = all_runs(("cifar10",), ("resnet56",)), 0
     where = {"results": tmp_path / "r", "work": tmp_path / "w"}
     first = work_off(runs, tmp_path, **where, minutes=0.001)
-    assert first == {"done": [], "before": [], "open": [run.name for run in runs]}
+    assert first == {"done": [], "before": [], "open": [run.name for run in runs], "failed": []}
     while work_off(runs, tmp_path, **where, minutes=0.001)["open"]:
         calls += 1
         assert calls < 40
@@ -255,7 +256,7 @@ def test_the_door_of_runs(small: None, tmp_path: Path, capsys: pytest.CaptureFix
         main(["paper", "run", str(tmp_path), *what, *where, "--minutes", minutes])
         lines = capsys.readouterr().out.splitlines()
         report = json.loads(lines[-1])
-        assert report == {"done": [], "before": [], "open": []} | {state: [RUN.name]}
+        assert report == {"done": [], "before": [], "open": [], "failed": []} | {state: [RUN.name]}
         assert f"{state}: {RUN.name}" in lines
     with pytest.raises(SystemExit) as stopped:
         main(["paper", "run", str(tmp_path), "--networks", "resnet50", *where])
@@ -312,9 +313,71 @@ def test_a_training_that_diverged_is_one_sentence(small: None, tmp_path: Path, m
         return start, "32-true"
 
     monkeypatch.setattr(study, "train", diverged)
-    with pytest.raises(DataError, match="not finite: its training diverged"):
+    (tmp_path / "w" / RUN.name).mkdir(parents=True)
+    with pytest.raises(DataError, match=rf"The training of {RUN.name} diverged.* now in .*{RUN.name}\.old1; the next"):
         make(RUN, tmp_path, results=tmp_path / "r", work=tmp_path / "w")
     assert not (tmp_path / "r").exists()
+
+
+def test_a_run_that_diverges_keeps_no_other_from_its_turn(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """First the joint training diverges, then, of another seed, the plain network; each starts afresh the next time."""
+    trained, sick, results = study.train, {"sdn-training"}, tmp_path / "r"
+    refreshed: list[str] = []
+    monkeypatch.setattr(study, "_refresh", lambda run, *_, **__: refreshed.append(run.name))
+
+    def diverging(regime: str, *choices: Any, **more: Any) -> Any:
+        found, precision = trained(regime, *choices, **more)  # type: ignore[arg-type]
+        if regime in sick:
+            network = found.backbone if isinstance(found, sd.ShallowDeepNetwork) else found
+            network.get_parameter("network.linear.bias").data.fill_(torch.nan)
+        return found, precision
+
+    monkeypatch.setattr(study, "train", diverging)
+    words = ["paper", "run", str(tmp_path), "--datasets", "cifar10", "--networks", "resnet56"]
+    words += ["--results", str(results), "--work", str(tmp_path / "w"), "--regimes", "sdn-training", "ic-only"]
+
+    def report(*more: str) -> Any:
+        with pytest.raises(SystemExit, match="1"):
+            main([*words, *more])
+        said = capsys.readouterr()
+        return json.loads(said.out.splitlines()[-1]), said.err
+
+    joint, ics = (dataclasses.replace(RUN, regime=regime) for regime in ("sdn-training", "ic-only"))
+    found, said = report()
+    assert found == {"done": [RUN.name, ics.name], "before": [], "open": [], "failed": [joint.name]}
+    aside = tmp_path / "w" / f"{joint.name}.old1"
+    assert f"{joint.name} failed: The training of {joint.name} diverged: its logits are not finite." in said
+    assert f"now in {aside}; the next call starts afresh." in said
+    assert "NaN inputs" not in said
+    assert (aside / "checkpoint.pt").is_file()
+    assert joint.name in refreshed
+    sick.clear()
+    main(words)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["done"] == [joint.name]
+    sick.add("cnn")
+    found, _ = report("--seed", "1")
+    assert found["failed"] == [f"{RUN.name}-seed1"]
+    assert found["open"] == [f"{joint.name}-seed1", f"{ics.name}-seed1"], "what needs it waits"
+
+
+def test_data_that_are_missing_are_missed_before_any_training(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are no failure of a run; what is recorded needs none."""
+    work_off([RUN], tmp_path, results=tmp_path / "r", work=tmp_path / "w")
+    monkeypatch.setattr(study, "require", downloads.require)
+    words = ["paper", "run", str(tmp_path / "data"), "--networks", "resnet56", "--regimes", "cnn", "--minutes", "0"]
+    words += ["--results", str(tmp_path / "r"), "--work", str(tmp_path / "w"), "--datasets"]
+    main([*words, "cifar10"])
+    assert RUN.name in capsys.readouterr().out
+    (tmp_path / "data" / "tiny-imagenet-200").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "cifar10", "cifar100", "tinyimagenet"])
+    said = capsys.readouterr().err
+    assert f"sdn: Not whole in {tmp_path / 'data'}: cifar-100-python: missing; tiny-imagenet-200: No file" in said
+    assert f"sdn paper data {tmp_path / 'data'} --download" in said
 
 
 def test_a_network_whose_weights_are_lost_is_trained_again(small: None, tmp_path: Path) -> None:

@@ -12,16 +12,18 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from shallowdeep.checkpoints import OtherRun, OutOfTime, alone, seconds_of, until
-from shallowdeep.collection import collect
+from shallowdeep.collection import NotFinite, collect
 from shallowdeep.effects import answers
 from shallowdeep.features import data_digest
 from shallowdeep.files import FormatError, read_tensors, replacing, write_tensors, write_text
@@ -29,11 +31,14 @@ from shallowdeep.graph import evaluating
 from shallowdeep.inputs import placed
 from shallowdeep.network import ShallowDeepNetwork, save
 from shallowdeep.paper.datasets import read_rows, split_rows, study_set
+from shallowdeep.paper.downloads import require
 from shallowdeep.paper.networks import NETWORKS, Normalised
 from shallowdeep.paper.recipes import REGIMES, Recipe, Regime, Rows, fresh_network, make_recipe, train
 from shallowdeep.paper.records import RUN, ReducedTrace, figures, read_record, reduce_traces
 from shallowdeep.runs import describe_device, plain, versions
 from shallowdeep.types import DataError, Trace
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,28 +103,45 @@ def work_off(
     Stops between two epochs when ``minutes`` are over; the next call goes on there. A plain network whose record is
     there but whose very weights are not is trained again where an open run starts from it; ICs recorded over another
     network than the plain one's are then trained again too, and what was compared with it is compared anew. Returns the
-    names of the runs that were ``done`` now, were there ``before``, and are still ``open``.
+    names of the runs that were ``done`` now, were there ``before``, are still ``open`` and have ``failed``; why is said
+    on stderr, the others go on, and what needs a plain network that failed stays open. Raises ``DataError`` before
+    anything trains where data that are needed are not whole.
     """
-    report: dict[str, list[str]] = {"done": [], "before": [], "open": []}
+    report: dict[str, list[str]] = {"done": [], "before": [], "open": [], "failed": []}
     end = time.monotonic() + 60 * minutes
     wanted = list(dict.fromkeys(one for run in runs for one in (run.cnn, run) if one is not None))
-
     starting = {run.cnn for run in wanted if run.starts_trained and not _recorded(run, results)}
+
+    def there(run: StudyRun) -> bool:
+        return _recorded(run, results) and (run not in starting or has_weights(run, results, work))
+
+    require(data_dir, dict.fromkeys(run.dataset for run in wanted if not there(run)))
     for run in wanted:
-        if _recorded(run, results) and (run not in starting or has_weights(run, results, work)):
-            report["before"].append(run.name)
-            continue
-        try:
-            with until(end):
-                make(run, data_dir, results=results, work=work)
-            report["done"].append(run.name)
-        except OutOfTime:
-            end = 0.0  # what comes next may start from this one
-            report["open"].append(run.name)
+        if there(run):
+            state = "before"
+        elif run.cnn is not None and run.cnn.name in report["failed"]:
+            state = "open"
+        else:
+            state = attempt(run.name, end, partial(make, run, data_dir, results=results, work=work))
+            end = 0.0 if state == "open" else end  # what comes next may start from this one
+        report[state].append(run.name)
     for run in dict.fromkeys(dataclasses.replace(one, regime=regime) for one in wanted for regime in REGIMES):
         if run.name not in report["done"]:
             _refresh(run, results, remade=run.cnn is not None and run.cnn.name in report["done"])
     return report
+
+
+def attempt(name: str, end: float, begin: Callable[[], object]) -> str:
+    """How ``begin``, the making of ``name``, ended: "done", "open" when it ran out of time, or "failed", said why."""
+    try:
+        with until(end):
+            begin()
+    except OutOfTime:
+        return "open"
+    except (DataError, FormatError) as error:
+        print(f"{name} failed: {error}", file=sys.stderr)
+        return "failed"
+    return "done"
 
 
 def _recorded(run: StudyRun, results: Path) -> bool:
@@ -180,25 +202,48 @@ def _refresh(run: StudyRun, results: Path, *, remade: bool) -> None:
 
 def make(run: StudyRun, data_dir: Path, *, results: Path, work: Path) -> dict[str, Any]:
     """Train, collect and write one run; returns its record. Raises ``OutOfTime`` inside a ``time_limit``, and
-    ``DataError`` where another process is at it.
+    ``DataError`` where another process is at it or the training diverged.
 
-    What another recipe or another plain network left in the work folder is set aside there, and the run starts afresh.
+    What another recipe or another plain network left in the work folder is set aside there, and the run starts afresh;
+    so is what diverged, for the next call.
     """
     recipe, folder = make_recipe(run.recipe, run.network), work / run.name
     rows, held_out, test = study_rows(run.dataset, data_dir, recipe)  # damaged files are found before hours of training
     cnn = plain_network(run, results)  # and so is a record that is needed in the end
-    with alone(folder):
-        try:
-            trained, precision = _trained(run, recipe, rows, work)
-        except OtherRun as error:
-            aside = next(path for i in itertools.count(1) if not (path := work / f"{run.name}.old{i}").exists())
-            folder.rename(aside)
-            print(f"{error} It is now in {aside}; {run.name} starts afresh.", file=sys.stderr)
-            trained, precision = _trained(run, recipe, rows, work)
+    with at_work(folder):
+        trained, precision = resumed(folder, lambda: _trained(run, recipe, rows, work))
         traces = {name: _collect(trained, part) for name, part in (("test", test), ("held_out", held_out)) if part}
         _save_trained(trained, folder)
         about = _asked(run, recipe) | provenance(rows, held_out, precision, seconds_of(folder))
         return _write_record(run, about, traces, cnn, folder, results)
+
+
+@contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """``alone`` in ``folder``; where the network that was trained there answers NaN, ``DataError`` after setting it
+    aside: its checkpoint would go on with NaN for ever.
+    """
+    with alone(folder):
+        try:
+            yield
+        except NotFinite:  # the images are bytes, so it is the weights
+            raise DataError(
+                f"The training of {folder.name} diverged: its logits are not finite. What it left is now in "
+                f"{_set_aside(folder)}; the next call starts afresh."
+            ) from None
+
+
+def resumed(folder: Path, begin: Callable[[], T]) -> T:
+    """What ``begin`` returns, which trains in ``folder``; what another run left there is set aside first."""
+    try:
+        return begin()
+    except OtherRun as error:
+        print(f"{error} It is now in {_set_aside(folder)}; {folder.name} starts afresh.", file=sys.stderr)
+        return begin()
+
+
+def _set_aside(folder: Path) -> Path:
+    return folder.rename(next(p for i in itertools.count(1) if not (p := Path(f"{folder}.old{i}")).exists()))
 
 
 def _write_record(
@@ -266,7 +311,7 @@ def _collect(trained: nn.Module, rows: Rows) -> Trace:
         logits = [trained(placed(part, device)).cpu() for part in torch.split(rows[0], 256)]
     logits_NC = torch.cat(logits).float()
     if not bool(logits_NC.isfinite().all()):
-        raise DataError("The plain network's logits are not finite: its training diverged.")
+        raise NotFinite("The plain network's logits are not finite.")
     return Trace(
         logits_ENC=logits_NC.unsqueeze(0),
         labels_N=rows[1].cpu(),
