@@ -379,6 +379,26 @@ def test_foreign_and_half_records_are_named(traces: tuple[Trace, Trace], tmp_pat
         study.work_off([run], tmp_path / "no data", results=tmp_path, work=tmp_path / "work")
 
 
+def test_a_trace_of_another_training_is_refused(
+    traces: tuple[Trace, Trace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One row more right at one exit, or one row more held out, are enough."""
+    held, test = traces
+    path, reduced = tmp_path / "cifar10-resnet56-ic-only-fast.json", reduce_traces(held, test)
+    write(tmp_path, path.stem, reduced)
+    assert len(tables.read_records(tmp_path)) == 1
+    said = reduced.said_EN.clone()
+    wrong = int((said[1, 600:] != reduced.labels_N[600:]).nonzero()[0])
+    said[1, 600 + wrong] = reduced.labels_N[600 + wrong]
+    for other in (dataclasses.replace(reduced, said_EN=said), dataclasses.replace(reduced, held_out=599)):
+        other.save(path.with_suffix(".safetensors"))
+        with pytest.raises(FormatError, match=rf"{path.stem}\.safetensors does not give .* that {path.name} says"):
+            tables.make_tables(tmp_path, tmp_path / "out", figures=False)
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["paper", "experiment", "overthinking", path.stem, "--results", str(tmp_path)])
+        assert f"sdn: {path.with_suffix('.safetensors')} does not give the accuracies" in capsys.readouterr().err
+
+
 def test_an_unknown_run_is_answered_with_the_nearest(
     traces: tuple[Trace, Trace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -189,7 +189,7 @@ def test_what_stands_on_a_plain_network_follows_when_it_is_made_again(
         traces = {"held_out": answered(run, 100), "test": answered(run, 60)}
         recipe = study.make_recipe(run.recipe, run.network)
         about = study._asked(run, recipe) | study.provenance(
-            (torch.zeros(200, 1), torch.arange(200)), None, "32-true", 1.0
+            (torch.zeros(200, 1), torch.arange(200)), (torch.zeros(100, 1), torch.arange(100)), "32-true", 1.0
         )
         study._write_record(run, about, traces, study.plain_network(run, results), work / run.name, results)
 
@@ -277,6 +277,26 @@ def test_a_record_over_a_network_of_fewer_epochs_is_no_record(small: None, tmp_p
     report = work_off([ics], tmp_path, **where)
     assert (report["before"], report["done"]) == ([RUN.name], [ics.name])
     assert json.loads(path.read_text())["epochs_before"] == 2
+
+
+def test_a_pair_of_two_trainings_is_made_again(small: None, tmp_path: Path) -> None:
+    """Killed between the renaming of the trace and that of the JSON."""
+    where: Any = {"results": tmp_path / "r", "work": tmp_path / "w"}
+    joint = dataclasses.replace(RUN, regime="sdn-training")
+    work_off([joint], tmp_path, **where)
+    path = tmp_path / "r" / f"{joint.name}.json"
+    before, trace = path.read_text(), ReducedTrace.load(path.with_suffix(".safetensors"))
+    others = trace.said_EN.clone()
+    wrong = int((others[1, 100:] != trace.labels_N[100:]).nonzero()[0])
+    others[1, 100 + wrong] = trace.labels_N[100 + wrong]
+    dataclasses.replace(trace, said_EN=others).save(path.with_suffix(".safetensors"))
+    path.write_text(json.dumps({name: value for name, value in json.loads(before).items() if name != "best"}))
+    half = path.read_text()
+    work_off([RUN], tmp_path, **where)
+    assert path.read_text() == half, "no figures of one training are written beside the choices of the other"
+    assert work_off([joint], tmp_path, **where)["done"] == [joint.name]
+    assert torch.equal(ReducedTrace.load(path.with_suffix(".safetensors")).said_EN, trace.said_EN)
+    assert json.loads(path.read_text())["paper"] == json.loads(before)["paper"]
 
 
 def test_a_record_of_another_recipe_or_without_its_trace_is_made_again(

@@ -34,7 +34,7 @@ from shallowdeep.paper.datasets import read_rows, split_rows, study_set
 from shallowdeep.paper.downloads import require
 from shallowdeep.paper.networks import NETWORKS, Normalised
 from shallowdeep.paper.recipes import REGIMES, Recipe, Regime, Rows, fresh_network, make_recipe, train
-from shallowdeep.paper.records import RUN, ReducedTrace, figures, read_record, reduce_traces
+from shallowdeep.paper.records import RUN, ReducedTrace, figures, fits, read_record, reduce_traces
 from shallowdeep.runs import describe_device, plain, versions
 from shallowdeep.types import DataError, Trace
 
@@ -145,12 +145,14 @@ def attempt(name: str, end: float, begin: Callable[[], object]) -> str:
 
 
 def _recorded(run: StudyRun, results: Path) -> bool:
-    """Whether ``run`` left record and trace, made as its recipe asks, ICs over the plain network recorded now."""
+    """Whether ``run`` left a record and its trace, made as its recipe asks, ICs over the plain network recorded now."""
     path, recipe = results / f"{run.name}.json", make_recipe(run.recipe, run.network)
     if not (path.is_file() and path.with_suffix(".safetensors").is_file()):
         return False
     record, wanted = read_record(path, with_figures=False), _asked(run, recipe)
     if any(record[name] != wanted[name] for name in wanted):
+        return False
+    if not fits(record, ReducedTrace.load(path.with_suffix(".safetensors"))):  # killed between the two files
         return False
     return run.regime != "ic-only" or same_network(run, results)
 
@@ -196,8 +198,10 @@ def _refresh(run: StudyRun, results: Path, *, remade: bool) -> None:
         known = None
     if known is None or (cnn is not None and (remade or known != cnn.accuracy("test"))):
         record = read_record(path, with_figures=False)
-        again = figures(ReducedTrace.load(results / f"{run.name}.safetensors"), cnn)
-        write_text(path, json.dumps(plain({name: record[name] for name in RUN} | again), indent=1) + "\n")
+        reduced = ReducedTrace.load(results / f"{run.name}.safetensors")
+        if fits(record, reduced):  # what does not, is refused by whoever shows it
+            again = {name: record[name] for name in RUN} | figures(reduced, cnn)
+            write_text(path, json.dumps(plain(again), indent=1) + "\n")
 
 
 def make(run: StudyRun, data_dir: Path, *, results: Path, work: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from shallowdeep.paper.figures import (
     overthinking_figure,
     save_figure,
 )
-from shallowdeep.paper.records import NOT_AVAILABLE, ReducedTrace, read_record
+from shallowdeep.paper.records import NOT_AVAILABLE, ReducedTrace, read_record, trace_of
 from shallowdeep.progress import steps
 from shallowdeep.types import DataError
 
@@ -96,10 +96,12 @@ class Record:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Every run in ``folder``, by name. Raises ``DataError`` when there is none, ``FormatError`` for a damaged one."""
+    """Every run in ``folder``, by name. Raises ``DataError`` when there is none, ``FormatError`` for a damaged one
+    and for a trace of another training.
+    """
     found = {path: read_record(path) for path in sorted(folder.glob("*.json"))}
     records = [
-        Record(about=about, reduced=ReducedTrace.load(path.with_suffix(".safetensors")), name=path.stem)
+        Record(about=about, reduced=trace_of(about, path), name=path.stem)
         for path, about in found.items()
         if about["regime"] != "backdoor"
     ]
