@@ -202,8 +202,9 @@ def test_what_stands_on_a_plain_network_follows_when_it_is_made_again(
     before = record(joint)
     shutil.rmtree(tmp_path / "w")
     attempt[0] = 1
-    report = work_off([ics, mixed], tmp_path, **where)
-    assert (report["done"], report["before"]) == ([RUN.name, ics.name, mixed.name], [])
+    report = work_off([mixed], tmp_path, **where)
+    assert (report["done"], report["before"]) == ([RUN.name, mixed.name, ics.name], []), "asked for or not"
+    assert study.same_network(ics, results)
     after = record(joint)
     for run in (ics, joint, mixed):
         assert record(run)["accuracy_cnn"] == record(run)["paper"]["accuracy_cnn"] == record(RUN)["accuracy_cnn"]
@@ -211,6 +212,13 @@ def test_what_stands_on_a_plain_network_follows_when_it_is_made_again(
     assert {name: after[name] for name in RUN_FIELDS} == {name: before[name] for name in RUN_FIELDS}
     assert after["accuracy_exits"] == before["accuracy_exits"]
     # What a killed call or an earlier version left is mended by the next one.
+    attempt[0] = 2
+    shutil.rmtree(tmp_path / "w")
+    quick(RUN, tmp_path, results=results, work=tmp_path / "w")
+    assert not study.same_network(ics, results)
+    assert work_off([joint], tmp_path, **where)["done"] == [ics.name]
+    assert study.same_network(ics, results)
+    after = record(joint)
     for left in (before, {name: value for name, value in after.items() if name != "cost_at_budget"}):
         (results / f"{joint.name}.json").write_text(json.dumps(left))
         assert work_off([joint], tmp_path, **where)["before"] == [RUN.name, joint.name]
@@ -380,6 +388,21 @@ def test_a_run_that_diverges_keeps_no_other_from_its_turn(
     found, _ = report("--seed", "1")
     assert found["failed"] == [f"{RUN.name}-seed1"]
     assert found["open"] == [f"{joint.name}-seed1", f"{ics.name}-seed1"], "what needs it waits"
+
+
+def test_folders_that_cannot_be_written_are_found_before_any_training(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study, "make", lambda *_, **__: pytest.fail("it trains"))
+    (tmp_path / "file").touch()
+    words = ["paper", "run", str(tmp_path), "--datasets", "cifar10", "--networks", "resnet56", "--regimes", "cnn"]
+    for results, work in (("file", "w"), ("file/deeper", "w"), ("r", "file")):
+        with pytest.raises(SystemExit, match="2"):
+            main([*words, "--results", str(tmp_path / results), "--work", str(tmp_path / work)])
+        unusable = tmp_path / (results if results != "r" else work)
+        said = f"sdn: Nothing can be written into {unusable} ({tmp_path / 'file'}: not a directory)"
+        assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "looking leaves nothing"
 
 
 def test_data_that_are_missing_are_missed_before_any_training(

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,22 +103,18 @@ def work_off(
 
     Stops between two epochs when ``minutes`` are over; the next call goes on there. A plain network whose record is
     there but whose very weights are not is trained again where an open run starts from it; ICs recorded over another
-    network than the plain one's are then trained again too, and what was compared with it is compared anew. Returns the
-    names of the runs that were ``done`` now, were there ``before``, are still ``open`` and have ``failed``; why is said
-    on stderr, the others go on, and what needs a plain network that failed stays open. Raises ``DataError`` before
-    anything trains where data that are needed are not whole.
+    network than the plain one's are then trained again too, asked for or not, and what was compared with it is compared
+    anew. Returns the names of the runs that were ``done`` now, were there ``before``, are still ``open`` and have
+    ``failed``; why is said on stderr, the others go on, and what needs a plain network that failed stays open. Raises
+    ``DataError`` before anything trains where data that are needed are not whole or a folder cannot be written.
     """
     report: dict[str, list[str]] = {"done": [], "before": [], "open": [], "failed": []}
     end = time.monotonic() + 60 * minutes
-    wanted = list(dict.fromkeys(one for run in runs for one in (run.cnn, run) if one is not None))
-    starting = {run.cnn for run in wanted if run.starts_trained and not _recorded(run, results)}
-
-    def there(run: StudyRun) -> bool:
-        return _recorded(run, results) and (run not in starting or has_weights(run, results, work))
-
-    require(data_dir, dict.fromkeys(run.dataset for run in wanted if not there(run)))
+    wanted, again = _planned(runs, results, work)
+    missing = [run for run in wanted if run in again or not _recorded(run, results)]
+    check_before(data_dir, [run.dataset for run in missing], results, work)
     for run in wanted:
-        if there(run):
+        if run not in again and _recorded(run, results):
             state = "before"
         elif run.cnn is not None and run.cnn.name in report["failed"]:
             state = "open"
@@ -129,6 +126,39 @@ def work_off(
         if run.name not in report["done"]:
             _refresh(run, results, remade=run.cnn is not None and run.cnn.name in report["done"])
     return report
+
+
+def _planned(runs: Iterable[StudyRun], results: Path, work: Path) -> tuple[list[StudyRun], set[StudyRun]]:
+    """``runs``, the plain networks that they need, and ICs over those that change; and which of them change."""
+    wanted = dict.fromkeys(one for run in runs for one in (run.cnn, run) if one is not None)
+    over = {run: dataclasses.replace(run, regime="ic-only") for run in wanted if run.regime == "cnn"}
+    over = {cnn: ics for cnn, ics in over.items() if (results / f"{ics.name}.json").is_file()}
+    wanted |= dict.fromkeys(ics for ics in over.values() if not same_network(ics, results))  # left by a killed call
+    starting = {run.cnn for run in wanted if run.starts_trained and not _recorded(run, results)}
+
+    def changes(cnn: StudyRun) -> bool:
+        return not _recorded(cnn, results) or (cnn in starting and not has_weights(cnn, results, work))
+
+    again = {run for run in wanted if run.regime == "cnn" and changes(run)}
+    wanted |= dict.fromkeys(ics for cnn, ics in over.items() if cnn in again)
+    return list(wanted), again
+
+
+def check_before(data_dir: Path, datasets: Sequence[str], *folders: Path) -> None:
+    """Raise ``DataError`` where training on ``datasets`` would end in nothing: they are not whole, or nothing can be
+    written into ``folders``. Without data sets nothing is looked at.
+    """
+    if not datasets:
+        return
+    for folder in folders:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        try:
+            with tempfile.TemporaryFile(dir=nearest):
+                pass
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+            raise DataError(f"Nothing can be written into {folder} ({nearest}: {why}): give another folder.") from None
+    require(data_dir, dict.fromkeys(datasets))
 
 
 def attempt(name: str, end: float, begin: Callable[[], object]) -> str:
