@@ -17,7 +17,7 @@ from shallowdeep import cli
 from shallowdeep.files import FormatError, write_tensors
 from shallowdeep.finding import error_auroc
 from shallowdeep.paper import study, tables
-from shallowdeep.paper.experiments import early_exits, error_alarms, galleries, overthinking_by_exit
+from shallowdeep.paper.experiments import disputed, early_exits, error_alarms, galleries, overthinking_by_exit
 from shallowdeep.paper.records import GRID, VICTIM, ReducedTrace, figures, find_run, read_record, reduce_traces
 from shallowdeep.policies import Confidence
 from shallowdeep.runs import plain
@@ -207,6 +207,22 @@ def test_experiments_against_slow_loops(traces: tuple[Trace, Trace]) -> None:
     assert sum(alarms["histogram"]["confusion"]["wrong"]) == pytest.approx(1)
     curve = early_exits(reduced)["curve"]
     assert min(curve["cost"]) == pytest.approx(0.2)
+
+
+def test_disputed_images_are_those_on_which_first_and_last_exit_differ(traces: tuple[Trace, Trace]) -> None:
+    _, test = traces
+    costs = torch.tensor([0.5, 1.0])
+    good_first = Trace(logits_ENC=test.logits_ENC[[3, 0]], labels_N=test.labels_N, cost_E=costs)
+    reduced = reduce_traces(None, good_first)
+    said = good_first.logits_ENC.argmax(2).tolist()
+    only_first = galleries(reduced, limit=None)["only_first"]
+    found = disputed(reduced, limit=None)
+    assert sorted(found) == [n for n in range(900) if said[0][n] != said[1][n]]
+    assert 0 < len(only_first) < len(found)
+    assert found[: len(only_first)] == only_first, "those that the first exit alone gets right come first"
+    others = reduced.log_odds_EN[0][found[len(only_first) :]].tolist()
+    assert others == sorted(others, reverse=True), "the surest first"
+    assert disputed(reduced, limit=3) == found[:3]
 
 
 def alone(exit: int, *traces: Trace) -> list[Trace]:

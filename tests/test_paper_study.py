@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -548,9 +550,17 @@ def test_grad_cam_takes_the_weights_of_which_the_record_speaks(two_runs: list[st
     where: Any = {"results": tmp_path / "results" / "paper", "work": work, "out": tmp_path / "looks.png"}
     trace = Trace.load(work / name / "test.safetensors")
     dataclasses.replace(trace, logits_ENC=-trace.logits_ENC).save(work / name / "test.safetensors")
-    with pytest.raises(DataError, match=f"does not hold the weights of which the record {name} speaks"):
+    with pytest.raises(DataError, match=f"does not hold the weights of which the record {name} speaks") as refused:
         pictures.draw_looks(name, tmp_path, **where)
     assert not (tmp_path / "looks.png").exists()
+    # The sentence leads out, and the record stays.
+    kept = {path.name: path.read_bytes() for path in where["results"].iterdir()}
+    shutil.rmtree(work)
+    run, look = re.findall(r"sdn (paper .*?)(?:;|$)", str(refused.value))
+    main(shlex.split(run))
+    main([*shlex.split(look), "--out", str(tmp_path / "looks.png")])
+    assert (tmp_path / "looks.png").is_file()
+    assert {path.name: path.read_bytes() for path in where["results"].iterdir()} == kept
     other = recipes.Normalised(make_network("mobilenet", 10, 32), (0.0,) * 3, (1.0,) * 3)
     with pytest.raises(DataError, match=f"holds the weights of another network than {name}'s"):
         study.load_network(other, work / name, name)
@@ -693,6 +703,7 @@ def test_the_pictures_doors(
     test = reduced.part("test")
     chosen = {"simple": [3, 1], "complex": [2], "only_first": [4, 7]}
     monkeypatch.setattr(pictures, "galleries", lambda *_, limit=10: chosen)
+    monkeypatch.setattr(pictures, "disputed", lambda *_, limit: chosen["only_first"])
     captions: list[list[str]] = []
     draw = pictures.gallery
     monkeypatch.setattr(
@@ -728,4 +739,4 @@ def test_the_pictures_doors(
     with Image.open("looks.png") as picture:
         assert picture.size[1] == 2 * (96 + 12 + 6) + 6
     chosen["only_first"] = []
-    assert "first exit alone" in sentence("grad-cam", ics, "data")
+    assert "give every image the same answer" in sentence("grad-cam", ics, "data")

@@ -192,7 +192,9 @@ def gallery(run: str, data_dir: Path, *, results: Path = RESULTS, out: Path = Pa
 def grad_cam(
     run: str, data_dir: Path, *, results: Path = RESULTS, work: Path = Path("runs/paper"), out: Path = Path("looks.png")
 ) -> dict[str, Any]:
-    """Draw where the first and the last exit looked on images that only the first exit gets right.
+    """Draw where the first and the last exit looked on images about which they differ.
+
+    Images that only the first exit gets right come first.
 
     Parameters
     ----------
