@@ -270,13 +270,37 @@ def test_tables_and_figures_from_the_folder_alone(traces: tuple[Trace, Trace], t
     assert f"| CNN accuracy | 92.0 (aim) | {100 * full:.1f} | {100 * (full - 0.92):+.1f}" in text
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.endswith(" how |")]
     assert all(re.search(r"\| fast, .* epochs, 45,000 rows, a test \|$", row) for row in rows), "every row says how"
-    assert sum("0.1" in row and "vgg16" in row for row in rows) == 2
+    assert sum("0.1" in row and "vgg16" in row for row in rows) == 3
+    for protocol in ("clean", "paper"):
+        assert f"| vgg16, 0.1 poisoned | triggered, early exits, {protocol} | 84.0 | 20.0 | -64.0 (below) |" in text
     assert "| cost at equal accuracy, clean | 50.0 | 71.2 | +21.2 (above) |" in text, "a shortfall is marked"
     figures_made = sorted(path.name for path in (tmp_path / "out").glob("*.svg"))
     kinds = ("confusion", "early-exits", "overthinking")
     expected = ["backdoor.svg", *(f"cifar10-resnet56-ic-only-fast-{kind}.svg" for kind in kinds)]
     assert figures_made == expected, "none for a plain network"
-    assert "right at some exit so far" in (tmp_path / "out" / figures_made[3]).read_text()
+    drawn = [(tmp_path / "out" / figure).read_text() for figure in figures_made]
+    assert "right at some exit so far" in drawn[3]
+    assert "fast, all by SGD, 5 epochs, 45,000 rows, a test" in drawn[0], "a figure says how, too"
+    assert all("fast, 3 after 9 epochs, 45,000 rows, a test" in svg for svg in drawn[1:])
+
+
+def test_a_trigger_that_was_not_learned_leaves_nothing_to_win_back() -> None:
+    shares = {"accuracy_clean": 0.78, "accuracy_triggered": 0.779}
+    victim = dict.fromkeys(VICTIM, 0) | shares | {"network": "mobilenet", "regime": "backdoor", "recipe": "fast"}
+    victim |= {"early_exits": shares, "paper": shares, "detection": {"auroc": 0.5}, "poisoning_rate": 0.005}
+    for success, cells in ((0.499, ["trigger not learned"] * 2), (0.5, ["77.9"] * 2)):
+        one = victim | {"attack_success": success}
+        assert list(tables.backdoor_rows([one])[1][5:7]) == cells
+        beside = tables.paper_rows([], [one])[1:]
+        assert [row[3] for row in beside] == cells
+        assert [row[4] for row in beside] == ([""] * 2 if success < 0.5 else ["-6.1 (below)"] * 2)
+
+
+def test_mobilenets_cost_in_the_paper_is_of_another_count(traces: tuple[Trace, Trace], tmp_path: Path) -> None:
+    for network in ("mobilenet", "vgg16"):
+        write(tmp_path, f"cifar100-{network}-mixed-fast", reduce_traces(*traces))
+    costs = {row[0]: row[2] for row in tables.paper_rows(tables.read_records(tmp_path)) if "equal accuracy" in row[1]}
+    assert costs == {"cifar100-mobilenet-mixed-fast": "50.0 (profiler)", "cifar100-vgg16-mixed-fast": "50.0"}
 
 
 def test_early_exits_are_compared_with_the_plain_network_recorded(

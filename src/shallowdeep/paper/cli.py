@@ -153,6 +153,7 @@ def experiment(what: Experiment, run: str, *, results: Path = RESULTS, out: Path
     """
     from shallowdeep.paper import experiments, figures, study
     from shallowdeep.paper.records import run_with_exits
+    from shallowdeep.paper.tables import titled
     from shallowdeep.runs import plain
 
     about, reduced = run_with_exits(results, run)
@@ -164,7 +165,7 @@ def experiment(what: Experiment, run: str, *, results: Path = RESULTS, out: Path
     else:
         found, draw = experiments.error_alarms(reduced), figures.confusion_figure
     if out is not None:
-        figures.save_figure(draw(found, run), out)
+        figures.save_figure(draw(found, titled(run, [about])), out)
     return dict(plain(found))
 
 
@@ -249,7 +250,7 @@ def backdoor(
     """
     from shallowdeep.paper import figures
     from shallowdeep.paper.backdoor import Victim, work_off
-    from shallowdeep.paper.tables import backdoor_rows
+    from shallowdeep.paper.tables import backdoor_rows, titled
     from shallowdeep.types import table
 
     victims = [Victim(rate=rate, network=network, epochs=epochs) for rate in rates]
@@ -257,5 +258,6 @@ def backdoor(
     print(table(backdoor_rows(report["victims"])))
     print(f"open: {', '.join(report['open']) or 'none'}")
     if out is not None and report["victims"]:
-        figures.save_figure(figures.backdoor_figure(report["victims"], "BadNets"), out)
+        title = titled("BadNets", report["victims"])
+        figures.save_figure(figures.backdoor_figure(report["victims"], title), out)
     return report
