@@ -602,6 +602,7 @@ def test_victims_are_named_and_refused() -> None:
     assert Victim(rate=0.005).name == "cifar10-vgg16-backdoor-fast-rate0.005"
     assert Victim(rate=0.02, network="mobilenet", epochs=5).name == "cifar10-mobilenet-backdoor-fast-rate0.02-epochs5"
     assert Victim(rate=0.1, recipe="paper", seed=3).name == "cifar10-vgg16-backdoor-paper-rate0.1-seed3"
+    assert Victim(rate=0.1234567).name != Victim(rate=0.1234568).name, "a record each"
     assert Victim(rate=0.02, network="mobilenet").how.whole == recipes.FAST
     assert Victim(rate=0.1, recipe="paper").how.holds_out  # thresholds need rows, by whatever recipe it was trained
     for wrong, said in (
@@ -636,6 +637,39 @@ def test_a_victim_is_trained_and_written(victims: None, tmp_path: Path) -> None:
     assert row[:2] == ("resnet56", "0.2")
 
 
+def test_what_another_victim_left_or_what_diverged_is_set_aside(
+    victims: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    victim, short, trained = Victim(rate=0.2, network="resnet56", epochs=1), study.make_recipe, backdoor.train
+    where: Any = {"results": tmp_path / "r", "work": tmp_path / "w"}
+    assert len(backdoor.work_off([victim], tmp_path, **where)["victims"]) == 1
+
+    def changed(name: str, network: str) -> recipes.Recipe:
+        found = short(name, network)
+        return dataclasses.replace(found, whole=dataclasses.replace(found.whole, lr=0.05))
+
+    monkeypatch.setattr(backdoor, "make_recipe", changed)
+    (record,) = backdoor.work_off([victim, victim], tmp_path, **where)["victims"]
+    assert record["training"]["lr"] == 0.05
+    aside = tmp_path / "w" / f"{victim.name}.old1"
+    assert f"It is now in {aside}; {victim.name} starts afresh." in capsys.readouterr().err
+    assert (aside / "victim" / "checkpoint.pt").is_file()
+
+    def diverging(regime: str, *choices: Any, **more: Any) -> Any:
+        found, precision = trained(regime, *choices, **more)  # type: ignore[arg-type]
+        if isinstance(found, sd.ShallowDeepNetwork) and sick:
+            found.backbone.get_parameter("network.linear.bias").data.fill_(torch.nan)
+        return found, precision
+
+    sick, other = [1], dataclasses.replace(victim, seed=1)
+    monkeypatch.setattr(backdoor, "train", diverging)
+    report = backdoor.work_off([other, victim], tmp_path, **where)
+    assert (report["failed"], report["victims"]) == ([other.name], [record])
+    assert f"The training of {other.name} diverged" in capsys.readouterr().err
+    sick.clear()
+    assert backdoor.work_off([other], tmp_path, **where)["failed"] == []
+
+
 def test_a_line_is_of_one_network_and_its_epochs() -> None:
     one = {"attack_success": 0.9, "accuracy_triggered": 0.1, "poisoning_rate": 0.1, "network": "vgg16", "epochs": 5}
     one["early_exits"] = {"accuracy_triggered": 0.8, "accuracy_clean": 0.9}
@@ -649,13 +683,30 @@ def test_a_line_is_of_one_network_and_its_epochs() -> None:
 
 def test_a_victim_of_other_epochs_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    monkeypatch.setattr(backdoor, "backdoor", lambda victim, *_, **__: made.append(victim.name) or {"seed": 1})
     victim = Victim(rate=0.2, network="resnet56")
     path = tmp_path / f"{victim.name}.json"
+
+    def made_again(victim: Victim, *_: object, **__: object) -> None:
+        made.append(victim.name)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 1}))
+
+    monkeypatch.setattr(backdoor, "backdoor", made_again)
+    monkeypatch.setattr(backdoor, "check_before", lambda *_: None)
     where: Any = {"results": tmp_path, "work": tmp_path}
     training = dataclasses.asdict(victim.how.whole) | {"milestones": []}
-    for other, seed, calls in (({}, 77, 0), ({"epochs": 1}, 1, 1), ({"training": training | {"muon_lr": 0.1}}, 1, 2)):
-        about = {"regime": "backdoor", "epochs": victim.how.epochs, "training": training, "seed": 77}
+    for other, seed, calls in (
+        ({}, 77, 0),
+        ({"epochs": 1}, 1, 1),
+        ({"training": training | {"muon_lr": 0.1}}, 1, 2),
+        ({"poisoning_rate": 0.2001}, 1, 3),
+    ):
+        about = {
+            "regime": "backdoor",
+            "poisoning_rate": 0.2,
+            "epochs": victim.how.epochs,
+            "training": training,
+            "seed": 77,
+        }
         path.write_text(json.dumps(dict.fromkeys(VICTIM) | about | other))
         report = backdoor.work_off([victim], tmp_path, **where)
         assert (report["victims"][0]["seed"], report["open"], len(made)) == (seed, [], calls)
@@ -681,8 +732,8 @@ def test_the_backdoors_door_goes_on_and_shows_what_is_finished(
     assert "0..1, found 1.5" in capsys.readouterr().err
     assert not (tmp_path / "w").exists(), "nothing was trained"
     lines, result = said("--rates", ".2", ".1", "--minutes", ".001")
-    assert lines[-1] == f"open: {', '.join(names)}"
-    assert result == {"victims": [], "open": names}
+    assert lines[-2:] == [f"open: {', '.join(names)}", "failed: none"]
+    assert result == {"victims": [], "open": names, "failed": []}
     assert not (tmp_path / "b.svg").exists()
     said("--rates", ".2")
     lines, result = said("--rates", ".1", ".2", "--minutes", "0")

@@ -256,7 +256,8 @@ def backdoor(
     victims = [Victim(rate=rate, network=network, epochs=epochs) for rate in rates]
     report = work_off(victims, data_dir, results=results, work=work, minutes=minutes)
     print(table(backdoor_rows(report["victims"])))
-    print(f"open: {', '.join(report['open']) or 'none'}")
+    for state in ("open", "failed"):
+        print(f"{state}: {', '.join(report[state]) or 'none'}")
     if out is not None and report["victims"]:
         title = titled("BadNets", report["victims"])
         figures.save_figure(figures.backdoor_figure(report["victims"], title), out)

@@ -62,7 +62,7 @@ def backdoor_figure(victims: Sequence[Mapping[str, Any]], title: str | Sequence[
     }
     rows = [
         {
-            "rate": f"{one['poisoning_rate']:g}",
+            "rate": f"{one['poisoning_rate']}",
             "share": value(one),
             "what": what,
             "victim": f"{one['network']}, {one['epochs']} epochs",
