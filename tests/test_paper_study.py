@@ -787,6 +787,9 @@ def test_the_pictures_doors(
     main(["paper", "grad-cam", ics, "data", "--out", "looks.png"])
     assert json.loads(capsys.readouterr().out) == {"rows": [4, 7], "out": "looks.png"}
     assert captions[3][0] == "is e"
+    for drawn in (Path("looks.png"), Path("out", f"{ics}-only_first.png")):
+        with Image.open(drawn) as picture:
+            assert picture.info["Description"].startswith(f"{ics}\nfast, 2 after 2 epochs, 200 rows, ")
     with Image.open("looks.png") as picture:
         assert picture.size[1] == 2 * (96 + 12 + 6) + 6
     chosen["only_first"] = []

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from shallowdeep.explain import enlarged, grad_cam
@@ -22,6 +23,7 @@ from shallowdeep.paper.experiments import disputed, galleries
 from shallowdeep.paper.recipes import fresh_network
 from shallowdeep.paper.records import run_with_exits
 from shallowdeep.paper.study import StudyRun, has_weights, load_network, run_of
+from shallowdeep.paper.tables import titled
 from shallowdeep.types import DataError
 
 SCALE, GAP, TEXT = 3, 6, 12
@@ -76,7 +78,7 @@ def draw_galleries(name: str, data_dir: Path, *, results: Path, out: Path) -> di
             ends = [names[int(test.said_EN[-1, row])] for row in rows]
             captions = [f"{caption}\nend: {end}" for caption, end in zip(captions, ends, strict=True)]
         if rows:
-            save_picture(gallery(images[rows], captions), out / f"{name}-{kind}.png")
+            save_picture(gallery(images[rows], captions), out / f"{name}-{kind}.png", titled(name, [about]))
     return {"images": {kind: len(rows) for kind, rows in found.items()}, "out": str(out)}
 
 
@@ -94,7 +96,8 @@ def draw_looks(name: str, data_dir: Path, *, results: Path, work: Path, out: Pat
     network = fresh_network(about["network"], study_set(about["dataset"]), 0)
     load_network(network, work / name, name)
     sdn = load(work / name / "sdn", network)
-    save_picture(looks(sdn, images[rows], class_names(about["dataset"], data_dir), labels_N[rows]), out)
+    sheet = looks(sdn, images[rows], class_names(about["dataset"], data_dir), labels_N[rows])
+    save_picture(sheet, out, titled(name, [about]))
     return {"rows": rows, "out": str(out)}
 
 
@@ -111,10 +114,12 @@ def _where_from(run: StudyRun, data_dir: Path, results: Path, work: Path) -> str
     )
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG."""
+def save_picture(picture: Image.Image, path: Path, about: Sequence[str] = ()) -> None:
+    """Write a PNG whose text "Description" holds the lines ``about`` it."""
+    text = PngInfo()
+    text.add_text("Description", "\n".join(about))
     with replacing(path) as (partial,):
-        picture.save(partial, "PNG")
+        picture.save(partial, "PNG", pnginfo=text)
 
 
 def _heated(image: Tensor, heat: Tensor) -> Tensor:
