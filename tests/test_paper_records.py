@@ -17,7 +17,7 @@ from shallowdeep import cli
 from shallowdeep.files import FormatError, write_tensors
 from shallowdeep.finding import error_auroc
 from shallowdeep.paper import study, tables
-from shallowdeep.paper.experiments import early_exits, error_alarms, galleries, overthinking_by_exit
+from shallowdeep.paper.experiments import disputed, early_exits, error_alarms, galleries, overthinking_by_exit
 from shallowdeep.paper.records import GRID, VICTIM, ReducedTrace, figures, find_run, read_record, reduce_traces
 from shallowdeep.policies import Confidence
 from shallowdeep.runs import plain
@@ -209,6 +209,22 @@ def test_experiments_against_slow_loops(traces: tuple[Trace, Trace]) -> None:
     assert min(curve["cost"]) == pytest.approx(0.2)
 
 
+def test_disputed_images_are_those_on_which_first_and_last_exit_differ(traces: tuple[Trace, Trace]) -> None:
+    _, test = traces
+    costs = torch.tensor([0.5, 1.0])
+    good_first = Trace(logits_ENC=test.logits_ENC[[3, 0]], labels_N=test.labels_N, cost_E=costs)
+    reduced = reduce_traces(None, good_first)
+    said = good_first.logits_ENC.argmax(2).tolist()
+    only_first = galleries(reduced, limit=None)["only_first"]
+    found = disputed(reduced, limit=None)
+    assert sorted(found) == [n for n in range(900) if said[0][n] != said[1][n]]
+    assert 0 < len(only_first) < len(found)
+    assert found[: len(only_first)] == only_first, "those that the first exit alone gets right come first"
+    others = reduced.log_odds_EN[0][found[len(only_first) :]].tolist()
+    assert others == sorted(others, reverse=True), "the surest first"
+    assert disputed(reduced, limit=3) == found[:3]
+
+
 def alone(exit: int, *traces: Trace) -> list[Trace]:
     """Traces of a plain network that answers as ``exit`` does."""
     return [Trace(logits_ENC=t.logits_ENC[exit : exit + 1], labels_N=t.labels_N, cost_E=torch.ones(1)) for t in traces]
@@ -254,13 +270,37 @@ def test_tables_and_figures_from_the_folder_alone(traces: tuple[Trace, Trace], t
     assert f"| CNN accuracy | 92.0 (aim) | {100 * full:.1f} | {100 * (full - 0.92):+.1f}" in text
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.endswith(" how |")]
     assert all(re.search(r"\| fast, .* epochs, 45,000 rows, a test \|$", row) for row in rows), "every row says how"
-    assert sum("0.1" in row and "vgg16" in row for row in rows) == 2
+    assert sum("0.1" in row and "vgg16" in row for row in rows) == 3
+    for protocol in ("clean", "paper"):
+        assert f"| vgg16, 0.1 poisoned | triggered, early exits, {protocol} | 84.0 | 20.0 | -64.0 (below) |" in text
     assert "| cost at equal accuracy, clean | 50.0 | 71.2 | +21.2 (above) |" in text, "a shortfall is marked"
     figures_made = sorted(path.name for path in (tmp_path / "out").glob("*.svg"))
     kinds = ("confusion", "early-exits", "overthinking")
     expected = ["backdoor.svg", *(f"cifar10-resnet56-ic-only-fast-{kind}.svg" for kind in kinds)]
     assert figures_made == expected, "none for a plain network"
-    assert "right at some exit so far" in (tmp_path / "out" / figures_made[3]).read_text()
+    drawn = [(tmp_path / "out" / figure).read_text() for figure in figures_made]
+    assert "right at some exit so far" in drawn[3]
+    assert "fast, all by SGD, 5 epochs, 45,000 rows, a test" in drawn[0], "a figure says how, too"
+    assert all("fast, 3 after 9 epochs, 45,000 rows, a test" in svg for svg in drawn[1:])
+
+
+def test_a_trigger_that_was_not_learned_leaves_nothing_to_win_back() -> None:
+    shares = {"accuracy_clean": 0.78, "accuracy_triggered": 0.779}
+    victim = dict.fromkeys(VICTIM, 0) | shares | {"network": "mobilenet", "regime": "backdoor", "recipe": "fast"}
+    victim |= {"early_exits": shares, "paper": shares, "detection": {"auroc": 0.5}, "poisoning_rate": 0.005}
+    for success, cells in ((0.499, ["trigger not learned"] * 2), (0.5, ["77.9"] * 2)):
+        one = victim | {"attack_success": success}
+        assert list(tables.backdoor_rows([one])[1][5:7]) == cells
+        beside = tables.paper_rows([], [one])[1:]
+        assert [row[3] for row in beside] == cells
+        assert [row[4] for row in beside] == ([""] * 2 if success < 0.5 else ["-6.1 (below)"] * 2)
+
+
+def test_mobilenets_cost_in_the_paper_is_of_another_count(traces: tuple[Trace, Trace], tmp_path: Path) -> None:
+    for network in ("mobilenet", "vgg16"):
+        write(tmp_path, f"cifar100-{network}-mixed-fast", reduce_traces(*traces))
+    costs = {row[0]: row[2] for row in tables.paper_rows(tables.read_records(tmp_path)) if "equal accuracy" in row[1]}
+    assert costs == {"cifar100-mobilenet-mixed-fast": "50.0 (profiler)", "cifar100-vgg16-mixed-fast": "50.0"}
 
 
 def test_early_exits_are_compared_with_the_plain_network_recorded(
@@ -377,6 +417,26 @@ def test_foreign_and_half_records_are_named(traces: tuple[Trace, Trace], tmp_pat
     (run,) = study.all_runs(("cifar10",), ("resnet56",), ("ic-only",))
     with pytest.raises(FormatError, match="is not a whole record of the study"):
         study.work_off([run], tmp_path / "no data", results=tmp_path, work=tmp_path / "work")
+
+
+def test_a_trace_of_another_training_is_refused(
+    traces: tuple[Trace, Trace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One row more right at one exit, or one row more held out, are enough."""
+    held, test = traces
+    path, reduced = tmp_path / "cifar10-resnet56-ic-only-fast.json", reduce_traces(held, test)
+    write(tmp_path, path.stem, reduced)
+    assert len(tables.read_records(tmp_path)) == 1
+    said = reduced.said_EN.clone()
+    wrong = int((said[1, 600:] != reduced.labels_N[600:]).nonzero()[0])
+    said[1, 600 + wrong] = reduced.labels_N[600 + wrong]
+    for other in (dataclasses.replace(reduced, said_EN=said), dataclasses.replace(reduced, held_out=599)):
+        other.save(path.with_suffix(".safetensors"))
+        with pytest.raises(FormatError, match=rf"{path.stem}\.safetensors does not give .* that {path.name} says"):
+            tables.make_tables(tmp_path, tmp_path / "out", figures=False)
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["paper", "experiment", "overthinking", path.stem, "--results", str(tmp_path)])
+        assert f"sdn: {path.with_suffix('.safetensors')} does not give the accuracies" in capsys.readouterr().err
 
 
 def test_an_unknown_run_is_answered_with_the_nearest(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from shallowdeep.checkpoints import alone, seconds_of
 from shallowdeep.cli import main
 from shallowdeep.files import FormatError, read_tensors
 from shallowdeep.joint import Taus
-from shallowdeep.paper import backdoor, figures, pictures, recipes, study
+from shallowdeep.paper import backdoor, downloads, figures, pictures, recipes, study
 from shallowdeep.paper.backdoor import Victim
 from shallowdeep.paper.experiments import galleries
 from shallowdeep.paper.networks import NETWORKS, ResNet, make_network
@@ -51,6 +53,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         exits = dataclasses.replace(found.exits, epochs=2)
         return dataclasses.replace(found, epochs=2, after_epochs=2, exits=exits, bf16=False)
 
+    monkeypatch.setattr(study, "require", lambda *_: None)
     monkeypatch.setattr(study, "read_rows", rows)
     monkeypatch.setattr(study, "split_rows", lambda labels: (torch.arange(200), torch.arange(200, 300)))
     monkeypatch.setattr(study, "make_recipe", short)
@@ -110,7 +113,7 @@ def test_every_regime_leaves_its_record(small: None, tmp_path: Path) -> None:
     assert not bool(trace.trained_N.any()) if trace.trained_N is not None else False
     # A second call does nothing.
     again = work_off(runs, tmp_path, results=tmp_path / "results", work=tmp_path / "work")
-    assert again == {"done": [], "before": [run.name for run in runs], "open": []}
+    assert again == {"done": [], "before": [run.name for run in runs], "open": [], "failed": []}
 
 
 def test_slices_make_the_same_network_as_one_go(small: None, tmp_path: Path) -> None:
@@ -130,7 +133,7 @@ def test_slices_of_many_runs_end_with_all_records(small: None, tmp_path: Path) -
     runs, calls = all_runs(("cifar10",), ("resnet56",)), 0
     where = {"results": tmp_path / "r", "work": tmp_path / "w"}
     first = work_off(runs, tmp_path, **where, minutes=0.001)
-    assert first == {"done": [], "before": [], "open": [run.name for run in runs]}
+    assert first == {"done": [], "before": [], "open": [run.name for run in runs], "failed": []}
     while work_off(runs, tmp_path, **where, minutes=0.001)["open"]:
         calls += 1
         assert calls < 40
@@ -188,7 +191,7 @@ def test_what_stands_on_a_plain_network_follows_when_it_is_made_again(
         traces = {"held_out": answered(run, 100), "test": answered(run, 60)}
         recipe = study.make_recipe(run.recipe, run.network)
         about = study._asked(run, recipe) | study.provenance(
-            (torch.zeros(200, 1), torch.arange(200)), None, "32-true", 1.0
+            (torch.zeros(200, 1), torch.arange(200)), (torch.zeros(100, 1), torch.arange(100)), "32-true", 1.0
         )
         study._write_record(run, about, traces, study.plain_network(run, results), work / run.name, results)
 
@@ -201,8 +204,9 @@ def test_what_stands_on_a_plain_network_follows_when_it_is_made_again(
     before = record(joint)
     shutil.rmtree(tmp_path / "w")
     attempt[0] = 1
-    report = work_off([ics, mixed], tmp_path, **where)
-    assert (report["done"], report["before"]) == ([RUN.name, ics.name, mixed.name], [])
+    report = work_off([mixed], tmp_path, **where)
+    assert (report["done"], report["before"]) == ([RUN.name, mixed.name, ics.name], []), "asked for or not"
+    assert study.same_network(ics, results)
     after = record(joint)
     for run in (ics, joint, mixed):
         assert record(run)["accuracy_cnn"] == record(run)["paper"]["accuracy_cnn"] == record(RUN)["accuracy_cnn"]
@@ -210,6 +214,13 @@ def test_what_stands_on_a_plain_network_follows_when_it_is_made_again(
     assert {name: after[name] for name in RUN_FIELDS} == {name: before[name] for name in RUN_FIELDS}
     assert after["accuracy_exits"] == before["accuracy_exits"]
     # What a killed call or an earlier version left is mended by the next one.
+    attempt[0] = 2
+    shutil.rmtree(tmp_path / "w")
+    quick(RUN, tmp_path, results=results, work=tmp_path / "w")
+    assert not study.same_network(ics, results)
+    assert work_off([joint], tmp_path, **where)["done"] == [ics.name]
+    assert study.same_network(ics, results)
+    after = record(joint)
     for left in (before, {name: value for name, value in after.items() if name != "cost_at_budget"}):
         (results / f"{joint.name}.json").write_text(json.dumps(left))
         assert work_off([joint], tmp_path, **where)["before"] == [RUN.name, joint.name]
@@ -255,7 +266,7 @@ def test_the_door_of_runs(small: None, tmp_path: Path, capsys: pytest.CaptureFix
         main(["paper", "run", str(tmp_path), *what, *where, "--minutes", minutes])
         lines = capsys.readouterr().out.splitlines()
         report = json.loads(lines[-1])
-        assert report == {"done": [], "before": [], "open": []} | {state: [RUN.name]}
+        assert report == {"done": [], "before": [], "open": [], "failed": []} | {state: [RUN.name]}
         assert f"{state}: {RUN.name}" in lines
     with pytest.raises(SystemExit) as stopped:
         main(["paper", "run", str(tmp_path), "--networks", "resnet50", *where])
@@ -276,6 +287,26 @@ def test_a_record_over_a_network_of_fewer_epochs_is_no_record(small: None, tmp_p
     report = work_off([ics], tmp_path, **where)
     assert (report["before"], report["done"]) == ([RUN.name], [ics.name])
     assert json.loads(path.read_text())["epochs_before"] == 2
+
+
+def test_a_pair_of_two_trainings_is_made_again(small: None, tmp_path: Path) -> None:
+    """Killed between the renaming of the trace and that of the JSON."""
+    where: Any = {"results": tmp_path / "r", "work": tmp_path / "w"}
+    joint = dataclasses.replace(RUN, regime="sdn-training")
+    work_off([joint], tmp_path, **where)
+    path = tmp_path / "r" / f"{joint.name}.json"
+    before, trace = path.read_text(), ReducedTrace.load(path.with_suffix(".safetensors"))
+    others = trace.said_EN.clone()
+    wrong = int((others[1, 100:] != trace.labels_N[100:]).nonzero()[0])
+    others[1, 100 + wrong] = trace.labels_N[100 + wrong]
+    dataclasses.replace(trace, said_EN=others).save(path.with_suffix(".safetensors"))
+    path.write_text(json.dumps({name: value for name, value in json.loads(before).items() if name != "best"}))
+    half = path.read_text()
+    work_off([RUN], tmp_path, **where)
+    assert path.read_text() == half, "no figures of one training are written beside the choices of the other"
+    assert work_off([joint], tmp_path, **where)["done"] == [joint.name]
+    assert torch.equal(ReducedTrace.load(path.with_suffix(".safetensors")).said_EN, trace.said_EN)
+    assert json.loads(path.read_text())["paper"] == json.loads(before)["paper"]
 
 
 def test_a_record_of_another_recipe_or_without_its_trace_is_made_again(
@@ -312,9 +343,86 @@ def test_a_training_that_diverged_is_one_sentence(small: None, tmp_path: Path, m
         return start, "32-true"
 
     monkeypatch.setattr(study, "train", diverged)
-    with pytest.raises(DataError, match="not finite: its training diverged"):
+    (tmp_path / "w" / RUN.name).mkdir(parents=True)
+    with pytest.raises(DataError, match=rf"The training of {RUN.name} diverged.* now in .*{RUN.name}\.old1; the next"):
         make(RUN, tmp_path, results=tmp_path / "r", work=tmp_path / "w")
     assert not (tmp_path / "r").exists()
+
+
+def test_a_run_that_diverges_keeps_no_other_from_its_turn(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """First the joint training diverges, then, of another seed, the plain network; each starts afresh the next time."""
+    trained, sick, results = study.train, {"sdn-training"}, tmp_path / "r"
+    refreshed: list[str] = []
+    monkeypatch.setattr(study, "_refresh", lambda run, *_, **__: refreshed.append(run.name))
+
+    def diverging(regime: str, *choices: Any, **more: Any) -> Any:
+        found, precision = trained(regime, *choices, **more)  # type: ignore[arg-type]
+        if regime in sick:
+            network = found.backbone if isinstance(found, sd.ShallowDeepNetwork) else found
+            network.get_parameter("network.linear.bias").data.fill_(torch.nan)
+        return found, precision
+
+    monkeypatch.setattr(study, "train", diverging)
+    words = ["paper", "run", str(tmp_path), "--datasets", "cifar10", "--networks", "resnet56"]
+    words += ["--results", str(results), "--work", str(tmp_path / "w"), "--regimes", "sdn-training", "ic-only"]
+
+    def report(*more: str) -> Any:
+        with pytest.raises(SystemExit, match="1"):
+            main([*words, *more])
+        said = capsys.readouterr()
+        return json.loads(said.out.splitlines()[-1]), said.err
+
+    joint, ics = (dataclasses.replace(RUN, regime=regime) for regime in ("sdn-training", "ic-only"))
+    found, said = report()
+    assert found == {"done": [RUN.name, ics.name], "before": [], "open": [], "failed": [joint.name]}
+    aside = tmp_path / "w" / f"{joint.name}.old1"
+    assert f"{joint.name} failed: The training of {joint.name} diverged: its logits are not finite." in said
+    assert f"now in {aside}; the next call starts afresh." in said
+    assert "NaN inputs" not in said
+    assert (aside / "checkpoint.pt").is_file()
+    assert joint.name in refreshed
+    sick.clear()
+    main(words)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["done"] == [joint.name]
+    sick.add("cnn")
+    found, _ = report("--seed", "1")
+    assert found["failed"] == [f"{RUN.name}-seed1"]
+    assert found["open"] == [f"{joint.name}-seed1", f"{ics.name}-seed1"], "what needs it waits"
+
+
+def test_folders_that_cannot_be_written_are_found_before_any_training(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study, "make", lambda *_, **__: pytest.fail("it trains"))
+    (tmp_path / "file").touch()
+    words = ["paper", "run", str(tmp_path), "--datasets", "cifar10", "--networks", "resnet56", "--regimes", "cnn"]
+    for results, work in (("file", "w"), ("file/deeper", "w"), ("r", "file")):
+        with pytest.raises(SystemExit, match="2"):
+            main([*words, "--results", str(tmp_path / results), "--work", str(tmp_path / work)])
+        unusable = tmp_path / (results if results != "r" else work)
+        said = f"sdn: Nothing can be written into {unusable} ({tmp_path / 'file'}: not a directory)"
+        assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "looking leaves nothing"
+
+
+def test_data_that_are_missing_are_missed_before_any_training(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are no failure of a run; what is recorded needs none."""
+    work_off([RUN], tmp_path, results=tmp_path / "r", work=tmp_path / "w")
+    monkeypatch.setattr(study, "require", downloads.require)
+    words = ["paper", "run", str(tmp_path / "data"), "--networks", "resnet56", "--regimes", "cnn", "--minutes", "0"]
+    words += ["--results", str(tmp_path / "r"), "--work", str(tmp_path / "w"), "--datasets"]
+    main([*words, "cifar10"])
+    assert RUN.name in capsys.readouterr().out
+    (tmp_path / "data" / "tiny-imagenet-200").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "cifar10", "cifar100", "tinyimagenet"])
+    said = capsys.readouterr().err
+    assert f"sdn: Not whole in {tmp_path / 'data'}: cifar-100-python: missing; tiny-imagenet-200: No file" in said
+    assert f"sdn paper data {tmp_path / 'data'} --download" in said
 
 
 def test_a_network_whose_weights_are_lost_is_trained_again(small: None, tmp_path: Path) -> None:
@@ -442,9 +550,17 @@ def test_grad_cam_takes_the_weights_of_which_the_record_speaks(two_runs: list[st
     where: Any = {"results": tmp_path / "results" / "paper", "work": work, "out": tmp_path / "looks.png"}
     trace = Trace.load(work / name / "test.safetensors")
     dataclasses.replace(trace, logits_ENC=-trace.logits_ENC).save(work / name / "test.safetensors")
-    with pytest.raises(DataError, match=f"does not hold the weights of which the record {name} speaks"):
+    with pytest.raises(DataError, match=f"does not hold the weights of which the record {name} speaks") as refused:
         pictures.draw_looks(name, tmp_path, **where)
     assert not (tmp_path / "looks.png").exists()
+    # The sentence leads out, and the record stays.
+    kept = {path.name: path.read_bytes() for path in where["results"].iterdir()}
+    shutil.rmtree(work)
+    run, look = re.findall(r"sdn (paper .*?)(?:;|$)", str(refused.value))
+    main(shlex.split(run))
+    main([*shlex.split(look), "--out", str(tmp_path / "looks.png")])
+    assert (tmp_path / "looks.png").is_file()
+    assert {path.name: path.read_bytes() for path in where["results"].iterdir()} == kept
     other = recipes.Normalised(make_network("mobilenet", 10, 32), (0.0,) * 3, (1.0,) * 3)
     with pytest.raises(DataError, match=f"holds the weights of another network than {name}'s"):
         study.load_network(other, work / name, name)
@@ -486,6 +602,7 @@ def test_victims_are_named_and_refused() -> None:
     assert Victim(rate=0.005).name == "cifar10-vgg16-backdoor-fast-rate0.005"
     assert Victim(rate=0.02, network="mobilenet", epochs=5).name == "cifar10-mobilenet-backdoor-fast-rate0.02-epochs5"
     assert Victim(rate=0.1, recipe="paper", seed=3).name == "cifar10-vgg16-backdoor-paper-rate0.1-seed3"
+    assert Victim(rate=0.1234567).name != Victim(rate=0.1234568).name, "a record each"
     assert Victim(rate=0.02, network="mobilenet").how.whole == recipes.FAST
     assert Victim(rate=0.1, recipe="paper").how.holds_out  # thresholds need rows, by whatever recipe it was trained
     for wrong, said in (
@@ -520,6 +637,39 @@ def test_a_victim_is_trained_and_written(victims: None, tmp_path: Path) -> None:
     assert row[:2] == ("resnet56", "0.2")
 
 
+def test_what_another_victim_left_or_what_diverged_is_set_aside(
+    victims: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    victim, short, trained = Victim(rate=0.2, network="resnet56", epochs=1), study.make_recipe, backdoor.train
+    where: Any = {"results": tmp_path / "r", "work": tmp_path / "w"}
+    assert len(backdoor.work_off([victim], tmp_path, **where)["victims"]) == 1
+
+    def changed(name: str, network: str) -> recipes.Recipe:
+        found = short(name, network)
+        return dataclasses.replace(found, whole=dataclasses.replace(found.whole, lr=0.05))
+
+    monkeypatch.setattr(backdoor, "make_recipe", changed)
+    (record,) = backdoor.work_off([victim, victim], tmp_path, **where)["victims"]
+    assert record["training"]["lr"] == 0.05
+    aside = tmp_path / "w" / f"{victim.name}.old1"
+    assert f"It is now in {aside}; {victim.name} starts afresh." in capsys.readouterr().err
+    assert (aside / "victim" / "checkpoint.pt").is_file()
+
+    def diverging(regime: str, *choices: Any, **more: Any) -> Any:
+        found, precision = trained(regime, *choices, **more)  # type: ignore[arg-type]
+        if isinstance(found, sd.ShallowDeepNetwork) and sick:
+            found.backbone.get_parameter("network.linear.bias").data.fill_(torch.nan)
+        return found, precision
+
+    sick, other = [1], dataclasses.replace(victim, seed=1)
+    monkeypatch.setattr(backdoor, "train", diverging)
+    report = backdoor.work_off([other, victim], tmp_path, **where)
+    assert (report["failed"], report["victims"]) == ([other.name], [record])
+    assert f"The training of {other.name} diverged" in capsys.readouterr().err
+    sick.clear()
+    assert backdoor.work_off([other], tmp_path, **where)["failed"] == []
+
+
 def test_a_line_is_of_one_network_and_its_epochs() -> None:
     one = {"attack_success": 0.9, "accuracy_triggered": 0.1, "poisoning_rate": 0.1, "network": "vgg16", "epochs": 5}
     one["early_exits"] = {"accuracy_triggered": 0.8, "accuracy_clean": 0.9}
@@ -533,13 +683,30 @@ def test_a_line_is_of_one_network_and_its_epochs() -> None:
 
 def test_a_victim_of_other_epochs_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    monkeypatch.setattr(backdoor, "backdoor", lambda victim, *_, **__: made.append(victim.name) or {"seed": 1})
     victim = Victim(rate=0.2, network="resnet56")
     path = tmp_path / f"{victim.name}.json"
+
+    def made_again(victim: Victim, *_: object, **__: object) -> None:
+        made.append(victim.name)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 1}))
+
+    monkeypatch.setattr(backdoor, "backdoor", made_again)
+    monkeypatch.setattr(backdoor, "check_before", lambda *_: None)
     where: Any = {"results": tmp_path, "work": tmp_path}
     training = dataclasses.asdict(victim.how.whole) | {"milestones": []}
-    for other, seed, calls in (({}, 77, 0), ({"epochs": 1}, 1, 1), ({"training": training | {"muon_lr": 0.1}}, 1, 2)):
-        about = {"regime": "backdoor", "epochs": victim.how.epochs, "training": training, "seed": 77}
+    for other, seed, calls in (
+        ({}, 77, 0),
+        ({"epochs": 1}, 1, 1),
+        ({"training": training | {"muon_lr": 0.1}}, 1, 2),
+        ({"poisoning_rate": 0.2001}, 1, 3),
+    ):
+        about = {
+            "regime": "backdoor",
+            "poisoning_rate": 0.2,
+            "epochs": victim.how.epochs,
+            "training": training,
+            "seed": 77,
+        }
         path.write_text(json.dumps(dict.fromkeys(VICTIM) | about | other))
         report = backdoor.work_off([victim], tmp_path, **where)
         assert (report["victims"][0]["seed"], report["open"], len(made)) == (seed, [], calls)
@@ -565,8 +732,8 @@ def test_the_backdoors_door_goes_on_and_shows_what_is_finished(
     assert "0..1, found 1.5" in capsys.readouterr().err
     assert not (tmp_path / "w").exists(), "nothing was trained"
     lines, result = said("--rates", ".2", ".1", "--minutes", ".001")
-    assert lines[-1] == f"open: {', '.join(names)}"
-    assert result == {"victims": [], "open": names}
+    assert lines[-2:] == [f"open: {', '.join(names)}", "failed: none"]
+    assert result == {"victims": [], "open": names, "failed": []}
     assert not (tmp_path / "b.svg").exists()
     said("--rates", ".2")
     lines, result = said("--rates", ".1", ".2", "--minutes", "0")
@@ -587,6 +754,7 @@ def test_the_pictures_doors(
     test = reduced.part("test")
     chosen = {"simple": [3, 1], "complex": [2], "only_first": [4, 7]}
     monkeypatch.setattr(pictures, "galleries", lambda *_, limit=10: chosen)
+    monkeypatch.setattr(pictures, "disputed", lambda *_, limit: chosen["only_first"])
     captions: list[list[str]] = []
     draw = pictures.gallery
     monkeypatch.setattr(
@@ -619,7 +787,10 @@ def test_the_pictures_doors(
     main(["paper", "grad-cam", ics, "data", "--out", "looks.png"])
     assert json.loads(capsys.readouterr().out) == {"rows": [4, 7], "out": "looks.png"}
     assert captions[3][0] == "is e"
+    for drawn in (Path("looks.png"), Path("out", f"{ics}-only_first.png")):
+        with Image.open(drawn) as picture:
+            assert picture.info["Description"].startswith(f"{ics}\nfast, 2 after 2 epochs, 200 rows, ")
     with Image.open("looks.png") as picture:
         assert picture.size[1] == 2 * (96 + 12 + 6) + 6
     chosen["only_first"] = []
-    assert "first exit alone" in sentence("grad-cam", ics, "data")
+    assert "give every image the same answer" in sentence("grad-cam", ics, "data")

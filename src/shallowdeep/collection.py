@@ -35,6 +35,10 @@ from shallowdeep.views import CHECKED_ROWS, Look, SecondLook, second_look_of
 MEMORY_LIMIT_BYTES = 1 << 30
 
 
+class NotFinite(DataError):
+    """Logits are NaN or infinite: the inputs are, or the weights."""
+
+
 def collect(
     sdn: ShallowDeepNetwork,
     data: Batches | tuple[Inputs, Tensor],
@@ -50,8 +54,8 @@ def collect(
 
     ``second_look`` appends an exit behind the backbone's own: the network asked again on a view of the inputs (a name
     of ``views.VIEWS`` such as "mirror", or a function of a batch), both answers' log-probabilities averaged; it costs
-    one pass more. Raises ``DataError`` for empty data, labels outside the classes, logits that are not finite, or a
-    view that is not deterministic and row by row.
+    one pass more. Raises ``DataError`` for empty data, labels outside the classes, or a view that is not deterministic
+    and row by row, and ``NotFinite``, which is one, for logits that are not finite.
     """
     check_attached(sdn)
     if batch_size < 1:
@@ -127,7 +131,8 @@ def _check_finite(answers_EBC: Tensor, before: int) -> None:
     bad_B = ~torch.isfinite(answers_EBC).all(2).all(0)
     if bool(bad_B.any()):
         first = before + int(bad_B.nonzero()[0])
-        raise DataError(f"Logits are not finite for {int(bad_B.sum())} rows of a batch, first row {first}: NaN inputs?")
+        rows = f"{int(bad_B.sum())} rows of a batch, first row {first}"
+        raise NotFinite(f"Logits are not finite for {rows}: NaN inputs, or a training that diverged?")
 
 
 class _Rows:

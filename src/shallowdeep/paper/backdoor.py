@@ -13,14 +13,15 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shallowdeep.calibration import tradeoff
-from shallowdeep.checkpoints import OutOfTime, alone, seconds_of, until
+from shallowdeep.checkpoints import seconds_of
 from shallowdeep.collection import collect
 from shallowdeep.disagreement import confusion, fit_confusion
 from shallowdeep.effects import answers, share
@@ -31,7 +32,7 @@ from shallowdeep.paper.datasets import study_set
 from shallowdeep.paper.networks import NETWORKS
 from shallowdeep.paper.recipes import Recipe, fresh_network, make_recipe, train
 from shallowdeep.paper.records import GRID, best_point, read_record
-from shallowdeep.paper.study import provenance, study_rows
+from shallowdeep.paper.study import at_work, attempt, check_before, provenance, resumed, study_rows
 from shallowdeep.policies import Confidence
 from shallowdeep.runs import plain
 from shallowdeep.types import Trace
@@ -82,7 +83,7 @@ class Victim:
         """``cifar10-network-backdoor-recipe-rate``, and the epochs and the seed where they are not the usual ones."""
         epochs = "" if self.epochs is None else f"-epochs{self.epochs}"
         seed = f"-seed{self.seed}" if self.seed else ""
-        return f"cifar10-{self.network}-backdoor-{self.recipe}-rate{self.rate:g}{epochs}{seed}"
+        return f"cifar10-{self.network}-backdoor-{self.recipe}-rate{float(self.rate)}{epochs}{seed}"
 
     @property
     def how(self) -> Recipe:
@@ -98,23 +99,34 @@ class Victim:
 def work_off(
     victims: Sequence[Victim], data_dir: Path, *, results: Path, work: Path, minutes: float = math.inf
 ) -> dict[str, Any]:
-    """The records of ``victims``, made where they are missing or of other epochs; names of those ``open``.
+    """The records of ``victims``, made where missing or of other choices; names of those ``open`` or ``failed``.
 
-    Stops between two epochs when ``minutes`` are over; the next call goes on there.
+    Stops between two epochs when ``minutes`` are over; the next call goes on there. As with runs, the others go on
+    where one fails, and what cannot end well is found before anything trains.
     """
-    report: dict[str, Any] = {"victims": [], "open": []}
+    report: dict[str, Any] = {"victims": [], "open": [], "failed": []}
     end = time.monotonic() + 60 * minutes
-    for victim in victims:
-        path, how = results / f"{victim.name}.json", victim.how
-        record = read_record(path) if path.is_file() else None
-        try:
-            if record is None or (record["epochs"], record["training"]) != (how.epochs, plain(asdict(how.whole))):
-                with until(end):
-                    record = backdoor(victim, data_dir, results=results, work=work)
-            report["victims"].append(record)
-        except OutOfTime:
-            report["open"].append(victim.name)
+    missing = [victim for victim in dict.fromkeys(victims) if not _recorded(victim, results)]
+    check_before(data_dir, ["cifar10"] * len(missing), results, work)
+    for victim in dict.fromkeys(victims):
+        state = "done"
+        if victim in missing:
+            state = attempt(victim.name, end, partial(backdoor, victim, data_dir, results=results, work=work))
+        if state == "done":
+            report["victims"].append(read_record(results / f"{victim.name}.json"))
+        else:
+            report[state].append(victim.name)
     return report
+
+
+def _recorded(victim: Victim, results: Path) -> bool:
+    """Whether ``victim`` left a record, of its very rate, epochs and recipe."""
+    path, how = results / f"{victim.name}.json", victim.how
+    if not path.is_file():
+        return False
+    record = read_record(path)
+    wanted = {"poisoning_rate": victim.rate, "epochs": how.epochs, "training": plain(asdict(how.whole))}
+    return all(record[name] == value for name, value in wanted.items())
 
 
 def backdoor(victim: Victim, data_dir: Path, *, results: Path, work: Path) -> dict[str, Any]:
@@ -122,23 +134,24 @@ def backdoor(victim: Victim, data_dir: Path, *, results: Path, work: Path) -> di
 
     The owner of the ICs got the network from somebody else and has clean rows of their own; the trigger is unknown to
     them. Thresholds come from the held-out clean rows. Goes on after every epoch, and inside a ``time_limit`` stops
-    there with ``OutOfTime``.
+    there with ``OutOfTime``. What a victim of other choices or one that diverged left is set aside.
     """
     chosen, how, seed = study_set("cifar10"), victim.how, victim.seed
     clean, held_out, test = study_rows("cifar10", data_dir, how)
     assert held_out is not None
-    network = fresh_network(victim.network, chosen, seed).to(clean[0].device)
-    spoiled = poisoned(clean, victim.rate, seed)
-    folders = [work / victim.name / part for part in ("victim", "ics")]
-    with alone(work / victim.name):
-        _, precision = train("cnn", how, victim.network, chosen, spoiled, start=network, folder=folders[0], seed=seed)
-        sdn, _ = train("ic-only", how, victim.network, chosen, clean, start=network, folder=folders[1], seed=seed)
-    assert isinstance(sdn, ShallowDeepNetwork)
-    found = judge(
-        collect(sdn, held_out),
-        collect(sdn, test),
-        collect(sdn, (stamped(test[0]), test[1])),
-    )
+    spoiled, folder = poisoned(clean, victim.rate, seed), work / victim.name
+    folders = [folder / part for part in ("victim", "ics")]
+
+    def trained() -> tuple[nn.Module, str]:
+        start = fresh_network(victim.network, chosen, seed).to(clean[0].device)
+        _, precision = train("cnn", how, victim.network, chosen, spoiled, start=start, folder=folders[0], seed=seed)
+        sdn, _ = train("ic-only", how, victim.network, chosen, clean, start=start, folder=folders[1], seed=seed)
+        return sdn, precision
+
+    with at_work(folder):
+        sdn, precision = resumed(folder, trained)
+        assert isinstance(sdn, ShallowDeepNetwork)
+        found = judge(*(collect(sdn, rows) for rows in (held_out, test, (stamped(test[0]), test[1]))))
     about = {
         "dataset": "cifar10",
         "network": victim.network,

@@ -153,6 +153,7 @@ def experiment(what: Experiment, run: str, *, results: Path = RESULTS, out: Path
     """
     from shallowdeep.paper import experiments, figures, study
     from shallowdeep.paper.records import run_with_exits
+    from shallowdeep.paper.tables import titled
     from shallowdeep.runs import plain
 
     about, reduced = run_with_exits(results, run)
@@ -164,7 +165,7 @@ def experiment(what: Experiment, run: str, *, results: Path = RESULTS, out: Path
     else:
         found, draw = experiments.error_alarms(reduced), figures.confusion_figure
     if out is not None:
-        figures.save_figure(draw(found, run), out)
+        figures.save_figure(draw(found, titled(run, [about])), out)
     return dict(plain(found))
 
 
@@ -192,7 +193,9 @@ def gallery(run: str, data_dir: Path, *, results: Path = RESULTS, out: Path = Pa
 def grad_cam(
     run: str, data_dir: Path, *, results: Path = RESULTS, work: Path = Path("runs/paper"), out: Path = Path("looks.png")
 ) -> dict[str, Any]:
-    """Draw where the first and the last exit looked on images that only the first exit gets right.
+    """Draw where the first and the last exit looked on images about which they differ.
+
+    Images that only the first exit gets right come first.
 
     Parameters
     ----------
@@ -247,13 +250,15 @@ def backdoor(
     """
     from shallowdeep.paper import figures
     from shallowdeep.paper.backdoor import Victim, work_off
-    from shallowdeep.paper.tables import backdoor_rows
+    from shallowdeep.paper.tables import backdoor_rows, titled
     from shallowdeep.types import table
 
     victims = [Victim(rate=rate, network=network, epochs=epochs) for rate in rates]
     report = work_off(victims, data_dir, results=results, work=work, minutes=minutes)
     print(table(backdoor_rows(report["victims"])))
-    print(f"open: {', '.join(report['open']) or 'none'}")
+    for state in ("open", "failed"):
+        print(f"{state}: {', '.join(report[state]) or 'none'}")
     if out is not None and report["victims"]:
-        figures.save_figure(figures.backdoor_figure(report["victims"], "BadNets"), out)
+        title = titled("BadNets", report["victims"])
+        figures.save_figure(figures.backdoor_figure(report["victims"], title), out)
     return report

@@ -14,7 +14,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -54,6 +54,15 @@ def look(data_dir: Path, names: Sequence[str] = tuple(DATASETS)) -> list[Found]:
         Found(name=one.name, folder=one.folder, state=_state(one, data_dir), address=one.address, md5=one.md5)
         for one in chosen
     ]
+
+
+def require(data_dir: Path, names: Iterable[str]) -> None:
+    """Raise ``DataError`` that names those of the data sets ``names`` that are not whole in ``data_dir``."""
+    lacking = [f"{one.folder}: {one.state.rstrip('.')}" for one in look(data_dir, list(names)) if one.state != "whole"]
+    if lacking:
+        raise DataError(
+            f"Not whole in {data_dir}: {'; '.join(lacking)}. Fetch it: sdn paper data {data_dir} --download"
+        )
 
 
 def _state(chosen: StudySet, data_dir: Path) -> str:

@@ -75,6 +75,17 @@ def galleries(reduced: ReducedTrace, limit: int | None = 25) -> dict[str, list[i
     }
 
 
+def disputed(reduced: ReducedTrace, limit: int | None = 25) -> list[int]:
+    """Positions among the test rows about which the first exit and the last differ: those that the first alone gets
+    right, then the others, of either kind those of which the first exit is surest.
+    """
+    test = reduced.part("test")
+    alone = galleries(reduced, limit=None)["only_first"]
+    rows = (test.said_EN[0] != test.said_EN[-1]).nonzero().flatten().tolist()
+    others = sorted(set(rows) - set(alone), key=lambda row: -float(test.log_odds_EN[0, row]))
+    return [*alone, *others][:limit]
+
+
 def early_exits(reduced: ReducedTrace, cnn: ReducedTrace | None = None) -> dict[str, Any]:
     """Section 5.1 under both protocols, and the whole curve of one threshold on the test rows, for the figure."""
     found = figures(reduced, cnn)

@@ -15,7 +15,7 @@ from shallowdeep.report.style import DASHES, INKS, altair, finished, vl_convert
 WIDTH, HEIGHT = 340, 220
 
 
-def overthinking_figure(found: Mapping[str, Any], title: str) -> Any:
+def overthinking_figure(found: Mapping[str, Any], title: str | Sequence[str]) -> Any:
     """Accuracy, cumulative accuracy and destructive share of every exit (``experiments.overthinking_by_exit``)."""
     rows = [
         {"exit": exit + 1, "share": value, "what": what}
@@ -29,7 +29,7 @@ def overthinking_figure(found: Mapping[str, Any], title: str) -> Any:
     return line_figure(rows, "exit:O", "exit", "share:Q", "share of test rows", title)
 
 
-def early_exits_figure(found: Mapping[str, Any], title: str) -> Any:
+def early_exits_figure(found: Mapping[str, Any], title: str | Sequence[str]) -> Any:
     """Accuracy against mean cost of one threshold (``experiments.early_exits``), and the plain network's."""
     curve = found["curve"]
     rows = [
@@ -40,7 +40,7 @@ def early_exits_figure(found: Mapping[str, Any], title: str) -> Any:
     return line_figure([*rows, *plain], "cost:Q", "mean cost (full network = 1)", "accuracy:Q", "accuracy", title)
 
 
-def confusion_figure(found: Mapping[str, Any], title: str) -> Any:
+def confusion_figure(found: Mapping[str, Any], title: str | Sequence[str]) -> Any:
     """How confusion is spread over right and over wrong answers (``experiments.error_alarms``)."""
     bins = found["histogram"]["confusion"]
     middles = [(a + b) / 2 for a, b in zip(bins["edges"], bins["edges"][1:], strict=False)]
@@ -52,7 +52,7 @@ def confusion_figure(found: Mapping[str, Any], title: str) -> Any:
     return line_figure(rows, "confusion:Q", "confusion", "share:Q", "share of the answers", title)
 
 
-def backdoor_figure(victims: Sequence[Mapping[str, Any]], title: str) -> Any:
+def backdoor_figure(victims: Sequence[Mapping[str, Any]], title: str | Sequence[str]) -> Any:
     """What the trigger does and what early exits win back, by poisoning rate; a panel per network and epochs."""
     lines: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
         "trigger works (full network)": lambda one: one["attack_success"],
@@ -62,7 +62,7 @@ def backdoor_figure(victims: Sequence[Mapping[str, Any]], title: str) -> Any:
     }
     rows = [
         {
-            "rate": f"{one['poisoning_rate']:g}",
+            "rate": f"{one['poisoning_rate']}",
             "share": value(one),
             "what": what,
             "victim": f"{one['network']}, {one['epochs']} epochs",
@@ -74,7 +74,9 @@ def backdoor_figure(victims: Sequence[Mapping[str, Any]], title: str) -> Any:
     return chart.encode(column=altair().Column("victim:N", title=None))
 
 
-def line_figure(rows: list[dict[str, Any]], x: str, x_title: str, y: str, y_title: str, title: str) -> Any:
+def line_figure(
+    rows: list[dict[str, Any]], x: str, x_title: str, y: str, y_title: str, title: str | Sequence[str]
+) -> Any:
     """A line for every ``what`` among the rows, in the style of all figures."""
     alt = altair()
     kinds = list(dict.fromkeys(row["what"] for row in rows))

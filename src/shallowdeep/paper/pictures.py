@@ -5,22 +5,25 @@ It refuses to choose the images; experiments do.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from shallowdeep.explain import enlarged, grad_cam
 from shallowdeep.files import replacing
 from shallowdeep.network import ShallowDeepNetwork, load
 from shallowdeep.paper.datasets import class_names, read_rows, study_set
-from shallowdeep.paper.experiments import galleries
+from shallowdeep.paper.experiments import disputed, galleries
 from shallowdeep.paper.recipes import fresh_network
 from shallowdeep.paper.records import run_with_exits
-from shallowdeep.paper.study import has_weights, load_network, run_of
+from shallowdeep.paper.study import StudyRun, has_weights, load_network, run_of
+from shallowdeep.paper.tables import titled
 from shallowdeep.types import DataError
 
 SCALE, GAP, TEXT = 3, 6, 12
@@ -75,30 +78,48 @@ def draw_galleries(name: str, data_dir: Path, *, results: Path, out: Path) -> di
             ends = [names[int(test.said_EN[-1, row])] for row in rows]
             captions = [f"{caption}\nend: {end}" for caption, end in zip(captions, ends, strict=True)]
         if rows:
-            save_picture(gallery(images[rows], captions), out / f"{name}-{kind}.png")
+            save_picture(gallery(images[rows], captions), out / f"{name}-{kind}.png", titled(name, [about]))
     return {"images": {kind: len(rows) for kind, rows in found.items()}, "out": str(out)}
 
 
 def draw_looks(name: str, data_dir: Path, *, results: Path, work: Path, out: Path) -> dict[str, Any]:
-    """A PNG of where the first and the last exit looked on images that only the first gets right."""
+    """A PNG of where the first and the last exit looked on images about which they differ, if possible such as only the
+    first gets right.
+    """
     about, reduced = run_with_exits(results, name)
     images, labels_N = read_rows(about["dataset"], data_dir, "test")
-    rows = galleries(reduced, limit=6)["only_first"]
+    rows = disputed(reduced, limit=6)
     if not rows:
-        raise DataError(f"No image of {name} is right at the first exit alone.")
+        raise DataError(f"The first and the last exit of {name} give every image the same answer.")
     if not has_weights(run_of(about), results, work):
-        raise DataError(f"{work / name} does not hold the weights of which the record {name} speaks: sdn paper run.")
+        raise DataError(_where_from(run_of(about), data_dir, results, work))
     network = fresh_network(about["network"], study_set(about["dataset"]), 0)
     load_network(network, work / name, name)
     sdn = load(work / name / "sdn", network)
-    save_picture(looks(sdn, images[rows], class_names(about["dataset"], data_dir), labels_N[rows]), out)
+    sheet = looks(sdn, images[rows], class_names(about["dataset"], data_dir), labels_N[rows])
+    save_picture(sheet, out, titled(name, [about]))
     return {"rows": rows, "out": str(out)}
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG."""
+def _where_from(run: StudyRun, data_dir: Path, results: Path, work: Path) -> str:
+    """How to come by weights for pictures of ``run`` without a change of its record."""
+    other = results.with_name(f"{results.name}-again")
+    where = f"--results {shlex.quote(str(other))} --work {shlex.quote(str(work))}"
+    data = shlex.quote(str(data_dir))
+    chosen = f"--datasets {run.dataset} --networks {run.network} --regimes {run.regime}"
+    chosen += f" --recipe {run.recipe} --seed {run.seed}"
+    return (
+        f"{work / run.name} does not hold the weights of which the record {run.name} speaks. To train it again beside "
+        f"that record: sdn paper run {data} {chosen} {where}; then: sdn paper grad-cam {run.name} {data} {where}"
+    )
+
+
+def save_picture(picture: Image.Image, path: Path, about: Sequence[str] = ()) -> None:
+    """Write a PNG whose text "Description" holds the lines ``about`` it."""
+    text = PngInfo()
+    text.add_text("Description", "\n".join(about))
     with replacing(path) as (partial,):
-        picture.save(partial, "PNG")
+        picture.save(partial, "PNG", pnginfo=text)
 
 
 def _heated(image: Tensor, heat: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,28 @@ def read_record(path: Path, *, with_figures: bool = True) -> dict[str, Any]:
     return record
 
 
+def fits(record: Mapping[str, Any], reduced: ReducedTrace) -> bool:
+    """Whether ``reduced`` holds out as many rows and is as often right at every exit as ``record`` says."""
+    test, paper = reduced.part("test"), record["paper"]
+    right_E = (test.said_EN == test.labels_N).double().mean(1).tolist()
+    said_E = paper.get("accuracy_exits") if isinstance(paper, dict) else None
+    if not isinstance(said_E, list) or record["held_out_rows"] != reduced.held_out:
+        return False
+    return len(said_E) == len(right_E) and all(abs(a - b) < 1e-9 for a, b in zip(said_E, right_E, strict=True))
+
+
+def trace_of(record: Mapping[str, Any], path: Path) -> ReducedTrace:
+    """The reduced trace beside ``path``, the JSON of ``record``. Raises ``FormatError`` where it is of another run."""
+    beside = path.with_suffix(".safetensors")
+    reduced = ReducedTrace.load(beside)
+    if not fits(record, reduced):
+        raise FormatError(
+            f"{beside} does not give the accuracies and held-out rows that {path.name} says: they are of two "
+            f"trainings. Take both of one, or make the run again: sdn paper run."
+        )
+    return reduced
+
+
 def find_run(results: Path, run: str) -> Path:
     """The stem ``results / run`` of a run's two files. Raises ``DataError`` that names the nearest runs there."""
     if not (results / f"{run}.safetensors").is_file():
@@ -239,7 +262,7 @@ def run_with_exits(results: Path, run: str) -> tuple[dict[str, Any], ReducedTrac
     if about["regime"] == "cnn":
         others = [path.stem for path in sorted(results.glob("*.safetensors")) if "-cnn-" not in path.stem]
         raise DataError(f"{run} has no exits; take one of: {', '.join(others) or 'none yet'}.")
-    return about, ReducedTrace.load(Path(f"{stem}.safetensors"))
+    return about, trace_of(about, Path(f"{stem}.json"))
 
 
 def best_point(curve: Curve, budget: float = math.inf) -> int:

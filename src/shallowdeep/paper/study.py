@@ -11,17 +11,20 @@ import itertools
 import json
 import math
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from shallowdeep.checkpoints import OtherRun, OutOfTime, alone, seconds_of, until
-from shallowdeep.collection import collect
+from shallowdeep.collection import NotFinite, collect
 from shallowdeep.effects import answers
 from shallowdeep.features import data_digest
 from shallowdeep.files import FormatError, read_tensors, replacing, write_tensors, write_text
@@ -29,11 +32,14 @@ from shallowdeep.graph import evaluating
 from shallowdeep.inputs import placed
 from shallowdeep.network import ShallowDeepNetwork, save
 from shallowdeep.paper.datasets import read_rows, split_rows, study_set
+from shallowdeep.paper.downloads import require
 from shallowdeep.paper.networks import NETWORKS, Normalised
 from shallowdeep.paper.recipes import REGIMES, Recipe, Regime, Rows, fresh_network, make_recipe, train
-from shallowdeep.paper.records import RUN, ReducedTrace, figures, read_record, reduce_traces
+from shallowdeep.paper.records import RUN, ReducedTrace, figures, fits, read_record, reduce_traces
 from shallowdeep.runs import describe_device, plain, versions
 from shallowdeep.types import DataError, Trace
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,38 +103,86 @@ def work_off(
 
     Stops between two epochs when ``minutes`` are over; the next call goes on there. A plain network whose record is
     there but whose very weights are not is trained again where an open run starts from it; ICs recorded over another
-    network than the plain one's are then trained again too, and what was compared with it is compared anew. Returns the
-    names of the runs that were ``done`` now, were there ``before``, and are still ``open``.
+    network than the plain one's are then trained again too, asked for or not, and what was compared with it is compared
+    anew. Returns the names of the runs that were ``done`` now, were there ``before``, are still ``open`` and have
+    ``failed``; why is said on stderr, the others go on, and what needs a plain network that failed stays open. Raises
+    ``DataError`` before anything trains where data that are needed are not whole or a folder cannot be written.
     """
-    report: dict[str, list[str]] = {"done": [], "before": [], "open": []}
+    report: dict[str, list[str]] = {"done": [], "before": [], "open": [], "failed": []}
     end = time.monotonic() + 60 * minutes
-    wanted = list(dict.fromkeys(one for run in runs for one in (run.cnn, run) if one is not None))
-
-    starting = {run.cnn for run in wanted if run.starts_trained and not _recorded(run, results)}
+    wanted, again = _planned(runs, results, work)
+    missing = [run for run in wanted if run in again or not _recorded(run, results)]
+    check_before(data_dir, [run.dataset for run in missing], results, work)
     for run in wanted:
-        if _recorded(run, results) and (run not in starting or has_weights(run, results, work)):
-            report["before"].append(run.name)
-            continue
-        try:
-            with until(end):
-                make(run, data_dir, results=results, work=work)
-            report["done"].append(run.name)
-        except OutOfTime:
-            end = 0.0  # what comes next may start from this one
-            report["open"].append(run.name)
+        if run not in again and _recorded(run, results):
+            state = "before"
+        elif run.cnn is not None and run.cnn.name in report["failed"]:
+            state = "open"
+        else:
+            state = attempt(run.name, end, partial(make, run, data_dir, results=results, work=work))
+            end = 0.0 if state == "open" else end  # what comes next may start from this one
+        report[state].append(run.name)
     for run in dict.fromkeys(dataclasses.replace(one, regime=regime) for one in wanted for regime in REGIMES):
         if run.name not in report["done"]:
             _refresh(run, results, remade=run.cnn is not None and run.cnn.name in report["done"])
     return report
 
 
+def _planned(runs: Iterable[StudyRun], results: Path, work: Path) -> tuple[list[StudyRun], set[StudyRun]]:
+    """``runs``, the plain networks that they need, and ICs over those that change; and which of them change."""
+    wanted = dict.fromkeys(one for run in runs for one in (run.cnn, run) if one is not None)
+    over = {run: dataclasses.replace(run, regime="ic-only") for run in wanted if run.regime == "cnn"}
+    over = {cnn: ics for cnn, ics in over.items() if (results / f"{ics.name}.json").is_file()}
+    wanted |= dict.fromkeys(ics for ics in over.values() if not same_network(ics, results))  # left by a killed call
+    starting = {run.cnn for run in wanted if run.starts_trained and not _recorded(run, results)}
+
+    def changes(cnn: StudyRun) -> bool:
+        return not _recorded(cnn, results) or (cnn in starting and not has_weights(cnn, results, work))
+
+    again = {run for run in wanted if run.regime == "cnn" and changes(run)}
+    wanted |= dict.fromkeys(ics for cnn, ics in over.items() if cnn in again)
+    return list(wanted), again
+
+
+def check_before(data_dir: Path, datasets: Sequence[str], *folders: Path) -> None:
+    """Raise ``DataError`` where training on ``datasets`` would end in nothing: they are not whole, or nothing can be
+    written into ``folders``. Without data sets nothing is looked at.
+    """
+    if not datasets:
+        return
+    for folder in folders:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        try:
+            with tempfile.TemporaryFile(dir=nearest):
+                pass
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+            raise DataError(f"Nothing can be written into {folder} ({nearest}: {why}): give another folder.") from None
+    require(data_dir, dict.fromkeys(datasets))
+
+
+def attempt(name: str, end: float, begin: Callable[[], object]) -> str:
+    """How ``begin``, the making of ``name``, ended: "done", "open" when it ran out of time, or "failed", said why."""
+    try:
+        with until(end):
+            begin()
+    except OutOfTime:
+        return "open"
+    except (DataError, FormatError) as error:
+        print(f"{name} failed: {error}", file=sys.stderr)
+        return "failed"
+    return "done"
+
+
 def _recorded(run: StudyRun, results: Path) -> bool:
-    """Whether ``run`` left record and trace, made as its recipe asks, ICs over the plain network recorded now."""
+    """Whether ``run`` left a record and its trace, made as its recipe asks, ICs over the plain network recorded now."""
     path, recipe = results / f"{run.name}.json", make_recipe(run.recipe, run.network)
     if not (path.is_file() and path.with_suffix(".safetensors").is_file()):
         return False
     record, wanted = read_record(path, with_figures=False), _asked(run, recipe)
     if any(record[name] != wanted[name] for name in wanted):
+        return False
+    if not fits(record, ReducedTrace.load(path.with_suffix(".safetensors"))):  # killed between the two files
         return False
     return run.regime != "ic-only" or same_network(run, results)
 
@@ -174,31 +228,56 @@ def _refresh(run: StudyRun, results: Path, *, remade: bool) -> None:
         known = None
     if known is None or (cnn is not None and (remade or known != cnn.accuracy("test"))):
         record = read_record(path, with_figures=False)
-        again = figures(ReducedTrace.load(results / f"{run.name}.safetensors"), cnn)
-        write_text(path, json.dumps(plain({name: record[name] for name in RUN} | again), indent=1) + "\n")
+        reduced = ReducedTrace.load(results / f"{run.name}.safetensors")
+        if fits(record, reduced):  # what does not, is refused by whoever shows it
+            again = {name: record[name] for name in RUN} | figures(reduced, cnn)
+            write_text(path, json.dumps(plain(again), indent=1) + "\n")
 
 
 def make(run: StudyRun, data_dir: Path, *, results: Path, work: Path) -> dict[str, Any]:
     """Train, collect and write one run; returns its record. Raises ``OutOfTime`` inside a ``time_limit``, and
-    ``DataError`` where another process is at it.
+    ``DataError`` where another process is at it or the training diverged.
 
-    What another recipe or another plain network left in the work folder is set aside there, and the run starts afresh.
+    What another recipe or another plain network left in the work folder is set aside there, and the run starts afresh;
+    so is what diverged, for the next call.
     """
     recipe, folder = make_recipe(run.recipe, run.network), work / run.name
     rows, held_out, test = study_rows(run.dataset, data_dir, recipe)  # damaged files are found before hours of training
     cnn = plain_network(run, results)  # and so is a record that is needed in the end
-    with alone(folder):
-        try:
-            trained, precision = _trained(run, recipe, rows, work)
-        except OtherRun as error:
-            aside = next(path for i in itertools.count(1) if not (path := work / f"{run.name}.old{i}").exists())
-            folder.rename(aside)
-            print(f"{error} It is now in {aside}; {run.name} starts afresh.", file=sys.stderr)
-            trained, precision = _trained(run, recipe, rows, work)
+    with at_work(folder):
+        trained, precision = resumed(folder, lambda: _trained(run, recipe, rows, work))
         traces = {name: _collect(trained, part) for name, part in (("test", test), ("held_out", held_out)) if part}
         _save_trained(trained, folder)
         about = _asked(run, recipe) | provenance(rows, held_out, precision, seconds_of(folder))
         return _write_record(run, about, traces, cnn, folder, results)
+
+
+@contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """``alone`` in ``folder``; where the network that was trained there answers NaN, ``DataError`` after setting it
+    aside: its checkpoint would go on with NaN for ever.
+    """
+    with alone(folder):
+        try:
+            yield
+        except NotFinite:  # the images are bytes, so it is the weights
+            raise DataError(
+                f"The training of {folder.name} diverged: its logits are not finite. What it left is now in "
+                f"{_set_aside(folder)}; the next call starts afresh."
+            ) from None
+
+
+def resumed(folder: Path, begin: Callable[[], T]) -> T:
+    """What ``begin`` returns, which trains in ``folder``; what another run left there is set aside first."""
+    try:
+        return begin()
+    except OtherRun as error:
+        print(f"{error} It is now in {_set_aside(folder)}; {folder.name} starts afresh.", file=sys.stderr)
+        return begin()
+
+
+def _set_aside(folder: Path) -> Path:
+    return folder.rename(next(p for i in itertools.count(1) if not (p := Path(f"{folder}.old{i}")).exists()))
 
 
 def _write_record(
@@ -266,7 +345,7 @@ def _collect(trained: nn.Module, rows: Rows) -> Trace:
         logits = [trained(placed(part, device)).cpu() for part in torch.split(rows[0], 256)]
     logits_NC = torch.cat(logits).float()
     if not bool(logits_NC.isfinite().all()):
-        raise DataError("The plain network's logits are not finite: its training diverged.")
+        raise NotFinite("The plain network's logits are not finite.")
     return Trace(
         logits_ENC=logits_NC.unsqueeze(0),
         labels_N=rows[1].cpu(),

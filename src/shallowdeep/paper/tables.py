@@ -21,7 +21,7 @@ from shallowdeep.paper.figures import (
     overthinking_figure,
     save_figure,
 )
-from shallowdeep.paper.records import NOT_AVAILABLE, ReducedTrace, read_record
+from shallowdeep.paper.records import NOT_AVAILABLE, ReducedTrace, read_record, trace_of
 from shallowdeep.progress import steps
 from shallowdeep.types import DataError
 
@@ -52,6 +52,8 @@ SLOTH_EXITS = {("cifar10", "vgg16", "ic-only"): (0.677, 0.825, 0.907, 0.922, 0.9
 KNOWN_WASTEFUL = {"cifar10": 0.95, "cifar100": 0.81, "tinyimagenet": 0.69}
 KNOWN_COST = {"cifar10": 0.5, "cifar100": 0.5, "tinyimagenet": 0.75}
 KNOWN_DESTRUCTIVE, KNOWN_RECOVERY = 0.5, 0.84
+LEARNED = 0.5
+"""Share of other classes' images that a learned trigger turns, at the least: below, there is nothing to win back."""
 Lines: TypeAlias = list[tuple[str, ...]]
 
 
@@ -71,7 +73,7 @@ class Record:
     @property
     def how(self) -> str:
         """Recipe, epochs, training rows and device in a few words."""
-        return _how(self.about)
+        return how_made(self.about)
 
     @property
     def found(self) -> Mapping[str, Any]:
@@ -96,10 +98,12 @@ class Record:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Every run in ``folder``, by name. Raises ``DataError`` when there is none, ``FormatError`` for a damaged one."""
+    """Every run in ``folder``, by name. Raises ``DataError`` when there is none, ``FormatError`` for a damaged one
+    and for a trace of another training.
+    """
     found = {path: read_record(path) for path in sorted(folder.glob("*.json"))}
     records = [
-        Record(about=about, reduced=ReducedTrace.load(path.with_suffix(".safetensors")), name=path.stem)
+        Record(about=about, reduced=trace_of(about, path), name=path.stem)
         for path, about in found.items()
         if about["regime"] != "backdoor"
     ]
@@ -132,13 +136,13 @@ def make_tables(results: Path, out: Path, *, figures: bool = True) -> str:
     write_text(out / "tables.md", text + "\n")
     drawn = _with_exits(records) if figures else []
     for record in steps(drawn, "draw figures", len(drawn)):
-        title = f"{record.name} ({record.about['epochs']} epochs)"
+        title = titled(record.name, [record.about])
         curve = {"curve": accuracy_cost_curve(record.reduced), "accuracy_cnn": record.found["accuracy_cnn"]}
         save_figure(overthinking_figure(record.overthinking, title), out / f"{record.name}-overthinking.svg")
         save_figure(early_exits_figure(curve, title), out / f"{record.name}-early-exits.svg")
         save_figure(confusion_figure(record.alarms, title), out / f"{record.name}-confusion.svg")
     if victims and figures:
-        save_figure(backdoor_figure(victims, "BadNets"), out / "backdoor.svg")
+        save_figure(backdoor_figure(victims, titled("BadNets", victims)), out / "backdoor.svg")
     return text
 
 
@@ -228,7 +232,10 @@ def share_rows(records: Sequence[Record]) -> Lines:
 
 
 def backdoor_rows(victims: Sequence[Mapping[str, Any]]) -> Lines:
-    """One row per victim: what its trigger does, what early exits win back, how confusion sees triggered images."""
+    """One row per victim: what its trigger does, what early exits win back, how confusion sees triggered images.
+
+    Where the trigger was not learned, that stands for what would be won back.
+    """
     rows: Lines = [
         (
             "network",
@@ -244,9 +251,9 @@ def backdoor_rows(victims: Sequence[Mapping[str, Any]]) -> Lines:
     ]
     for one in victims:
         shares = [_percent(one[name]) for name in ("accuracy_clean", "attack_success", "accuracy_triggered")]
-        early = [_percent(one[name]["accuracy_triggered"]) for name in ("early_exits", "paper")]
+        early = [won if isinstance(won, str) else _percent(won) for _, won in _won_back(one)]
         auroc = f"{one['detection']['auroc']:.3f}"
-        rows.append((one["network"], f"{one['poisoning_rate']:g}", *shares, *early, auroc, _how(one)))
+        rows.append((one["network"], f"{one['poisoning_rate']}", *shares, *early, auroc, how_made(one)))
     return rows
 
 
@@ -254,6 +261,7 @@ def paper_rows(records: Sequence[Record], victims: Sequence[Mapping[str, Any]] =
     """What is known of the paper, what was measured, and the difference, shortfalls marked.
 
     Values that are not the paper's say so: "(aim)", or "(DeepSloth)" for exits in a later paper of the same authors.
+    "(profiler)": the authors' counts depthwise convolutions too dear; MobileNet's costs here are of true macs.
     """
     rows: Lines = [("run", "figure", "paper", "here", "difference", "how")]
     for record in records:
@@ -276,16 +284,32 @@ def paper_rows(records: Sequence[Record], victims: Sequence[Mapping[str, Any]] =
         )
         up_to, spoiled = "destructive, of the errors (up to)", about["destructive_of_errors"]
         rows.append(_beside(record.name, up_to, KNOWN_DESTRUCTIVE, spoiled, record.how, less=True))
+        source = " (profiler)" if record.about["network"] == "mobilenet" else ""
         for protocol, found in record.protocols:
             what, cost = f"cost at equal accuracy, {protocol}", found["cost_at_equal_accuracy"]
-            rows.append(_beside(record.name, what, KNOWN_COST[dataset], cost, record.how, less=True))
+            rows.append(_beside(record.name, what, KNOWN_COST[dataset], cost, record.how, less=True, source=source))
     for one in victims:
-        name, won = f"{one['network']}, {one['poisoning_rate']:g} poisoned", one["paper"]["accuracy_triggered"]
-        rows.append(_beside(name, "triggered, early exits", KNOWN_RECOVERY, won, _how(one)))
+        name = f"{one['network']}, {one['poisoning_rate']} poisoned"
+        for protocol, won in _won_back(one):
+            rows.append(_beside(name, f"triggered, early exits, {protocol}", KNOWN_RECOVERY, won, how_made(one)))
     return rows
 
 
-def _how(about: Mapping[str, Any]) -> str:
+def _won_back(victim: Mapping[str, Any]) -> tuple[tuple[str, float | str], ...]:
+    """Accuracy of early exits on triggered images under both protocols, or that the trigger was not learned."""
+    learned = victim["attack_success"] >= LEARNED
+    protocols = (("clean", "early_exits"), ("paper", "paper"))
+    return tuple(
+        (name, victim[at]["accuracy_triggered"] if learned else "trigger not learned") for name, at in protocols
+    )
+
+
+def titled(name: str, abouts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of a figure's title: ``name``, and how what it shows was made."""
+    return [name, *dict.fromkeys(map(how_made, abouts))]
+
+
+def how_made(about: Mapping[str, Any]) -> str:
     """Recipe, epochs, training rows and device of a run or a victim in a few words."""
     by = ", all by SGD" if about["regime"] == "backdoor" else ""
     earlier = f" after {about['epochs_before']}" if about.get("epochs_before") else ""
