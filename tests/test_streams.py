@@ -192,6 +192,37 @@ def test_a_row_on_which_a_step_breaks_poisons_no_other() -> None:
     same(answered(last), engine_of()(rows(3)))
 
 
+@pytest.mark.parametrize("place", [0, 2])
+def test_an_interrupted_step_ends_the_stream_and_loses_nothing(place: int) -> None:
+    engine, calls = engine_of("never"), list[int]()
+    step = engine._program(tiny().plan.inputs).steps[place]
+    run = step.run
+
+    def interrupted(arrays: Any) -> Any:
+        calls.append(len(arrays[0]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(arrays)
+
+    object.__setattr__(step, "run", interrupted)
+    drawn, found = list[Tensor](), list[Answer | Exception]()
+
+    def source() -> Iterator[Tensor]:
+        for i in range(6):
+            drawn.append(rows(2) + i)
+            yield drawn[-1]
+
+    stream = engine.map(source(), batch_size=2, max_wait_ms=1e6)
+    with pytest.raises(KeyboardInterrupt):
+        found.extend(stream)
+    stream._reader.join(10)
+    with pytest.raises(StopIteration):
+        next(stream)
+    assert len(found) == 1
+    assert len(drawn) >= 2
+    assert all(kept is request for kept, request in zip(stream.unanswered, drawn[1:], strict=True))
+
+
 def test_a_source_that_breaks_is_the_last_to_be_heard() -> None:
     def breaking() -> Iterator[Tensor]:
         yield rows(2)

@@ -82,9 +82,11 @@ class Stream(Iterator[Answer | Exception]):
 
     Made by ``Engine.map``. A thread reads ahead; no request is taken in while ``max_rows`` rows wait, or have answers
     that were not fetched, and two requests more have been read. Rows wait for company at most ``max_wait_ms`` after
-    their request was read, as long as somebody asks for answers: steps run inside ``next``. Requests are kept as they
-    are, not copied. One thread asks: of several, each gets some answers, and not which requests they are of. After
-    ``close`` (or a ``with``), ``unanswered`` holds the requests that were read and whose answer was not fetched.
+    their request was read, as long as somebody asks for answers: steps run inside ``next``. From then on the oldest go
+    first, with whoever waits there; before each of their steps one full step of others may run, or one request be taken
+    in. Requests are kept as they are, not copied. One thread asks: of several, each gets some answers, and not which
+    requests they are of. After ``close`` (or a ``with``, or Ctrl-C inside ``next``), ``unanswered`` holds the requests
+    that were read and whose answer was not fetched.
     """
 
     def __init__(
@@ -122,7 +124,11 @@ class Stream(Iterator[Answer | Exception]):
 
     def __next__(self) -> Answer | Exception:
         with self._turn:
-            return self._next()
+            try:
+                return self._next()
+            except BaseException:  # at the end, and where a step was interrupted, whose rows are in no pool any more
+                self.close()
+                raise
 
     def _next(self) -> Answer | Exception:
         while not self._stopped.is_set():
@@ -134,7 +140,6 @@ class Stream(Iterator[Answer | Exception]):
             if self._ended and not self._order:
                 break
             self._work()
-        self.close()
         raise StopIteration
 
     def __enter__(self) -> Stream:
