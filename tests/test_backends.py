@@ -38,6 +38,7 @@ from shallowdeep.runtime import programs as programs_module
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.runtime.on_torch import OnTorch
 from shallowdeep.runtime.times import StepTimes
+from shallowdeep.timing import threads_of_torch
 from shallowdeep.types import Answer, BackendError, CutError, DataError, MissingExtra
 
 OTHERS = ("onnxruntime", "openvino")
@@ -483,6 +484,29 @@ def test_auto_takes_the_quickest_that_is_right(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(programs_module, "OnTorch", lambda device: Slow(device))
     monkeypatch.setattr(programs_module, "OnOnnxRuntime", lambda threads: OnTorch(torch.device("cpu")))
     assert type(Engine(tiny(), Fixed(exit=2))._backend) is OnTorch
+
+
+@pytest.mark.parametrize("best", ["onnxruntime", "torch"])
+def test_auto_measures_all_with_as_many_threads(best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, int] = {}
+
+    def seconds(program: Any, *args: Any) -> float:
+        seen[program.backend.name] = getattr(program.backend, "threads", torch.get_num_threads())
+        return 1.0 if program.backend.name == best else 2.0
+
+    monkeypatch.setattr(engine_module, "_walk_seconds", seconds)
+    with threads_of_torch(2):
+        if best == "torch":
+            with pytest.warns(
+                UserWarning, match=r"PyTorch has 2 in this process. Call torch.set_num_threads\(1\) first"
+            ):
+                engine = Engine(tiny(), Fixed(exit=2), threads=1)
+        else:
+            engine = Engine(tiny(), Fixed(exit=2), threads=1)
+        assert torch.get_num_threads() == 2
+    assert (engine.backend, engine.threads) == (best, 2 if best == "torch" else 1)
+    assert set(seen.values()) == {1}, seen
+    assert {"torch", "onnxruntime"} <= seen.keys()
 
 
 def test_a_backend_that_computes_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
