@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import shallowdeep as sd
 from nets import ZOO, images, planned
@@ -329,6 +330,31 @@ def test_compiled_steps_answer_the_same() -> None:
     engine = Engine(tiny(), policy, backend="torch-compile")
     for count in (1, 7, 60):
         same(engine(rows(count)), Engine(tiny(), policy, backend="torch")(rows(count)))
+
+
+@pytest.mark.parametrize("name", ["tiny", pytest.param("residual", marks=pytest.mark.slow)])
+def test_nothing_is_compiled_once_an_engine_is_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter, real = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda graph, **choices: real(graph, backend=counter, **choices))
+    if name == "tiny":
+        sdn, inputs = tiny(), rows(33)
+        policy = Confidence(threshold=middle(sdn, inputs))
+    else:
+        sdn, policy, whole = made(name)
+        assert isinstance(whole, Tensor)
+        inputs = whole
+    engine, plain = Engine(sdn, policy, backend="torch-compile"), Engine(sdn, policy, backend="torch")
+    made_with = counter.frame_count
+    assert made_with >= 2 * len(engine._program(sdn.plan.inputs).steps), "one row, and more"
+    lone = set[int]()
+    for part in (inputs[:1], inputs[:2], inputs[:7], inputs, inputs[:1].clone(), *inputs.split(2)):
+        same(engine(part), plain(part))
+        left = engine(part).exit_B.unique(return_counts=True)[1]
+        lone |= {len(left)} if len(part) == 2 else set()
+    with torch.inference_mode():
+        engine(inputs + 0), engine(inputs[:1] + 0)
+    assert lone == {1, 2}, "of two rows one goes on alone, at times"
+    assert counter.frame_count == made_with
 
 
 # ---------------------------------------------------------------- rows in company
