@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import shallowdeep as sd
 from nets import ZOO, images, planned
@@ -39,6 +40,7 @@ from shallowdeep.runtime.engine import Engine
 from shallowdeep.runtime.on_openvino import OnOpenVino
 from shallowdeep.runtime.on_torch import OnTorch
 from shallowdeep.runtime.times import StepTimes
+from shallowdeep.timing import threads_of_torch
 from shallowdeep.types import Answer, BackendError, CutError, DataError, MissingExtra
 
 OTHERS = ("onnxruntime", "openvino")
@@ -331,6 +333,31 @@ def test_compiled_steps_answer_the_same() -> None:
         same(engine(rows(count)), Engine(tiny(), policy, backend="torch")(rows(count)))
 
 
+@pytest.mark.parametrize("name", ["tiny", pytest.param("residual", marks=pytest.mark.slow)])
+def test_nothing_is_compiled_once_an_engine_is_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter, real = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda graph, **choices: real(graph, backend=counter, **choices))
+    if name == "tiny":
+        sdn, inputs = tiny(), rows(33)
+        policy = Confidence(threshold=middle(sdn, inputs))
+    else:
+        sdn, policy, whole = made(name)
+        assert isinstance(whole, Tensor)
+        inputs = whole
+    engine, plain = Engine(sdn, policy, backend="torch-compile"), Engine(sdn, policy, backend="torch")
+    made_with = counter.frame_count
+    assert made_with >= 2 * len(engine._program(sdn.plan.inputs).steps), "one row, and more"
+    lone = set[int]()
+    for part in (inputs[:1], inputs[:2], inputs[:7], inputs, inputs[:1].clone(), *inputs.split(2)):
+        same(engine(part), plain(part))
+        left = engine(part).exit_B.unique(return_counts=True)[1]
+        lone |= {len(left)} if len(part) == 2 else set()
+    with torch.inference_mode():
+        engine(inputs + 0), engine(inputs[:1] + 0)
+    assert lone == {1, 2}, "of two rows one goes on alone, at times"
+    assert counter.frame_count == made_with
+
+
 # ---------------------------------------------------------------- rows in company
 
 
@@ -484,6 +511,29 @@ def test_auto_takes_the_quickest_that_is_right(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(programs_module, "OnTorch", lambda device: Slow(device))
     monkeypatch.setattr(programs_module, "OnOnnxRuntime", lambda threads: OnTorch(torch.device("cpu")))
     assert type(Engine(tiny(), Fixed(exit=2))._backend) is OnTorch
+
+
+@pytest.mark.parametrize("best", ["onnxruntime", "torch"])
+def test_auto_measures_all_with_as_many_threads(best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, int] = {}
+
+    def seconds(program: Any, *args: Any) -> float:
+        seen[program.backend.name] = getattr(program.backend, "threads", torch.get_num_threads())
+        return 1.0 if program.backend.name == best else 2.0
+
+    monkeypatch.setattr(engine_module, "_walk_seconds", seconds)
+    with threads_of_torch(2):
+        if best == "torch":
+            with pytest.warns(
+                UserWarning, match=r"PyTorch has 2 in this process. Call torch.set_num_threads\(1\) first"
+            ):
+                engine = Engine(tiny(), Fixed(exit=2), threads=1)
+        else:
+            engine = Engine(tiny(), Fixed(exit=2), threads=1)
+        assert torch.get_num_threads() == 2
+    assert (engine.backend, engine.threads) == (best, 2 if best == "torch" else 1)
+    assert set(seen.values()) == {1}, seen
+    assert {"torch", "onnxruntime"} <= seen.keys()
 
 
 def test_a_backend_that_computes_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,60 @@ def test_law_4_nasty_networks(name: str, tmp_path: Path) -> None:
         same(single(*arrays), engine(batch))
 
 
+class Programs:
+    """A loop of others over the programs in ``folder``, written from ``manifest.json`` and docs/export.md alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.about = json.loads((folder / "manifest.json").read_text())
+        self.programs = [torch.export.load(folder / step["file"]).module() for step in self.about["steps"]]
+
+    @torch.no_grad()
+    def __call__(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        batch, where = len(inputs[0]), torch.arange(len(inputs[0]))
+        rows = {f"input.{one['name']}": x for one, x in zip(self.about["inputs"], inputs, strict=True)}
+        for name, one in self.about["fresh"].items():
+            row = torch.tensor(one["row"], dtype=getattr(torch, one["dtype"]))
+            rows[name] = row.repeat(batch, *(1,) * (row.ndim - 1))
+        answer = {"exit": where * 0, "label": where * 0, "confidence": where.double(), "confusion": where.double()}
+        for place, (step, program) in enumerate(zip(self.about["steps"], self.programs, strict=True)):
+            if not len(where):
+                break
+            rows |= dict(zip(step["gives"], program(*(rows[name] for name in step["takes"])), strict=True))
+            finite = rows[f"logits.{place}"].isfinite().all(1)
+            stop = rows.pop("stop", torch.ones(len(where), dtype=torch.bool))
+            if place + 1 < len(self.programs):
+                stop = stop | ~finite if step["exit"] == self.about["full_exit"] else stop & finite
+            logits, softmax = (
+                rows.get(f"answer.{name}.{place}", rows[f"{name}.{place}"]) for name in ("logits", "softmax")
+            )
+            apart = sum((rows[f"softmax.{k}"] - softmax).abs().sum(1) for k in range(place + 1))
+            said = {"exit": where[:1] * 0 + step["exit"], "label": logits.argmax(1), "confidence": softmax.amax(1)}
+            said["confusion"] = (apart - step["mean"]) * step["scale"]
+            for name, x in said.items():
+                answer[name][where[stop]] = x.expand(len(where))[stop]
+            rows = {name: x if name in self.about["rowless"] else x[~stop] for name, x in rows.items()}
+            where = where[~stop]
+        return answer
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_law_4_every_policy_by_the_manifest_of_programs(name: str, tmp_path: Path) -> None:
+    policy = policies()[name]
+    export_programs(tiny(), policy, tmp_path / "out", rows(60))
+    engine, exported, left_at = Engine(tiny(), policy, backend="torch"), Programs(tmp_path / "out"), set[int]()
+    broken = rows(7)
+    broken[[1, 4]] = torch.nan
+    for batch in (rows(1), rows(2), rows(7), rows(60), broken):
+        expected, found = engine(batch), exported(batch)
+        good_B = expected.valid_B
+        assert found["exit"].tolist() == expected.exit_B.tolist()
+        assert found["label"][good_B].tolist() == expected.labels_B[good_B].tolist()
+        for figure, right_B in (("confidence", expected.confidence_B), ("confusion", expected.confusion_B)):
+            torch.testing.assert_close(found[figure][good_B], right_B[good_B], rtol=1e-4, atol=1e-5)
+        left_at |= set(found["exit"].tolist())
+    assert len(left_at) > 1 or name in ("fixed", "never"), "rows that never part check nothing"
+
+
 def test_programs_for_others(tmp_path: Path) -> None:
     policy = policies()["patience"]
     export_programs(tiny(), policy, tmp_path / "out", rows(60))

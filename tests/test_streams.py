@@ -192,6 +192,37 @@ def test_a_row_on_which_a_step_breaks_poisons_no_other() -> None:
     same(answered(last), engine_of()(rows(3)))
 
 
+@pytest.mark.parametrize("place", [0, 2])
+def test_an_interrupted_step_ends_the_stream_and_loses_nothing(place: int) -> None:
+    engine, calls = engine_of("never"), list[int]()
+    step = engine._program(tiny().plan.inputs).steps[place]
+    run = step.run
+
+    def interrupted(arrays: Any) -> Any:
+        calls.append(len(arrays[0]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(arrays)
+
+    object.__setattr__(step, "run", interrupted)
+    drawn, found = list[Tensor](), list[Answer | Exception]()
+
+    def source() -> Iterator[Tensor]:
+        for i in range(6):
+            drawn.append(rows(2) + i)
+            yield drawn[-1]
+
+    stream = engine.map(source(), batch_size=2, max_wait_ms=1e6)
+    with pytest.raises(KeyboardInterrupt):
+        found.extend(stream)
+    stream._reader.join(10)
+    with pytest.raises(StopIteration):
+        next(stream)
+    assert len(found) == 1
+    assert len(drawn) >= 2
+    assert all(kept is request for kept, request in zip(stream.unanswered, drawn[1:], strict=True))
+
+
 def test_a_source_that_breaks_is_the_last_to_be_heard() -> None:
     def breaking() -> Iterator[Tensor]:
         yield rows(2)
@@ -233,6 +264,49 @@ def test_threads_that_share_a_stream_take_turns() -> None:
             thread.join(60)
     sizes = sorted(len(answered(one).labels_B) for one in found)
     assert sizes == sorted(map(len, requests)), "every request is answered once"
+
+
+class Given:
+    """What reads ahead for a stream: ``requests`` come within a millisecond, and nothing more in the minute after."""
+
+    def __init__(self, *requests: Tensor) -> None:
+        self.requests, self.now = list(requests), 0.0
+
+    def empty(self) -> bool:
+        return not self.requests
+
+    def get(self, timeout: float = 0.0) -> tuple[Tensor, float]:
+        came, request = self.now, self.requests.pop(0)
+        self.now += 1e-4 if self.requests else 60.0
+        return request, came
+
+    def get_nowait(self) -> None:
+        raise queue.Empty
+
+
+def late_rows(monkeypatch: pytest.MonkeyPatch, *requests: Tensor) -> streams.Stream:
+    given, stream = Given(*requests), engine_of().map([], batch_size=8, max_wait_ms=5, max_rows=10_000)
+    stream._ready = given  # type: ignore[assignment]
+    monkeypatch.setattr(streams, "time", SimpleNamespace(perf_counter=lambda: given.now))
+    return stream
+
+
+def test_a_late_row_goes_before_the_full_batches_of_a_large_request(
+    work: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exit_B = engine_of()(rows(60)).exit_B
+    hard, easy = rows(60)[exit_B == 2][:1], rows(60)[exit_B == 0][:1]
+    stream = late_rows(monkeypatch, hard, easy.repeat(4000, 1))
+    assert answered(next(stream)).exit_B.tolist() == [2]
+    assert work == [8, 1, 8, 1], "filled up, and one full step of others between its own at most"
+    assert answered(next(stream)).exit_B.tolist() == [0] * 4000
+
+
+def test_late_rows_do_not_starve_full_batches(work: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = late_rows(monkeypatch, rows(400), rows(2))
+    same(answered(next(stream)), engine_of()(rows(400)))
+    full = sum(size == 8 for size in work)
+    assert 2 * full > len(work) - 3, "while full batches wait at most every other step is for late rows"
 
 
 class Busy:

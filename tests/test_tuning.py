@@ -11,7 +11,7 @@ import shallowdeep as sd
 from nets import ZOO, images, planned
 from shallowdeep import tuning
 from shallowdeep.policies import Confidence, Fixed
-from shallowdeep.timing import Paired
+from shallowdeep.timing import Paired, threads_of_torch
 from shallowdeep.tuning import MachineCosts, machine_costs, tune
 from shallowdeep.types import DataError, Trace
 
@@ -87,6 +87,16 @@ def test_this_machine_is_measured() -> None:
     assert float(costs.own_ms_E[-1]) == 0.0
     trace = dataclasses.replace(a_trace(feeds=False), cost_E=torch.ones(5) / 2)
     assert float(costs.timed(trace).cost_E[-1]) == pytest.approx(float(costs.reach_ms_E[-1]) / costs.full_ms)
+
+
+def test_pytorch_has_the_threads_asked_for_while_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = tuning.compare
+    monkeypatch.setattr(tuning, "compare", lambda *a, **k: seen.append(torch.get_num_threads()) or real(*a, **k))
+    with threads_of_torch(2):
+        machine_costs(SDN, backend="torch", threads=1, batch_size=4, inputs=images(4), rounds=1)
+        assert torch.get_num_threads() == 2
+    assert seen == [1]
 
 
 def test_what_asking_adds_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

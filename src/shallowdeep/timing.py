@@ -74,10 +74,10 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 @contextmanager
-def threads_of_torch(count: int) -> Iterator[None]:
-    """PyTorch computes with ``count`` threads inside."""
+def threads_of_torch(count: int | None) -> Iterator[None]:
+    """The whole process's PyTorch computes with ``count`` threads inside (None: as many as before)."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ from shallowdeep.policies import Confidence, Fixed, Policy
 from shallowdeep.progress import steps
 from shallowdeep.runtime.backends import BackendName
 from shallowdeep.runtime.engine import Engine
-from shallowdeep.timing import compare
+from shallowdeep.timing import compare, threads_of_torch
 from shallowdeep.types import DataError, Plan, Trace
 from shallowdeep.views import Look
 
@@ -74,21 +74,22 @@ def machine_costs(
     Whole calls are measured, in turn, ``rounds`` times: of an engine that asks every exit and lets nobody leave, and of
     the network in one piece. The steps' own times say which share of the first is the way to each exit. What asking
     adds (the IC, the rule) is taken to be the same at every exit: the difference of the two, shared out. With a
-    ``second_look`` its exit is the last one.
+    ``second_look`` its exit is the last one. Whatever the backend, PyTorch's included, it has ``threads`` meanwhile.
     """
     if batch_size < 1 or rounds < 1:
         raise ValueError(f"batch_size and rounds are at least 1, found {batch_size} and {rounds}.")
     full = sdn.num_exits - 1
-    every = Engine(sdn, Confidence(threshold=torch.inf), second_look=second_look, backend=backend, threads=threads)
-    whole = Engine(sdn, Fixed(exit=full), backend=every.backend, threads=threads)
-    batch = example_of(sdn.plan.inputs, batch_size, next(sdn.parameters()).device) if inputs is None else inputs
-    batch = take(as_inputs(batch), slice(0, batch_size))
-    shares, calls = [], []
-    for _ in steps(range(rounds), "measure exits", rounds):
-        times = every.measure(batch, sizes=(batch_size,), rounds=5)
-        reached = [times.up_to(place, batch_size) for place in range(len(times.ms_PS))]
-        shares.append([ms / reached[-1] for ms in reached])
-        calls.append(compare(lambda: every(batch), lambda: whole(batch), rounds=5))
+    with threads_of_torch(threads):
+        every = Engine(sdn, Confidence(threshold=torch.inf), second_look=second_look, backend=backend, threads=threads)
+        whole = Engine(sdn, Fixed(exit=full), backend=every.backend, threads=threads)
+        batch = example_of(sdn.plan.inputs, batch_size, next(sdn.parameters()).device) if inputs is None else inputs
+        batch = take(as_inputs(batch), slice(0, batch_size))
+        shares, calls = [], []
+        for _ in steps(range(rounds), "measure exits", rounds):
+            times = every.measure(batch, sizes=(batch_size,), rounds=5)
+            reached = [times.up_to(place, batch_size) for place in range(len(times.ms_PS))]
+            shares.append([ms / reached[-1] for ms in reached])
+            calls.append(compare(lambda: every(batch), lambda: whole(batch), rounds=5))
     share_E = torch.tensor([statistics.median(found) for found in zip(*shares, strict=True)], dtype=torch.float64)
     reach_E = share_E.cummax(0).values * statistics.median(call.a_ms for call in calls) / batch_size
     full_ms = statistics.median(call.b_ms for call in calls) / batch_size

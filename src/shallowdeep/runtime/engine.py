@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from typing import cast
 
 import torch
@@ -33,7 +32,7 @@ from shallowdeep.inputs import (
 from shallowdeep.network import ShallowDeepNetwork, check_attached, float_type, weights_hash
 from shallowdeep.policies import CalibrationRecord, Confidence, Policy
 from shallowdeep.progress import steps
-from shallowdeep.runtime.backends import ANSWERS, Array, Backend, BackendName
+from shallowdeep.runtime.backends import ANSWERS, Array, Backend, BackendName, usual
 from shallowdeep.runtime.loop import Limit, Program, walk
 from shallowdeep.runtime.modules import walk_modules
 from shallowdeep.runtime.programs import make_backend, make_program, measure, steps_for
@@ -41,6 +40,7 @@ from shallowdeep.runtime.streams import Stream
 from shallowdeep.runtime.times import StepTimes
 from shallowdeep.spelling import rule_to_json
 from shallowdeep.steps import chain, named, needed_ics
+from shallowdeep.timing import threads_of_torch
 from shallowdeep.trajectory import Alarm
 from shallowdeep.types import (
     Answer,
@@ -99,9 +99,10 @@ class Engine:
     """``engine(inputs)`` answers each row at the exit where ``policy`` stops it; the rest of the network is skipped.
 
     ``inputs`` is a batch as the backbone takes it, on any device; the answer is on the network's. ``backend`` is
-    "torch" (any device), "torch-compile", "onnxruntime", "openvino" or "openvino-bf16", these with ``threads`` threads
-    (None: as many as PyTorch has), or "auto": the quickest that is installed, by measurement (on a GPU one of the first
-    two, which takes as long as compiling does), or the one that the certificate of policy or alarm speaks of;
+    "torch" (any device), "torch-compile", "onnxruntime", "openvino" or "openvino-bf16", the last three with ``threads``
+    threads (None: as many as PyTorch has, whose number is the whole process's and stays as it is), or "auto": the
+    quickest that is installed, all measured with ``threads`` (on a GPU one of the first two, which takes as long as
+    compiling does), or the one that the certificate of policy or alarm speaks of;
     ``certificate`` is None without one and, with a warning, where it is void.
     Weights are snapshotted: from .1 s after the SDN's were changed in place a call raises ``BackboneMismatch``; modules
     or parameters put in their place go unseen. A backbone that cannot
@@ -151,8 +152,7 @@ class Engine:
         certified = next((one.backend for one in certificates if one is not None and one.backend), None)
         if backend == "auto" and certified is not None:
             backend = cast(BackendName, certified)
-        self.threads = threads or torch.get_num_threads()
-        self._backend = self._chosen(backend, self.threads)
+        self._backend = self._chosen(backend, threads or torch.get_num_threads())
         self.backend: BackendName = self._backend.name
         for name, one in records.items():
             if one is not None and _reduced(one.info.get("backend", "")) != _reduced(self.backend):
@@ -290,17 +290,25 @@ class Engine:
         return self._times[signature]
 
     def _chosen(self, name: BackendName, threads: int) -> Backend:
-        """The backend called ``name``, or the quickest."""
-        if name == "auto":
-            libraries: tuple[BackendName, ...] = ("onnxruntime", "openvino")
-            rivals: list[BackendName] = [n for n in libraries if find_spec(n)]
-            if self._device.type != "cpu":
-                rivals = ["torch-compile"]
-            names: list[BackendName] = ["torch", *rivals] if self._exported else ["torch"]
-            return self._quickest([make_backend(n, self._device, threads) for n in names])
-        if name != "torch" and not self._exported:
+        """The backend called ``name``, or the quickest with ``threads``."""
+        if name != "auto" and name != "torch" and not self._exported:
             raise CutError(f"{self.sdn.plan.model} cannot be exported, so only the backend 'torch' runs it.")
-        return make_backend(name, self._device, threads)
+        if name == "auto":
+            names: tuple[BackendName, ...] = usual(self._device) if self._exported else ("torch",)
+            with threads_of_torch(threads):
+                chosen = self._quickest([make_backend(n, self._device, threads) for n in names])
+        else:
+            chosen = make_backend(name, self._device, threads)
+        if chosen.name.startswith("torch") and threads != (own := torch.get_num_threads()):
+            # The whole process has one number: changed for each call, two calls that overlap would leave it wrong.
+            warnings.warn(
+                f"threads={threads} is for ONNX Runtime and OpenVINO; PyTorch has {own} in this process. "
+                f"Call torch.set_num_threads({threads}) first.",
+                stacklevel=3,
+            )
+            threads = own
+        self.threads = threads
+        return chosen
 
     def _quickest(self, backends: Sequence[Backend]) -> Backend:
         """The backend that answers one row and 32 in the least time, by the geometric mean."""

@@ -15,6 +15,11 @@ from shallowdeep.policies import finite_rows
 from shallowdeep.runtime.backends import BackendName, Run
 from shallowdeep.steps import Joined, Step, export_step
 
+WARM = (1, 32)
+"""Rows that a step is compiled for when it is made: dynamo takes one row for a case of its own, and from 16 on PyTorch
+takes other convolutions on a CPU.
+"""
+
 
 class OnTorch:
     """Eager PyTorch; with ``compiled``, every step through ``torch.compile`` for any batch size."""
@@ -24,9 +29,21 @@ class OnTorch:
         self.device, self.compiled = device, compiled
 
     def compile(self, step: Step | Joined, example: Sequence[Tensor]) -> Run:
+        if not self.compiled:
+            return torch.inference_mode()(lambda arrays: step(*arrays))
         # Compiled as a graph of its own: dynamo would count all steps as recompilations of one function.
-        run: Any = torch.compile(export_step(step, example).module(), dynamic=True) if self.compiled else step
-        return torch.inference_mode()(lambda arrays: run(*arrays))
+        graph: Any = torch.compile(export_step(step, example).module(), dynamic=True)
+
+        @torch.inference_mode()
+        def run(arrays: Sequence[Tensor]) -> Sequence[Tensor]:
+            # Dynamo compiles anew for views, and for tensors made outside inference mode: these are never either.
+            found: Sequence[Tensor] = graph(*(x.new_empty(0).set_(x) for x in arrays))
+            return found
+
+        for rows in WARM:
+            index = self.filled(self.counted(min(rows, 2)), rows)
+            run([x if name in step.rowless else x[index] for name, x in zip(step.takes, example, strict=True)])
+        return run
 
     def skipping(
         self, steps: Sequence[Step], examples: Sequence[Sequence[Tensor]], fresh: Mapping[str, Tensor]

@@ -49,6 +49,14 @@ class _Waiting(NamedTuple):
     rows: dict[str, Array]
     row_S: Array
 
+    def parted(self, at: int, rowless: frozenset[str]) -> tuple[_Waiting, _Waiting]:
+        """The first ``at`` rows and the others."""
+        first, others = (
+            {name: x if name in rowless else x[part] for name, x in self.rows.items()}
+            for part in (slice(at), slice(at, None))
+        )
+        return _Waiting(self.request, first, self.row_S[:at]), _Waiting(self.request, others, self.row_S[at:])
+
 
 _Place = tuple[Program, int]
 """A step of a program, by its place: where rows wait together."""
@@ -74,9 +82,11 @@ class Stream(Iterator[Answer | Exception]):
 
     Made by ``Engine.map``. A thread reads ahead; no request is taken in while ``max_rows`` rows wait, or have answers
     that were not fetched, and two requests more have been read. Rows wait for company at most ``max_wait_ms`` after
-    their request was read, as long as somebody asks for answers: steps run inside ``next``. Requests are kept as they
-    are, not copied. One thread asks: of several, each gets some answers, and not which requests they are of. After
-    ``close`` (or a ``with``), ``unanswered`` holds the requests that were read and whose answer was not fetched.
+    their request was read, as long as somebody asks for answers: steps run inside ``next``. From then on the oldest go
+    first, with whoever waits there; before each of their steps one full step of others may run, or one request be taken
+    in. Requests are kept as they are, not copied. One thread asks: of several, each gets some answers, and not which
+    requests they are of. After ``close`` (or a ``with``, or Ctrl-C inside ``next``), ``unanswered`` holds the requests
+    that were read and whose answer was not fetched.
     """
 
     def __init__(
@@ -98,7 +108,7 @@ class Stream(Iterator[Answer | Exception]):
         self._pools: dict[_Place, deque[_Waiting]] = {}
         self._sizes: dict[_Place, int] = {}  # rows in each pool
         self._order: deque[_Request] = deque()
-        self._held = 0
+        self._held, self._passed = 0, False  # passed: the last step was a full one, and older rows were late
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
         self._stopped, self._ended = threading.Event(), False
         self._turn = threading.RLock()
@@ -114,7 +124,11 @@ class Stream(Iterator[Answer | Exception]):
 
     def __next__(self) -> Answer | Exception:
         with self._turn:
-            return self._next()
+            try:
+                return self._next()
+            except BaseException:  # at the end, and where a step was interrupted, whose rows are in no pool any more
+                self.close()
+                raise
 
     def _next(self) -> Answer | Exception:
         while not self._stopped.is_set():
@@ -126,7 +140,6 @@ class Stream(Iterator[Answer | Exception]):
             if self._ended and not self._order:
                 break
             self._work()
-        self.close()
         raise StopIteration
 
     def __enter__(self) -> Stream:
@@ -157,21 +170,32 @@ class Stream(Iterator[Answer | Exception]):
         )
 
     def _work(self) -> None:
-        """One thing: a full step, the next request, or a step that can wait no longer."""
-        full = [key for key, size in self._sizes.items() if size >= self._batch]
-        if full:
-            self._run(max(full, key=lambda key: key[1]))  # what is nearly done makes room
-        elif self._ended or self._held >= self._limit:
-            self._run(min(self._pools, key=lambda key: key[1]))  # on its way it gathers company
-        elif not self._accept(min((w.request.arrived for pool in self._pools.values() for w in pool), default=None)):
-            oldest = min((w.request for pool in self._pools.values() for w in pool), key=lambda one: one.arrived)
-            late = [key for key, pool in self._pools.items() if any(w.request is oldest for w in pool)]
-            self._run(min(late, key=lambda key: key[1]))
+        """One thing: a full step, a step for rows that can wait no longer, or the next request.
 
-    def _accept(self, oldest: float | None) -> bool:
-        """Take in the next request; False when the oldest row can wait no longer."""
+        Both kinds of step take turns where both are due: were late rows always first, an overload would never see a
+        full step again, and be worse for it.
+        """
+        # Every pool is first in, first out, and so was what came before it: its oldest rows are in front.
+        oldest = min(self._pools, key=lambda key: (self._pools[key][0].request.arrived, key[1]), default=None)
+        due = math.inf if oldest is None else self._pools[oldest][0].request.arrived + self._wait
+        late = due <= time.perf_counter()
+        full = [key for key, size in self._sizes.items() if size >= self._batch]
+        if full and not (late and self._passed):
+            self._run(max(full, key=lambda key: key[1]))  # what is nearly done makes room
+            self._passed = late
+            return
+        self._passed = False
+        taking = not (full or self._ended or self._held >= self._limit)
+        if taking and self._accept(due):
+            return
+        assert oldest is not None, "nobody waits, and nobody is taken in"
+        early = min(self._pools, key=lambda key: key[1])  # on its way it gathers company
+        self._run(oldest if late or taking else early)
+
+    def _accept(self, due: float) -> bool:
+        """Take in the next request; False when the oldest row, which is ``due`` then, can wait no longer."""
         while not self._stopped.is_set():
-            left = math.inf if oldest is None else oldest + self._wait - time.perf_counter()
+            left = due - time.perf_counter()
             if left <= 0 and self._ready.empty():
                 return False
             try:
@@ -186,7 +210,7 @@ class Stream(Iterator[Answer | Exception]):
                 self._order.append(_Request(_END, time.perf_counter(), result=item[0]))
             else:
                 self._admit(_Request(*item))
-            return left > 0 or oldest is None
+            return left > 0
         return True
 
     def _admit(self, request: _Request) -> None:
@@ -197,11 +221,9 @@ class Stream(Iterator[Answer | Exception]):
             self._done(request, error)
         else:
             request.rows = max(1, request.waiting)
-            row_S = program.backend.counted(request.waiting)
-            for first in range(0, request.waiting, self._batch):
-                part = slice(first, first + self._batch)
-                self._put((program, 0), _Waiting(request, {name: x[part] for name, x in rows.items()}, row_S[part]))
-            if not request.waiting:
+            if request.waiting:
+                self._put((program, 0), _Waiting(request, rows, program.backend.counted(request.waiting)))
+            else:
                 self._done(request, self._finish([]))
         self._held += request.rows
 
@@ -213,9 +235,13 @@ class Stream(Iterator[Answer | Exception]):
     def _run(self, key: _Place) -> None:
         """The step for the rows that have waited longest before it, as many as a batch."""
         pool, taken, count = self._pools[key], list[_Waiting](), 0
-        while pool and (not taken or count + len(pool[0].row_S) <= self._batch):
-            taken.append(pool.popleft())
-            count += len(taken[-1].row_S)
+        while pool and count < self._batch:
+            waiting, room = pool.popleft(), self._batch - count
+            if len(waiting.row_S) > room:
+                waiting, others = waiting.parted(room, key[0].rowless)
+                pool.appendleft(others)
+            taken.append(waiting)
+            count += len(waiting.row_S)
         self._sizes[key] -= count
         if not pool:
             del self._pools[key], self._sizes[key]
