@@ -37,7 +37,9 @@ class OnTorch:
         @torch.inference_mode()
         def run(arrays: Sequence[Tensor]) -> Sequence[Tensor]:
             # Dynamo compiles anew for views, and for tensors made outside inference mode: these are never either.
-            found: Sequence[Tensor] = graph(*(x.new_empty(0).set_(x) for x in arrays))
+            found: Sequence[Tensor] = graph(
+                *(x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride()) for x in arrays)
+            )
             return found
 
         for rows in WARM:
