@@ -120,7 +120,7 @@ def test_all_verbs_one_after_another(
     tuned = run(capsys, "tune", "--max-accuracy-drop", "0.05", "--backend", "torch")
     assert tuned["asked"][-1] is True  # type: ignore[index]
     main(["tune", "--max-accuracy-drop", "-0.9", "--backend", "torch", "--out", "runs/gain"])
-    assert "the whole network gains anything on itself): the policy is the whole network." in capsys.readouterr().out
+    assert "whole network gain anything on itself): the policy is the whole network." in capsys.readouterr().out
     asked = run(
         capsys, "calibrate", "--max-accuracy-drop", "0.05", "--exits-of", "runs/calibrate", "--out", "runs/again"
     )

@@ -100,11 +100,11 @@ def bench_verb(
     device: str,
 ) -> Result:
     """Seconds of early exits against the fastest whole network, on real rows: writes ``bench.json``."""
+    if rival_weights is not None and rival is None:
+        raise ValueError("rival_weights are the weights of a rival: give --rival, too.")
     sdn, preprocessing = load_sdn(sdn_dir, device)
     rows = data.read(sdn.class_names)
     rivals = {}
-    if rival_weights is not None and rival is None:
-        raise ValueError("rival_weights are the weights of a rival: give --rival, too.")
     if rival is not None:
         other = load_model(rival, weights=rival_weights, num_classes=sdn.plan.num_classes)
         rivals[rival.rpartition(":")[2]] = other.to(device)
