@@ -174,20 +174,18 @@ def predict(
         Threads of the backend.
     """
     from shallowdeep import engine_verbs
-    from shallowdeep.timing import threads_of_torch
 
-    with threads_of_torch(threads):
-        return engine_verbs.predict_verb(
-            sdn_dir,
-            policy,
-            rows.choice(),
-            out,
-            alarm_dir=alarm,
-            batch_size=batch_size,
-            backend=backend,
-            threads=threads,
-            device=device,
-        )
+    return engine_verbs.predict_verb(
+        sdn_dir,
+        policy,
+        rows.choice(),
+        out,
+        alarm_dir=alarm,
+        batch_size=batch_size,
+        backend=backend,
+        threads=threads,
+        device=device,
+    )
 
 
 def doctor(*, compiling: Annotated[bool, Parameter(name="--compile", negative=())] = False) -> dict[str, Any]:

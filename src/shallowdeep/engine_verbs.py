@@ -26,7 +26,7 @@ from shallowdeep.runtime.backends import BackendName
 from shallowdeep.runtime.bench import bench, verdict
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.spelling import to_json
-from shallowdeep.timing import compare
+from shallowdeep.timing import compare, threads_of_torch
 from shallowdeep.trajectory import Alarm
 from shallowdeep.tuning import machine_costs, tune
 from shallowdeep.types import table
@@ -176,31 +176,36 @@ def predict_verb(
     """
     sdn, preprocessing = load_sdn(sdn_dir, device)
     policy, alarm = _policy_for(sdn, policy_dir), _alarm(alarm_dir)
-    engine = Engine(sdn, policy, second_look=view_of(policy), alarm=alarm, backend=backend, threads=threads)
     rows = data.read(sdn.class_names)
     inputs = ready(rows, preprocessing)
     text = io.StringIO()
     writer = csv.writer(text)
     more = [] if alarm is None else ["alarm"] if alarm.threshold is None else ["alarm", "kept"]
     writer.writerow(["row", "label", "class", "exit", "confidence", "confusion", "cost", "valid", *more])
-    names, exits = sdn.class_names or rows.class_names, exits_of(sdn, engine.second_look).exit_names
     right_N, kept_N, cost = list[bool](), list[bool](), 0.0
-    for start in steps(range(0, len(rows), batch_size), "predict", -(-len(rows) // batch_size)):
-        answer = engine(take(inputs, slice(start, start + batch_size)))
-        told: list[list[Any]] = [_spelled(answer.confidence_B), _spelled(answer.confusion_B), _spelled(answer.cost_B)]
-        told.append(answer.valid_B.int().tolist())
-        right_N += (answer.labels_B.cpu() == rows.labels_N[start : start + batch_size]).tolist()
-        if alarm is not None and answer.alarm_B is not None:
-            told.append(_spelled(answer.alarm_B))
-            if alarm.threshold is not None:
-                kept_N += alarm.keeps(answer.alarm_B).tolist()
-                told.append([int(kept) for kept in kept_N[start:]])
-        lines = zip(answer.labels_B.tolist(), answer.exit_B.tolist(), *told, strict=True)
-        for row, (label, exit, *figures) in enumerate(lines, start):
-            writer.writerow([row, label, names[label], exits[exit], *figures])
-        cost += float(answer.cost_B.sum())
+    with threads_of_torch(threads):
+        engine = Engine(sdn, policy, second_look=view_of(policy), alarm=alarm, backend=backend, threads=threads)
+        names, exits = sdn.class_names or rows.class_names, exits_of(sdn, engine.second_look).exit_names
+        for start in steps(range(0, len(rows), batch_size), "predict", -(-len(rows) // batch_size)):
+            answer = engine(take(inputs, slice(start, start + batch_size)))
+            told: list[list[Any]] = [
+                _spelled(answer.confidence_B),
+                _spelled(answer.confusion_B),
+                _spelled(answer.cost_B),
+            ]
+            told.append(answer.valid_B.int().tolist())
+            right_N += (answer.labels_B.cpu() == rows.labels_N[start : start + batch_size]).tolist()
+            if alarm is not None and answer.alarm_B is not None:
+                told.append(_spelled(answer.alarm_B))
+                if alarm.threshold is not None:
+                    kept_N += alarm.keeps(answer.alarm_B).tolist()
+                    told.append([int(kept) for kept in kept_N[start:]])
+            lines = zip(answer.labels_B.tolist(), answer.exit_B.tolist(), *told, strict=True)
+            for row, (label, exit, *figures) in enumerate(lines, start):
+                writer.writerow([row, label, names[label], exits[exit], *figures])
+            cost += float(answer.cost_B.sum())
+        timed = time_engine(engine, inputs, batch_size, rounds=5, limit=16 * batch_size)
     write_text(out / "predictions.csv", text.getvalue())
-    timed = time_engine(engine, inputs, batch_size, rounds=5, limit=16 * batch_size)
     result = {"rows": len(rows), "accuracy": sum(right_N) / len(rows), "mean_cost": cost / len(rows), **timed}
     if kept_N:
         kept, right = sum(kept_N), sum(one for one, keep in zip(right_N, kept_N, strict=True) if keep)

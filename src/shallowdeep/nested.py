@@ -49,8 +49,7 @@ def nested_model(
     rows |= _lost(graph, inputs, spoilt or {})
     outputs = _outputs(steps[0], models[0], answers)
     types = {value.name: value.type.tensor_type.elem_type for value in outputs}
-    ask = _ask_one if single else _ask
-    found = ask(graph, [*zip(steps, models, strict=True)], 0, rows, answers, types)
+    found = _Nest([*zip(steps, models, strict=True)], answers, types, single).ask(graph, 0, rows)
     return _model(graph, [*inputs.values()], found, outputs, models[0])
 
 
@@ -216,64 +215,51 @@ def _graph(nodes: _Nodes, answers: Mapping[str, str], types: Mapping[str, int]) 
     return helper.make_graph(nodes.nodes, nodes.prefix, [], values, nodes.weights)
 
 
-def _ask(
-    graph: _Nodes,
-    steps: Sequence[tuple[Step, onnx.ModelProto]],
-    place: int,
-    rows: dict[str, str],
-    answers: Sequence[str],
-    types: Mapping[str, int],
-) -> dict[str, str]:
-    """Names of the ``answers`` of the rows that step ``place`` and those behind it are asked about.
-
-    What rows are answered is worked out for those that leave alone: for one row every node counts.
+@dataclass(frozen=True, eq=False)
+class _Nest:
+    """What is asked in turn: steps and their graphs, the ``answers`` wanted and their number ``types``; whether of a
+    ``single`` row.
     """
-    step, model = steps[place]
-    rows = _run(graph, step, model, rows)
-    if place + 1 == len(steps):
-        return _answered(graph, step, rows, answers)
-    stop = rows["leave"]
-    index = graph.add("Squeeze", graph.add("NonZero", graph.add("Not", stop)), graph.ints([0]))
-    number = graph.add("Size", index)
-    deeper, shallow = _branches(graph, place)
-    needed = {name for later, _ in steps[place + 1 :] for name in later.takes} | {"said", "lost"}
-    picked = {
-        name: value if name in step.rowless else deeper.add("Gather", value, index, axis=0)
-        for name, value in rows.items()
-        if name in needed
-    }
-    found = _ask(deeper, steps, place + 1, picked, answers, types)
-    all_go, some_go = _Nodes(f"{deeper.prefix}.all"), _Nodes(f"{deeper.prefix}.some")
-    kept = {name: all_go.add("Identity", found[name]) for name in answers}
-    here, column = _answered(some_go, step, rows, answers), some_go.add("Unsqueeze", index, some_go.ints([1]))
-    put = {name: some_go.add("ScatterND", here[name], column, found[name]) for name in answers}
-    all_on = deeper.add("Equal", number, deeper.add("Size", stop))
-    gone = deeper.branch(all_on, (all_go, kept), (some_go, put), types)
-    some_on = graph.add("Cast", number, to=TensorProto.BOOL)
-    return graph.branch(some_on, (deeper, gone), (shallow, _answered(shallow, step, rows, answers)), types)
 
+    steps: Sequence[tuple[Step, onnx.ModelProto]]
+    answers: Sequence[str]
+    types: Mapping[str, int]
+    single: bool
 
-def _ask_one(
-    graph: _Nodes,
-    steps: Sequence[tuple[Step, onnx.ModelProto]],
-    place: int,
-    rows: dict[str, str],
-    answers: Sequence[str],
-    types: Mapping[str, int],
-) -> dict[str, str]:
-    """As ``_ask`` for one row: nobody is picked, and nothing put back."""
-    step, model = steps[place]
-    rows = _run(graph, step, model, rows)
-    if place + 1 == len(steps):
-        return _answered(graph, step, rows, answers)
-    deeper, shallow = _branches(graph, place)
-    found = _ask_one(deeper, steps, place + 1, rows, answers, types)
-    return graph.branch(rows["leave"], (shallow, _answered(shallow, step, rows, answers)), (deeper, found), types)
+    def ask(self, graph: _Nodes, place: int, rows: dict[str, str]) -> dict[str, str]:
+        """Names of the answers of the rows that step ``place`` and those behind it are asked about.
 
+        What rows are answered is worked out for those that leave alone: for one row every node counts.
+        """
+        step, model = self.steps[place]
+        rows = _run(graph, step, model, rows)
+        if place + 1 == len(self.steps):
+            return _answered(graph, step, rows, self.answers)
+        deeper, shallow = _Nodes(f"{graph.prefix}.{place}on"), _Nodes(f"{graph.prefix}.{place}off")
+        leaving = shallow, _answered(shallow, step, rows, self.answers)
+        if self.single:
+            return graph.branch(rows["leave"], leaving, (deeper, self.ask(deeper, place + 1, rows)), self.types)
+        index = graph.add("Squeeze", graph.add("NonZero", graph.add("Not", rows["leave"])), graph.ints([0]))
+        number = graph.add("Size", index)
+        some_on = graph.add("Cast", number, to=TensorProto.BOOL)
+        return graph.branch(some_on, (deeper, self._ask_some(deeper, place, rows, index, number)), leaving, self.types)
 
-def _branches(graph: _Nodes, place: int) -> tuple[_Nodes, _Nodes]:
-    """Room for what is done behind step ``place``, and for what is done where nobody goes on."""
-    return _Nodes(f"{graph.prefix}.{place}on"), _Nodes(f"{graph.prefix}.{place}off")
+    def _ask_some(self, graph: _Nodes, place: int, rows: dict[str, str], index: str, number: str) -> dict[str, str]:
+        """Names of all rows' answers, where the ``number`` of rows at ``index`` go on from step ``place``."""
+        step, _ = self.steps[place]
+        needed = {name for later, _ in self.steps[place + 1 :] for name in later.takes} | {"said", "lost"}
+        picked = {
+            name: value if name in step.rowless else graph.add("Gather", value, index, axis=0)
+            for name, value in rows.items()
+            if name in needed
+        }
+        found = self.ask(graph, place + 1, picked)
+        all_go, some_go = _Nodes(f"{graph.prefix}.all"), _Nodes(f"{graph.prefix}.some")
+        kept = {name: all_go.add("Identity", found[name]) for name in self.answers}
+        here, column = _answered(some_go, step, rows, self.answers), some_go.add("Unsqueeze", index, some_go.ints([1]))
+        put = {name: some_go.add("ScatterND", here[name], column, found[name]) for name in self.answers}
+        all_on = graph.add("Equal", number, graph.add("Size", rows["leave"]))
+        return graph.branch(all_on, (all_go, kept), (some_go, put), self.types)
 
 
 def _run(graph: _Nodes, step: Step, model: onnx.ModelProto, rows: Mapping[str, str]) -> dict[str, str]:

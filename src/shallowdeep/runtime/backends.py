@@ -43,6 +43,11 @@ def usual(device: torch.device) -> tuple[BackendName, ...]:
     return "torch", *(name for name in libraries if find_spec(name) is not None)
 
 
+def reduced(backend: str) -> bool:
+    """Whether the backend of that name answers in less than the network's own precision."""
+    return backend.endswith("-bf16")
+
+
 class Backend(Protocol):
     """One way of running steps, and its own way of counting and picking rows."""
 

@@ -33,7 +33,7 @@ from shallowdeep.network import ShallowDeepNetwork
 from shallowdeep.policies import Confidence, Fixed, Policy
 from shallowdeep.progress import steps as shown
 from shallowdeep.runs import describe_device
-from shallowdeep.runtime.backends import Array, Backend, BackendName, usual
+from shallowdeep.runtime.backends import Array, Backend, BackendName, reduced, usual
 from shallowdeep.runtime.engine import Engine
 from shallowdeep.runtime.programs import make_backend
 from shallowdeep.spelling import rule_to_json
@@ -53,7 +53,6 @@ NEAR = 0.01
 """How much less accurate the network cut at an exit may be to be spoken of as a rival."""
 ROWS_A_BLOCK = 32
 """Least rows that a contender answers before it is the next one's turn."""
-REDUCED: frozenset[BackendName] = frozenset({"openvino-bf16"})
 Call = Callable[[Inputs], object]
 Facts = dict[str, Any]
 
@@ -292,7 +291,7 @@ def _ms(call: Call, batch: Inputs) -> float:
 
 def _facts(name: BackendName, threads: int, size: int, times: Mapping[Way, Times], exit_N: Tensor, full: int) -> Facts:
     """The figures of one backend, batch size and number of threads; milliseconds are of a batch."""
-    peers = [way for way in times if way.what == "full" and (way.backend in REDUCED) == (name in REDUCED)]
+    peers = [way for way in times if way.what == "full" and reduced(way.backend) == reduced(name)]
     best = min(peers, key=lambda way: statistics.median(times[way].blocks))
     early, whole = times[Way(name, "early")], times[best]
     ratios = [a / b for a, b in zip(whole.blocks, early.blocks, strict=True)]

@@ -32,7 +32,7 @@ from shallowdeep.inputs import (
 from shallowdeep.network import ShallowDeepNetwork, check_attached, float_type, weights_hash
 from shallowdeep.policies import CalibrationRecord, Confidence, Policy
 from shallowdeep.progress import steps
-from shallowdeep.runtime.backends import ANSWERS, Array, Backend, BackendName, usual
+from shallowdeep.runtime.backends import ANSWERS, Array, Backend, BackendName, reduced, usual
 from shallowdeep.runtime.loop import Limit, Program, walk
 from shallowdeep.runtime.modules import walk_modules
 from shallowdeep.runtime.programs import make_backend, make_program, measure, steps_for
@@ -155,7 +155,7 @@ class Engine:
         self._backend = self._chosen(backend, threads or torch.get_num_threads())
         self.backend: BackendName = self._backend.name
         for name, one in records.items():
-            if one is not None and _reduced(one.info.get("backend", "")) != _reduced(self.backend):
+            if one is not None and reduced(one.info.get("backend", "")) != reduced(self.backend):
                 warnings.warn(
                     f"The {name} was made for answers of another precision than {self.backend}'s: make it from a trace "
                     "that this backend collected (engine.collect, sdn collect --backend).",
@@ -436,11 +436,6 @@ class Engine:
             capped_B=none.bool(),
             alarm_B=None if self.alarm is None else none.double(),
         )
-
-
-def _reduced(backend: str) -> bool:
-    """Whether the backend of that name answers in less than the network's own precision."""
-    return backend.endswith("-bf16")
 
 
 def _before_others(limit: Limit | None, times: StepTimes | None, rows: int) -> Limit | None:
