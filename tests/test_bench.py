@@ -160,7 +160,7 @@ def test_what_the_verdict_says() -> None:
     slow = {
         "batch_size": 1, "threads": 2, "backend": "torch", "best_full_backend": "onnxruntime", "speedup": 0.9,
         "speedup_quartiles": [0.85, 0.95], "early_exit_ms": 2.0, "other_ms": {"small": 1.0, "cut 0": 0.5, "cut 1": 1.5},
-        "accuracy_full": 0.933, "accuracy_early_exit": 0.929, "share_early": 0.5,
+        "accuracy_full": 0.933, "accuracy_early_exit": 0.929, "share_early": 0.5, "share_twice": 0.0,
     }  # fmt: skip
     others = {"small": 0.917, "cut 0": 0.70, "cut 1": 0.926}
     found = {"accuracy_others": others, "measured": [slow]}
@@ -178,6 +178,8 @@ def test_what_the_verdict_says() -> None:
     assert "early exits do not pay here" in verdict({**found, "measured": [level]})
     nobody = {**level, "share_early": 0.0}
     assert "the policy always runs the whole network, which alone would do" in verdict({**found, "measured": [nobody]})
+    looks = {**nobody, "share_twice": 0.1}
+    assert "always runs" not in verdict({**found, "measured": [looks]}), "it looks twice"
     reduced = {
         **paying,
         "backend": "openvino-bf16",

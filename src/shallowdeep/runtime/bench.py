@@ -90,13 +90,12 @@ def bench(
     JSON-able facts.
 
     Without ``backends`` they are "torch", "onnxruntime" and "openvino", those that are installed, on a GPU "torch" and
-    "torch-compile". ``rows``
-    are real inputs with labels [N]; noise leaves where nothing real does. They are on the device before the clock runs.
-    Every block gives the same rows to all in shuffled order; ratios are of blocks: their median and quartiles. The
-    whole network and the cuts, with the ICs passed on the way, are compiled in one piece and do nothing else. With a
-    ``second_look`` a row that looks twice is measured against the whole way and one pass more, and looking at every row
-    twice, without ICs, is a rival. Raises ``ValueError`` for too few rows and choices that make no sense, ``DataError``
-    for rows, labels or rivals that do not fit the SDN.
+    "torch-compile". ``rows`` are real inputs with labels [N]; noise leaves where nothing real does. They are on the
+    device before the clock runs. Every block gives the same rows to all in shuffled order; ratios are of blocks: their
+    median and quartiles. The whole network and the cuts, with the ICs passed on the way, are compiled in one piece and
+    do nothing else. With a ``second_look`` a row that looks twice is measured against the whole way and one pass more,
+    and looking at every row twice, without ICs, is a rival. Raises ``ValueError`` for too few rows and choices that
+    make no sense, ``DataError`` for rows, labels or rivals that do not fit the SDN.
     """
     look = second_look_of(second_look)
     exits = exits_of(sdn, look)
@@ -371,7 +370,7 @@ def verdict(found: Facts) -> str:
             f"batch {size}, {threads} threads: {best['speedup']:.2f}x ({low:.2f} to {high:.2f}) at {drop:.2f} points, "
         )
         line += f"{best['backend']} against the whole network on {best['best_full_backend']}"
-        if best["share_early"] == 0:
+        if best["share_early"] == best["share_twice"] == 0:
             line += ": the policy always runs the whole network, which alone would do"
         elif best["speedup"] < LEAST_GAIN and low < 1:
             line += ": early exits do not pay here, run the whole network"
