@@ -25,7 +25,7 @@ from shallowdeep.training import PAPER_EXITS, ExitRecipe, train_exits
 
 Regime: TypeAlias = Literal["cnn", "ic-only", "sdn-training", "mixed"]
 REGIMES: tuple[Regime, ...] = ("cnn", "ic-only", "sdn-training", "mixed")
-FAST_EPOCHS = {"vgg16": 30, "wrn32-4": 30, "resnet56": 50, "mobilenet": 25}
+FAST_EPOCHS = {"vgg16": 30, "wrn32-4": 30, "resnet56": 50, "mobilenet": 32}
 FAST = JointRecipe(nesterov=True, milestones=())
 FAST_WHOLE = {
     "vgg16": dataclasses.replace(FAST, muon_lr=0.05, batch_size=256),
